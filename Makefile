@@ -1,0 +1,33 @@
+# make demo   the main job on the embedded model: a table of perplexity, bits and bytes
+# make test   the tests
+# make lint   ruff
+VENV ?= .venv
+PYTHON ?= python3
+DATA_DIR ?= ../shared/data
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-embedded.txt pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install
+	$(BIN)/python -m rotatekv.demo
+
+test: install
+	$(BIN)/python -m ruff check .
+	HF_HUB_OFFLINE=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest tests -q
+
+lint: install
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info results

@@ -1,0 +1,119 @@
+"""Perplexity of a model with a quantized KV cache, on WikiText-2, the embedded essays or a text of your own.
+
+With no data and no network:  python PPL_evaluation.py --dataset essays --method RotateKV2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tqdm import tqdm
+
+import calibrate_reorder
+from rotatekv import load_model, patch_model
+from rotatekv.cli import (
+    add_method_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    add_switch,
+    check_positive,
+    exit_on_user_error,
+    make_parser,
+    method_from_args,
+    model_flags,
+)
+from rotatekv.errors import UserError
+from rotatekv.evals.perplexity import perplexity, score_window
+from rotatekv.evals.texts import Text, load_text, tokenize, windows_of
+from rotatekv.models import model_revision
+from rotatekv.results import Run
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_model_arguments(parser)
+    add_method_arguments(parser)
+    add_run_arguments(parser, "windows")
+    group = parser.add_argument_group("perplexity")
+    group.add_argument(
+        "--dataset", help="wikitext2 (default), essays (the even-numbered embedded ones), or a text file"
+    )
+    group.add_argument("--PPL_seq_length", type=int, default=2048, help="tokens per window (default: 2048)")
+    group.add_argument(
+        "--chunk_size", type=int, help="feed each window through the cache this many tokens at a time (default: all)"
+    )
+    add_switch(group, "generate_for_calibration", "make the reorder indices instead, as calibrate_reorder.py does")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.generate_for_calibration:
+        return calibrate_reorder.main(calibration_flags(args))
+    check_positive(args, "limit", "chunk_size")
+    if args.PPL_seq_length < 2:
+        raise UserError(f"--PPL_seq_length must be at least 2 (a token and its successor), not {args.PPL_seq_length}")
+    name, quant_config = method_from_args(args)
+    text = load_text(args.dataset or "wikitext2", args.data_dir)
+    model, tokenizer = load_model(**model_flags(args))
+    windows = cut_windows(tokenizer, text, args.PPL_seq_length)
+    windows = windows[: args.limit]
+
+    with patch_model(model, quant_config, args.calibration_file) as handle:
+        config = {
+            "task": "ppl", "model": model.name_or_path, "revision": model_revision(model),
+            "dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": args.attn_implementation,
+            "method": name, "quant": quant_config.to_dict(), "fingerprint": handle.spec.fingerprint,
+            "dataset": text.name, "dataset_sha256": text.sha256,
+            "PPL_seq_length": args.PPL_seq_length, "chunk_size": args.chunk_size, "seed": args.seed,
+        }  # fmt: skip
+        run = Run(args.output_dir, "ppl", args.model, config, args.resume, args.overwrite)
+        scores = score_windows(model, windows, args.chunk_size, run)
+    n = len(scores)
+    bits = {key: sum(score[f"{key}_bits"] for score in scores) / n for key in ("k", "v", "total")}
+    bytes_per_token = sum(score["cache_bytes"] for score in scores) / sum(score["tokens"] for score in scores)
+    value = perplexity([score["nll"] for score in scores])
+    path = run.finish(
+        metric={"ppl": value}, n=n, partial=args.limit is not None,
+        avg_bits=bits, cache_bytes_per_token=bytes_per_token,
+        model={"id": model.name_or_path, "revision": model_revision(model)},
+        dataset={"id": text.name, "sha256": text.sha256}, seed=args.seed,
+        seconds=sum(score["seconds"] for score in scores),
+    )  # fmt: skip
+    print(f"{n} windows of {args.PPL_seq_length} tokens, {path}")
+    print(f"{text.name} perplexity: {value:.4f}  ({name}, {bits['total']:.3f} bits, {bytes_per_token:.1f} bytes/token)")
+
+
+def cut_windows(tokenizer, text: Text, length: int) -> list:
+    ids = tokenize(tokenizer, text)
+    windows = list(windows_of(ids, length))
+    if not windows:
+        have = ids.shape[1]
+        raise UserError(f"{text.name} has {have} tokens, less than one window: pass --PPL_seq_length {have} or less")
+    return windows
+
+
+def score_windows(model, windows: list, chunk_size: int | None, run: Run) -> list[dict]:
+    """Score the windows this run has not scored yet; the records of all of them, in order."""
+    bar = tqdm(range(len(windows)), desc="perplexity", unit="window", file=sys.stderr)
+    for number in bar:
+        if number not in run.samples:
+            started = time.perf_counter()
+            score = score_window(model, windows[number], chunk_size).to_dict()
+            run.append({"id": number, **score, "seconds": time.perf_counter() - started})
+        bar.set_postfix(ppl=f"{perplexity([run.samples[i]['nll'] for i in range(number + 1)]):.3f}")
+    return [run.samples[number] for number in range(len(windows))]
+
+
+def calibration_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of this command that calibrate_reorder.py knows too."""
+    names = ["model", "dtype", "device", "device_map", "attn_implementation", "data_dir", "dataset", "head_group_num"]
+    values = {name: getattr(args, name) for name in names} | {"output": args.calibration_file}
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The one patched attention forward, for every supported family. Start reading here.
+
+    keys     k_proj → rotate groups of heads → reorder channels → 2-bit codes        (write, before RoPE)
+             codes → inverse reorder → inverse rotation → RoPE at its own position   (read)
+    values   v_proj → rotate each head → 2-bit codes → inverse rotation
+    queries  as usual
+
+The write and the read are ``cache.update``; which codec they use is ``rotatekv/methods/``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rotatekv.cache import RotateKVCache
+from rotatekv.sinks import detect_sinks
+
+
+def attention_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: RotateKVCache | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over the quantized cache; takes and returns what Hugging Face's own forward does.
+
+    Args:
+        hidden_states: (B, T, hidden_size).
+        position_embeddings: cos and sin of the new tokens, (B, T, rotary_dim) each.
+
+    Raises:
+        RuntimeError: called with no cache, as gradient checkpointing does.
+    """
+    if past_key_values is None:
+        raise RuntimeError(
+            "RotateKV's attention was called without a cache: call the whole model, and switch gradient "
+            "checkpointing off or unpatch_model(model) before training"
+        )
+    rope = rope_function(self)
+    query, key, value = project_qkv(self, hidden_states)  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
+    query = rope(query, *position_embeddings)
+    key, value = past_key_values.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
+
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, _modeling_module(self).eager_attention_forward
+    )
+    output, weights = attend(
+        self, query, key, value, attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
+    )  # fmt: skip
+    output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, H·D)
+    return self.o_proj(output), weights
+
+
+def project_qkv(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value heads of any supported family, before RoPE.
+
+    Handles separate and fused (phi3) projections, and query/key normalisation per head (qwen3) or over all heads
+    (olmo2).
+
+    Returns:
+        (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D).
+    """
+    if hasattr(attention, "qkv_proj"):
+        config, head_dim = attention.config, attention.head_dim
+        kv_width = config.num_key_value_heads * head_dim
+        query, key, value = attention.qkv_proj(x).split(
+            (config.num_attention_heads * head_dim, kv_width, kv_width), dim=-1
+        )
+    else:
+        query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    query = _split_heads(query, attention.head_dim, getattr(attention, "q_norm", None))
+    key = _split_heads(key, attention.head_dim, getattr(attention, "k_norm", None))
+    return query, key, _split_heads(value, attention.head_dim, None)
+
+
+def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The family's own rotary embedding, for one tensor: ``rope(x (B, heads, T, D), cos, sin) -> x``."""
+    apply_to_pair = _modeling_module(attention).apply_rotary_pos_emb
+
+    def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return apply_to_pair(x, x[:, :1], cos, sin)[0]
+
+    return rope
+
+
+def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Pre-hook of a decoder layer: on a cache's first call, name the tokens that stay unquantized (section 4.3)."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
+        return
+    layer = cache.layers[decoder_layer.self_attn.layer_idx]
+    if layer.get_seq_length() == 0:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        layer.set_sinks(*detect_sinks(hidden_states, cache.config.num_sink_entries, cache.token_mask))
+
+
+def _split_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:
+    norm_is_per_head = norm is not None and norm.weight.shape[-1] == head_dim
+    if norm is not None and not norm_is_per_head:
+        x = norm(x)
+    x = x.unflatten(-1, (-1, head_dim))  # (B, T, heads, D)
+    if norm_is_per_head:
+        x = norm(x)
+    return x.transpose(1, 2)  # (B, heads, T, D)
+
+
+def _modeling_module(attention: nn.Module):
+    return sys.modules[type(attention).__module__]

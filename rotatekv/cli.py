@@ -1,0 +1,147 @@
+"""The flags all scripts share, and what turns a user's mistake into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from rotatekv.config import PRESETS, QuantConfig
+from rotatekv.errors import UserError
+from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL
+
+_METHOD_FLAGS: dict[str, tuple[type, str]] = {
+    "k_bits": (int, "bits per key number: 2, 3 or 4"),
+    "k_groupsize": (int, "key channels that share a scale (default: head_dim)"),
+    "k_clip_ratio": (float, "factor on a key group's maximum and minimum, in (0, 1]"),
+    "v_bits": (int, "bits per value number: 2, 3 or 4"),
+    "v_groupsize": (int, "value channels that share a scale (default: head_dim)"),
+    "v_clip_ratio": (float, "factor on a value group's maximum and minimum, in (0, 1]"),
+    "head_group_num": (int, "key heads rotated together, at most"),
+    "Grouped_Head_Key_Rotation": (bool, "rotate grouped heads before RoPE; False: each head after RoPE"),
+    "Outlier_Aware_Key_Rotation": (bool, "reorder the rotated key channels with calibrated indices"),
+    "Attention_Sink_Aware": (bool, "keep the tokens with massive activations unquantized"),
+    "num_sink_entries": (int, "largest hidden-state entries that name those tokens"),
+    "residual_length": (int, "most recent tokens kept in 16 bits"),
+    "fuse_weights": (bool, "fold the rotations into the projection weights; False: apply them online"),
+}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    return _OneLineParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def str2bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+
+
+def add_switch(parser, name: str, help: str, default: bool | None = False) -> None:
+    """``--name``, ``--name True`` or ``--name False``."""
+    # AUTHORS: type=bool there makes "--FP16 False" true.
+    options = {"type": str2bool, "nargs": "?", "const": True, "metavar": "True|False"}
+    parser.add_argument(f"--{name}", default=default, help=help, **options)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    names = ", ".join(ALIASES)
+    group.add_argument(
+        "--model",
+        default=EMBEDDED_MODEL,
+        help=f"{EMBEDDED_MODEL} (embedded; default), {names}, a Hub id or a local folder",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="default: auto, the checkpoint's own (embedded model on CPU: float32)",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    group.add_argument("--device_map", choices=["auto"], help="auto spreads the layers over all GPUs")
+    group.add_argument("--attn_implementation", default="sdpa", help="sdpa (default) or eager")
+
+
+def model_flags(args: argparse.Namespace) -> dict:
+    """What ``load_model`` takes of the flags ``add_model_arguments`` added."""
+    names = ("dtype", "device", "device_map", "attn_implementation")
+    return {"name": args.model, **{name: getattr(args, name) for name in names}}
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method", "A preset, then flags that override it.")
+    group.add_argument("--method", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: RotateKV2)")
+    for name in PRESETS:
+        add_switch(group, name, f"the same as --method {name}")
+    group.add_argument("--calibration_file", help="reorder indices (default: reorder_indices/<model>.safetensors)")
+    for name, (kind, text) in _METHOD_FLAGS.items():
+        if kind is bool:
+            add_switch(group, name, f"{text} (default: the preset's)", default=None)
+        else:
+            default = "" if "(default" in text else " (default: the preset's)"
+            group.add_argument(f"--{name}", type=kind, help=text + default)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    group.add_argument("--data_dir", help="folder with local data sets (default: the Hub)")
+    group.add_argument("--limit", type=int, help=f"only the first N {limit_unit} (default: all)")
+    group.add_argument("--output_dir", default="results", help="default: results")
+    group.add_argument("--resume", action="store_true", help="go on with this run where it stopped")
+    group.add_argument("--overwrite", action="store_true", help="start this run anew")
+
+
+def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
+    """The preset's name (``*`` behind it where a flag changed it) and the config.
+
+    Raises:
+        UserError: an unknown method, two of them, or a value out of range.
+    """
+    chosen = [name for name in PRESETS if getattr(args, name)]
+    if args.method is not None:
+        chosen.append(args.method)
+    if len(set(chosen)) > 1:
+        raise UserError(f"two methods at once: {' and '.join(dict.fromkeys(chosen))}; choose one")
+    name = chosen[0] if chosen else "RotateKV2"
+    if name not in PRESETS:
+        raise UserError(f"unknown method {name!r}: choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    given = {field.name: getattr(args, field.name, None) for field in fields(QuantConfig)}
+    config = replace(preset, **{key: value for key, value in given.items() if value is not None and key != "method"})
+    return (name if config == preset else f"{name}*"), config
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+
+
+def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
+    """A ``UserError`` in ``main`` → its line on stderr and exit status 2, without a traceback; Ctrl-C → 130."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted: the same command with --resume goes on", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped

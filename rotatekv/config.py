@@ -1,0 +1,107 @@
+"""What to quantize and how: the frozen ``QuantConfig`` and the presets the scripts name with ``--method``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+from rotatekv.errors import UserError
+
+SUPPORTED_BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Every choice of one run's KV cache. Names are the paper's and its repository's flags.
+
+    Args:
+        method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn`` or ``rotatekv``.
+        k_bits, v_bits: bits per quantized number, 2, 3 or 4.
+        k_groupsize, v_groupsize: consecutive channels of one token that share a scale and a zero point; ``None``
+            takes head_dim. Must divide ``num_key_value_heads * head_dim`` (keys) and ``head_dim`` (values).
+        k_clip_ratio, v_clip_ratio: factor on the group's maximum and minimum, in (0, 1] (paper: 0.8 at 2 bits).
+        head_group_num: key heads rotated together (paper section 4.1: 4). The largest divisor of
+            ``num_key_value_heads`` up to it with a Hadamard matrix is taken; 1 rotates each head alone.
+        Grouped_Head_Key_Rotation: rotate groups of heads before RoPE. ``False`` is where the paper's ablation
+            starts: one Hadamard per head on the keys after RoPE, as in QuaRot.
+        Outlier_Aware_Key_Rotation: reorder the rotated key channels with calibrated indices before they are grouped.
+        Attention_Sink_Aware: keep the tokens that carry massive activations unquantized.
+        num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
+        residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0).
+        fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    method: str = "rotatekv"
+    k_bits: int = 2
+    v_bits: int = 2
+    k_groupsize: int | None = None
+    v_groupsize: int | None = None
+    k_clip_ratio: float = 1.0
+    v_clip_ratio: float = 1.0
+    head_group_num: int = 4
+    Grouped_Head_Key_Rotation: bool = True
+    Outlier_Aware_Key_Rotation: bool = True
+    Attention_Sink_Aware: bool = True
+    num_sink_entries: int = 20
+    residual_length: int = 0
+    fuse_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("k_bits", "v_bits"):
+            if getattr(self, name) not in SUPPORTED_BITS:
+                raise UserError(f"{name} must be 2, 3 or 4, not {getattr(self, name)}")
+        for name in ("k_groupsize", "v_groupsize"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UserError(f"{name} must be at least 1 channel, not {size}")
+        for name in ("k_clip_ratio", "v_clip_ratio"):
+            ratio = getattr(self, name)
+            if not (math.isfinite(ratio) and 0.0 < ratio <= 1.0):
+                raise UserError(f"{name} must lie in (0, 1], not {ratio}")
+        if self.head_group_num < 1:
+            raise UserError(f"head_group_num must be at least 1 head, not {self.head_group_num}")
+        if self.num_sink_entries < 1:
+            raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
+        if self.residual_length < 0:
+            raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
+
+    @property
+    def needs_reorder_indices(self) -> bool:
+        return self.method == "rotatekv" and self.Outlier_Aware_Key_Rotation
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _plain_rounding(bits: int) -> QuantConfig:
+    return QuantConfig(
+        method="rtn", k_bits=bits, v_bits=bits, head_group_num=1, Grouped_Head_Key_Rotation=False,
+        Outlier_Aware_Key_Rotation=False, Attention_Sink_Aware=False, fuse_weights=False,
+    )  # fmt: skip
+
+
+def _rotatekv(bits: int) -> QuantConfig:
+    clip_ratio = 0.8 if bits == 2 else 1.0
+    return QuantConfig(k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio)
+
+
+PRESETS: dict[str, QuantConfig] = {
+    "FP16": replace(_plain_rounding(4), method="fp16"),
+    **{f"RTN{bits}": _plain_rounding(bits) for bits in SUPPORTED_BITS},
+    **{f"RotateKV{bits}": _rotatekv(bits) for bits in SUPPORTED_BITS},
+}
+
+
+def resolve_config(config: str | QuantConfig) -> QuantConfig:
+    """A preset's name or a config → the config.
+
+    Raises:
+        UserError: no preset of that name.
+    """
+    if isinstance(config, QuantConfig):
+        return config
+    if config not in PRESETS:
+        raise UserError(f"unknown method {config!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[config]

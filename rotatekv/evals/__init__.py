@@ -1,0 +1,1 @@
+"""Data, prompts and scoring of the evaluations, one file per benchmark."""

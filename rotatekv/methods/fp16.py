@@ -1,0 +1,28 @@
+"""FP16: the identity, in the model's own dtype. Gives the stock model's logits through the same cache."""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.config import QuantConfig
+from rotatekv.errors import UserError
+from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
+
+
+class FP16(KVMethod):
+    """Stores post-RoPE keys and values as they are; the baseline of every table."""
+
+    quantizes = False
+
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
+        super().__init__(config, layer, reorder_index)
+        if config.Attention_Sink_Aware or config.residual_length:
+            raise UserError("FP16 quantizes nothing: leave out Attention_Sink_Aware and residual_length")
+
+    def encode_keys(self, channels: torch.Tensor) -> Packed:
+        return {"raw": channels}
+
+    def decode_keys(self, packed: Packed) -> torch.Tensor:
+        return packed["raw"]
+
+    encode_values, decode_values = encode_keys, decode_keys

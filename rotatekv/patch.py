@@ -1,0 +1,283 @@
+"""patch_model / unpatch_model: put the quantized cache into one Hugging Face model, and take it out again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MethodType
+
+import torch
+import transformers
+from torch import nn
+
+from rotatekv.attention import attention_forward, choose_sinks
+from rotatekv.cache import CacheSpec, RotateKVCache
+from rotatekv.calibration import load_reorder_indices
+from rotatekv.config import QuantConfig, resolve_config
+from rotatekv.errors import UserError
+from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
+from rotatekv.methods import KVMethod, LayerGeometry, build_method
+from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
+
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+SUPPORTED_ATTENTION = ("eager", "sdpa")
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3")
+_TRANSFORMERS_FROM, _TRANSFORMERS_BELOW = (5, 23), (6, 0)
+_HANDLE = "_rotatekv_handle"
+
+
+@dataclass
+class PatchHandle:
+    """What ``patch_model`` did to a model. ``with patch_model(...) as handle:`` undoes it at the end."""
+
+    model: nn.Module
+    spec: CacheSpec
+    hooks: list = field(default_factory=list)
+    rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    saved_weights: list = field(default_factory=list)
+
+    @property
+    def config(self) -> QuantConfig:
+        return self.spec.config
+
+    def bind(self, module: nn.Module, name: str, function) -> None:
+        """Shadow ``module.name`` for this instance alone."""
+        if name == "forward" and "_old_forward" in vars(module):
+            name = "_old_forward"  # accelerate's own forward (device_map) wraps this one
+        self.rebound.append((module, name, vars(module).get(name)))
+        setattr(module, name, MethodType(function, module))
+
+    def unbind(self) -> None:
+        for module, name, earlier in reversed(self.rebound):
+            if earlier is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, earlier)
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if hasattr(self.model, _HANDLE):
+            unpatch_model(self.model)
+
+
+def patch_model(
+    model: nn.Module,
+    config: str | QuantConfig = "RotateKV2",
+    calibration_file: str | Path | None = None,
+) -> PatchHandle:
+    """Make every forward of ``model`` read and write a quantized KV cache.
+
+    Afterwards ``model(...)``, ``model.generate(...)`` and any client that hands in no cache make a ``RotateKVCache``
+    themselves; another cache class is refused. Only this instance changes.
+
+    Args:
+        model: a causal language model, or a vision-language model with one inside, of a supported family.
+        config: a preset's name or a ``QuantConfig``.
+        calibration_file: reorder indices; ``None`` looks in ``reorder_indices/`` for this model's.
+
+    Raises:
+        UserError: the model, its attention or the config is not supported; the line says what to change.
+    """
+    check_transformers_version()
+    config = resolve_config(config)
+    text_model = find_text_model(model)
+    if hasattr(model, _HANDLE) or hasattr(text_model, _HANDLE):
+        raise UserError("the model is patched already: call unpatch_model(model) first")
+    check_supported(text_model)
+    methods, fingerprint = _build_methods(model, text_model, config, calibration_file)
+    handle = PatchHandle(model, CacheSpec(config, methods, fingerprint))
+    with torch.no_grad():
+        for layer, method in zip(text_model.layers, methods, strict=True):
+            handle.bind(layer.self_attn, "forward", attention_forward)
+            handle.hooks.append(layer.register_forward_pre_hook(choose_sinks, with_kwargs=True))
+            if isinstance(method, RotateKV):
+                handle.saved_weights += fuse_weights(layer.self_attn, method)
+    handle.hooks.append(text_model.register_forward_pre_hook(partial(_enter_forward, handle), with_kwargs=True))
+    handle.hooks.append(text_model.register_forward_hook(_leave_forward, with_kwargs=True, always_call=True))
+    if hasattr(model, "_prepare_cache_for_generation"):
+        handle.bind(model, "_prepare_cache_for_generation", partial(_prepare_cache, handle))
+    if handle.saved_weights:
+        handle.bind(model, "save_pretrained", _refuse_save)
+    for patched in {id(model): model, id(text_model): text_model}.values():
+        setattr(patched, _HANDLE, handle)
+    return handle
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Undo ``patch_model``: forwards, hooks and, bit for bit, the weights.
+
+    Raises:
+        UserError: the model is not patched.
+    """
+    handle = handle_of(model)
+    for hook in handle.hooks:
+        hook.remove()
+    handle.unbind()
+    restore_weights(handle.saved_weights)
+    for patched in {id(m): m for m in (handle.model, find_text_model(handle.model))}.values():
+        delattr(patched, _HANDLE)
+
+
+def handle_of(model: nn.Module) -> PatchHandle:
+    """The handle of a patched model (UserError if it is not)."""
+    if not hasattr(model, _HANDLE):
+        raise UserError("the model is not patched: call patch_model(model, ...) first")
+    return getattr(model, _HANDLE)
+
+
+def find_text_model(model: nn.Module) -> nn.Module:
+    """The module that runs the decoder layers: the model, its base, or a vision-language model's text model."""
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        is_decoder = isinstance(layers, nn.ModuleList) and len(layers) and hasattr(module, "rotary_emb")
+        if is_decoder and hasattr(layers[0], "self_attn"):
+            return module
+    raise UserError(f"{type(model).__name__} has no decoder with rotary attention: supported are {_families()}")
+
+
+def check_transformers_version() -> None:
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not _TRANSFORMERS_FROM <= version < _TRANSFORMERS_BELOW:
+        raise UserError(
+            f"transformers {transformers.__version__} is not supported: pip install 'transformers>=5.23,<6'"
+        )
+
+
+def check_supported(text_model: nn.Module) -> None:
+    """Raises UserError for a family, attention, sliding window or RoPE that would be silently wrong."""
+    config = text_model.config
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise UserError(f"model type {config.model_type!r} is not supported: supported are {_families()}")
+    window = getattr(config, "sliding_window", None)
+    # layer_types decides where a config has it: qwen2 keeps a sliding_window it does not use.
+    layer_types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
+    if any(kind != "full_attention" for kind in layer_types):
+        raise UserError(
+            f"sliding-window layers (window {window}) are not supported: use a model without, "
+            "or set config.sliding_window = None before loading if no text exceeds the window"
+        )
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type not in _FIXED_ROPE_TYPES:
+        raise UserError(
+            f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: "
+            f"supported are {', '.join(_FIXED_ROPE_TYPES)}"
+        )
+    if config._attn_implementation not in SUPPORTED_ATTENTION:
+        raise UserError(
+            f"attention {config._attn_implementation!r} is not supported: load the model with "
+            "attn_implementation='sdpa' (--attn_implementation sdpa) or 'eager'"
+        )
+
+
+def layer_geometry(attention: nn.Module, **folded: bool) -> LayerGeometry:
+    heads = attention.config.num_key_value_heads
+    return LayerGeometry(attention.layer_idx, heads, attention.head_dim, **folded)
+
+
+def resolved_head_group(text_model: nn.Module, config: QuantConfig) -> int:
+    """G: the key heads that are rotated together in this model."""
+    return key_heads_per_group(config, layer_geometry(text_model.layers[0].self_attn))
+
+
+def _build_methods(model, text_model, config: QuantConfig, calibration_file) -> tuple[tuple[KVMethod, ...], str]:
+    attentions = [layer.self_attn for layer in text_model.layers]
+    first = layer_geometry(attentions[0])
+    indices = None
+    if config.needs_reorder_indices:
+        build_method(config, first, torch.arange(first.channels))  # a bad config before a missing file
+        group = resolved_head_group(text_model, config)
+        indices = load_reorder_indices(
+            model.name_or_path, len(attentions), first.channels, group, calibration_file
+        ).indices
+    fold = config.fuse_weights and config.method == "rotatekv"
+    methods = []
+    for number, attention in enumerate(attentions):
+        if fold:
+            check_foldable(attention)
+        keys_folded = fold and can_fold_keys(attention) and config.Grouped_Head_Key_Rotation
+        geometry = layer_geometry(attention, keys_folded=keys_folded, values_folded=fold)
+        methods.append(build_method(config, geometry, None if indices is None else indices[number]))
+    identity = {"config": config.to_dict(), "layers": len(methods), "heads": first.num_key_value_heads}
+    digest = hashlib.sha256(json.dumps(identity | {"head_dim": first.head_dim}, sort_keys=True).encode())
+    if indices is not None:
+        digest.update(indices.numpy().tobytes())
+    return tuple(methods), digest.hexdigest()
+
+
+def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Pre-hook of the text model: give it the cache it is to use, and the cache the tokens' positions."""
+    if args:  # input_ids is the only argument HF's own callers pass by position
+        kwargs = {"input_ids": args[0], **kwargs}
+        if len(args) > 1:
+            raise UserError("a patched model takes its arguments after input_ids by name")
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = RotateKVCache(handle.spec)
+    check_cache(handle, cache)
+    embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+    tokens = embeds if embeds is not None else ids
+    batch_size, length = tokens.shape[:2]
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        past = cache.get_seq_length()
+        position_ids = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)  # (1, T)
+    mask = kwargs.get("attention_mask")
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    cache.begin_forward(position_ids, batch_size, mask)
+    dtype = embeds.dtype if embeds is not None else text_model.get_input_embeddings().weight.dtype
+    stub = torch.empty(0, dtype=dtype, device=tokens.device)  # rotary_emb only reads its dtype and device
+    cache.set_rope_table(*text_model.rotary_emb(stub, position_ids=cache.positions.to(tokens.device)))
+    return (), {**kwargs, "position_ids": position_ids, "past_key_values": cache}
+
+
+def _leave_forward(text_model: nn.Module, args: tuple, kwargs: dict, output):
+    """Hook of the text model: drop the call's tables, and the cache from the output where use_cache is False."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, RotateKVCache):
+        cache.end_forward()
+    use_cache = kwargs.get("use_cache")
+    if (text_model.config.use_cache if use_cache is None else use_cache) or output is None:
+        return output
+    if isinstance(output, tuple):
+        return tuple(item for item in output if not isinstance(item, RotateKVCache))
+    output.past_key_values = None
+    return output
+
+
+def check_cache(handle: PatchHandle, cache) -> None:
+    """Raises UserError for another cache class, or a cache of another config."""
+    if not isinstance(cache, RotateKVCache):
+        raise UserError(
+            f"a patched model takes no {type(cache).__name__}: leave past_key_values out, "
+            "or pass RotateKVCache.for_model(model)"
+        )
+    if cache.fingerprint != handle.spec.fingerprint:
+        raise UserError("the cache was made under another config, model or calibration than the model is patched with")
+
+
+def _prepare_cache(handle: PatchHandle, model, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+    """Stands in for ``GenerationMixin._prepare_cache_for_generation``."""
+    if generation_config.cache_implementation is not None:
+        raise UserError(
+            f"cache_implementation={generation_config.cache_implementation!r} is not possible in a patched model: "
+            "its cache is the RotateKVCache"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        check_cache(handle, cache)
+        cache._is_user_defined = True  # generate asks for it when a cache is handed in
+    elif generation_config.use_cache:
+        model_kwargs["past_key_values"] = RotateKVCache(handle.spec)
+
+
+def _refuse_save(model, *args, **kwargs) -> None:
+    raise UserError("the weights hold folded rotations: call unpatch_model(model) before save_pretrained")
+
+
+def _families() -> str:
+    return ", ".join(SUPPORTED_FAMILIES)

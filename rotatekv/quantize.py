@@ -1,0 +1,52 @@
+"""Asymmetric group quantization of numbers along the last dimension (paper section 3, equation 1)."""
+
+from __future__ import annotations
+
+import torch
+
+# The stored zero point is an int8, so a group whose values all lie far from zero needs a scale of at least
+# |value| / 127: a constant group keeps a relative error below 0.4 %.
+_ZERO_POINT_LIMIT = 127
+_SMALLEST_SCALE = 2.0**-24  # smallest positive float16
+_LARGEST_SCALE = 65504.0  # largest float16
+
+
+def quantize_groups(
+    x: torch.Tensor, bits: int, group_size: int, clip_ratio: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round each group of ``group_size`` consecutive numbers to 2^bits levels.
+
+    ``scale = c·(max − min) / (2^bits − 1)``, ``zero = round(−c·min / scale)``, ``code =
+    clamp(round(x / scale) + zero)``. The codes are computed with the scale as stored, so that they are the best for the reader.
+
+    Args:
+        x: (..., C) with ``group_size`` dividing C; finite.
+        clip_ratio: c, the factor on max and min.
+
+    Returns:
+        codes (..., C) uint8 in [0, 2^bits − 1], scale (..., C / group_size) float16, zero (..., C / group_size) int8.
+    """
+    groups = x.float().unflatten(-1, (-1, group_size))  # (..., C / g, g)
+    top = groups.amax(-1) * clip_ratio
+    bottom = groups.amin(-1) * clip_ratio
+    # AUTHORS: divide by 2^bits − 1; their 3-bit scale divides by bits² − 1 = 8. They also leave a zero range unguarded.
+    levels = 2**bits - 1
+    scale = torch.maximum((top - bottom) / levels, bottom.abs() / _ZERO_POINT_LIMIT)
+    scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half()
+    wide = scale.float()
+    zero = torch.round(-bottom / wide).clamp(-_ZERO_POINT_LIMIT, _ZERO_POINT_LIMIT)
+    codes = torch.round(groups / wide.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, levels)
+    return codes.to(torch.uint8).flatten(-2), scale, zero.to(torch.int8)
+
+
+def dequantize_groups(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """``x̂ = (code − zero)·scale``.
+
+    Args:
+        codes: (..., C) uint8; scale, zero: (..., C / group_size).
+
+    Returns:
+        (..., C) float32.
+    """
+    groups = codes.float().unflatten(-1, (scale.shape[-1], -1))  # (..., C / g, g)
+    return groups.sub_(zero.float().unsqueeze(-1)).mul_(scale.float().unsqueeze(-1)).flatten(-2)

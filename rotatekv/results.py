@@ -1,0 +1,155 @@
+"""Run records: results/<task>/<model>/<run_id>/{config.json, samples.jsonl, metrics.json}, resumable and atomic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import transformers
+
+from rotatekv.calibration import model_slug
+from rotatekv.errors import UserError
+
+SCHEMA = 1
+
+
+class Run:
+    """One run's folder. The run id is a hash of its config, so the same command finds it again.
+
+    Args:
+        task: ``ppl``, ``gsm8k``, …
+        config: all that decides the numbers, as json; not ``--limit``, so that a longer run goes on from a shorter.
+        resume: go on with what is there. overwrite: drop it.
+
+    Raises:
+        UserError: the run exists and neither is given, the folder cannot be written, or it holds another config.
+    """
+
+    def __init__(self, output_dir: str | Path, task: str, model: str, config: dict, resume: bool, overwrite: bool):
+        if resume and overwrite:
+            raise UserError("give --resume or --overwrite, not both")
+        self.config, self.task = config, task
+        self.run_id = config_hash(config)
+        self.folder = Path(output_dir) / task / model_slug(model) / self.run_id
+        self.started = _now()
+        existing = self._path("config.json").is_file() or self._path("samples.jsonl").is_file()
+        if existing and not (resume or overwrite):
+            raise UserError(f"the run {self.folder} exists: --resume goes on with it, --overwrite starts anew")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                for name in ("metrics.json", "samples.jsonl", "config.json"):
+                    self._path(name).unlink(missing_ok=True)
+            elif existing:
+                self._check_same_config()
+            write_json(self._path("config.json"), config)
+            self.samples = self._read_samples()
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder} ({error.strerror}): choose another --output_dir") from None
+
+    def append(self, sample: dict) -> None:
+        """Add one finished sample, keyed by its ``id``; it is on disk when this returns."""
+        with open(self._path("samples.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.samples[sample["id"]] = sample
+
+    def finish(self, **results) -> Path:
+        """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
+        path = self._path("metrics.json")
+        record = {
+            "schema": SCHEMA, "task": self.task, **results, "config": self.config, "env": environment(),
+            "started": self.started, "argv": shlex.join(sys.argv),
+        }  # fmt: skip
+        write_json(path, record)
+        return path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _check_same_config(self) -> None:
+        path = self._path("config.json")
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(self.config))
+        except (FileNotFoundError, ValueError):
+            same = False
+        if not same:
+            raise UserError(f"{path} is damaged or of another run: --overwrite starts anew")
+
+    def _read_samples(self) -> dict:
+        """The finished samples by id. A last line torn by a kill is dropped from the file."""
+        path = self._path("samples.jsonl")
+        if not path.is_file():
+            return {}
+        data = path.read_bytes()
+        samples, good = {}, 0
+        for line in data.splitlines(keepends=True):
+            try:
+                sample = json.loads(line)
+                samples[sample["id"]] = sample
+            except (ValueError, KeyError, TypeError):
+                if good + len(line) < len(data):
+                    raise UserError(f"{path} is damaged in the middle: --overwrite starts anew") from None
+                break
+            if not line.endswith(b"\n"):
+                del samples[sample["id"]]
+                break
+            good += len(line)
+        if good < len(data):
+            write_atomically(path, data[:good])
+        return samples
+
+
+def config_hash(config: dict) -> str:
+    """12 hex digits of the config's canonical json."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def environment() -> dict:
+    """Versions, device and code state that a number depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        call = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
