@@ -65,9 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or Path("reorder_indices") / f"{model_slug(model.name_or_path)}.safetensors"
     path = save_reorder_indices(output, indices, metadata)
     layers, channels = indices.shape
-    print(
-        f"{path}: {layers} layers × {channels} channels, {group} heads per group, read {metadata['tokens']} tokens of {text.name}"
-    )
+    print(f"{path}: {layers} layers × {channels} channels, {group} heads per group")
+    print(f"calibrated on {metadata['tokens']} tokens of {text.name}")
 
 
 if __name__ == "__main__":

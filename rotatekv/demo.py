@@ -33,9 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 
     config = model.config
     numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    print(
-        f"\n{EMBEDDED_MODEL}, {len(windows)} windows of {SEQ_LENGTH} tokens of {text.name}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"\n{EMBEDDED_MODEL}, {len(windows)} windows of {SEQ_LENGTH} tokens of {text.name}, {threads} threads")
     print(f"{'method':<10} {'perplexity':>10} {'average bits':>12} {'bytes/token':>11} {'of fp16':>8}")
     for name, value, scores in rows:
         bits = sum(score.total_bits for score in scores) / len(scores)

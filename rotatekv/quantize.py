@@ -16,8 +16,8 @@ def quantize_groups(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round each group of ``group_size`` consecutive numbers to 2^bits levels.
 
-    ``scale = c·(max − min) / (2^bits − 1)``, ``zero = round(−c·min / scale)``, ``code =
-    clamp(round(x / scale) + zero)``. The codes are computed with the scale as stored, so that they are the best for the reader.
+    ``scale = c·(max − min) / (2^bits − 1)``, ``zero = round(−c·min / scale)``,
+    ``code = clamp(round(x / scale) + zero)``; the codes are computed with the scale as it is stored.
 
     Args:
         x: (..., C) with ``group_size`` dividing C; finite.

@@ -1,0 +1,64 @@
+"""Shared models: tiny random ones of every family, and the embedded one, loaded once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+from rotatekv import load_model
+
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "phi3": Phi3Config,
+}
+DATA_DIR = Path(os.environ.get("ROTATEKV_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def tiny_model(family: str = "llama", **changes) -> torch.nn.Module:
+    """A random causal model of 2 layers, 6 query heads and 3 key/value heads of 16 channels (Hadamard order 48)."""
+    options = {
+        "vocab_size": 128, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "initializer_range": 0.3,
+        "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "attn_implementation": "sdpa",
+    }  # fmt: skip
+    if family == "mistral":
+        options["sliding_window"] = None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**{**options, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # HF makes them 0 and 1, which would hide mistakes
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def any_family(request) -> torch.nn.Module:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def tiny() -> torch.nn.Module:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded SmolLM2 and its tokenizer. A test that patches it must unpatch it (use ``with patch_model``)."""
+    return load_model()
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    if not (DATA_DIR / "wikitext2" / "wiki.test.raw").is_file():
+        pytest.skip("no local data: set ROTATEKV_TEST_DATA to a folder with wikitext2/wiki.test.raw")
+    return DATA_DIR
