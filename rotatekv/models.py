@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rotatekv.errors import UserError
+from rotatekv.hub import hub_is_offline
 from rotatekv.patch import check_transformers_version
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -63,6 +64,8 @@ def load_model(
     else:
         folder = ALIASES.get(name, name)
         options |= {"revision": revision} if revision else {}
+        if not os.path.isdir(folder):
+            hub_is_offline()  # without a network, fail at once
         torch_dtype = DTYPES.get(dtype, "auto")
     tokenizer_options = {key: options[key] for key in ("gguf_file", "revision") if key in options}
     try:

