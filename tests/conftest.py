@@ -9,7 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rotatekv import load_model
 
@@ -62,3 +71,24 @@ def data_dir() -> Path:
     if not (DATA_DIR / "wikitext2" / "wiki.test.raw").is_file():
         pytest.skip("no local data: set ROTATEKV_TEST_DATA to a folder with wikitext2/wiki.test.raw")
     return DATA_DIR
+
+
+def save_tiny_folder(folder: Path, family: str = "llama", **changes) -> Path:
+    """A tiny model and a word-level tokenizer of 120 words, as a local folder ``--model`` can name."""
+    words = {f"w{number}": number + 8 for number in range(120)}
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    inner = Tokenizer(models.WordLevel({**special, **words}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_model(family, **changes).save_pretrained(folder)
+    return folder
+
+
+def tiny_text(tokens: int, seed: int = 0) -> str:
+    """``tokens`` words the tiny tokenizer knows, drawn unevenly."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.multinomial(1.0 / torch.arange(1.0, 121.0), tokens, replacement=True, generator=generator)
+    return " ".join(f"w{number}" for number in numbers.tolist())

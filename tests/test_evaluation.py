@@ -1,0 +1,152 @@
+"""PPL_evaluation.py as its user runs it: on a tiny folder for the mechanics, on the embedded model for the numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_folder, tiny_text
+
+import PPL_evaluation
+from rotatekv import patch_model
+from rotatekv.evals.perplexity import perplexity, score_window
+from rotatekv.evals.texts import load_text, tokenize, windows_of
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_REORDER = ["--Outlier_Aware_Key_Rotation", "False"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny_text(32 * 60), encoding="utf-8")
+    return path
+
+
+def flags(folder, text_file, output_dir, *more):
+    base = ["--model", folder, "--dataset", text_file, "--PPL_seq_length", 32, "--output_dir", output_dir]
+    return [str(part) for part in (*base, *more)]
+
+
+def metrics_of(output_dir):
+    (path,) = Path(output_dir).glob("ppl/*/*/metrics.json")
+    return json.loads(path.read_text())
+
+
+def test_fp16_perplexity_equals_five_lines_on_the_stock_model(folder, text_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--FP16", "True"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([int(word[1:]) + 8 for word in text_file.read_text().split()])
+    with torch.no_grad():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.item() for w in ids.split(32)]
+    assert metrics_of(tmp_path)["metric"]["ppl"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert metrics_of(tmp_path)["n"] == 60
+
+
+@pytest.mark.parametrize("method", ["FP16", "RTN4", "RotateKV2", "RotateKV3"])
+def test_one_shot_and_chunks_agree_without_sinks(folder, text_file, tmp_path, method):
+    # Sinks are chosen in the first call only, so another first call may choose others.
+    more = ["--method", method] if method in ("FP16", "RTN4") else ["--method", method, *NO_REORDER]
+    more += ["--Attention_Sink_Aware", "False", "--limit", "8"]
+    PPL_evaluation.main(flags(folder, text_file, tmp_path / "one", *more))
+    PPL_evaluation.main(flags(folder, text_file, tmp_path / "chunks", *more, "--chunk_size", "7"))
+    one, chunks = (metrics_of(tmp_path / name)["metric"]["ppl"] for name in ("one", "chunks"))
+    assert chunks == pytest.approx(one, rel=5e-3)
+
+
+def test_last_line_and_metrics_say_the_same(folder, text_file, tmp_path, capsys):
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN3", "--limit", "4"))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    found = re.fullmatch(r"words.txt perplexity: ([\d.]+)  \(RTN3, ([\d.]+) bits, ([\d.]+) bytes/token\)", last)
+    metrics = metrics_of(tmp_path)
+    assert found and float(found[1]) == pytest.approx(metrics["metric"]["ppl"], abs=1e-4)
+    assert float(found[2]) == pytest.approx(metrics["avg_bits"]["total"], abs=1e-3)
+    assert float(found[3]) == pytest.approx(metrics["cache_bytes_per_token"], abs=0.1)
+    # 2 layers × 2 × 48 channels at 3 bits, a float16 scale and an int8 zero per 16 channels, a 4-byte position
+    assert metrics["cache_bytes_per_token"] == pytest.approx(2 * 2 * (48 * 3 / 8 + 3 * 3) + 4)
+    assert metrics["partial"] is True
+
+
+def test_killed_run_resumes_to_the_unbroken_number(folder, text_file, tmp_path):
+    more = ["--method", "RotateKV2", *NO_REORDER, "--chunk_size", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    PPL_evaluation.main(flags(folder, text_file, whole, *more))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "PPL_evaluation.py"), *flags(folder, text_file, broken, *more)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        samples = list(broken.glob("ppl/*/*/samples.jsonl"))
+        if samples and samples[0].read_bytes().count(b"\n") >= 3:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.wait()
+    (samples,) = broken.glob("ppl/*/*/samples.jsonl")
+    done = samples.read_bytes().count(b"\n")
+    assert 3 <= done < 60, "the run ended before it could be killed"
+    assert not list(broken.glob("ppl/*/*/metrics.json"))
+    with open(samples, "ab") as file:  # a write the kill tore
+        file.write(b'{"id": 59, "nll": 0.0')
+    kept = samples.read_bytes().splitlines()[:done]
+    PPL_evaluation.main(flags(folder, text_file, broken, *more, "--resume"))
+    assert samples.read_bytes().splitlines()[:done] == kept, "finished windows were scored again"
+    assert metrics_of(broken)["metric"] == metrics_of(whole)["metric"]
+    assert metrics_of(broken)["avg_bits"] == metrics_of(whole)["avg_bits"]
+
+
+def test_a_longer_limit_takes_over_a_shorter_run(folder, text_file, tmp_path):
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "2"))
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "5", "--resume"))
+    assert metrics_of(tmp_path)["n"] == 5
+
+
+def test_rotatekv2_beats_plain_rounding_on_the_embedded_model(embedded):
+    model, tokenizer = embedded
+    window = next(windows_of(tokenize(tokenizer, load_text("essays")), 512))
+    nll = {}
+    for name in ("FP16", "RTN2", "RotateKV2"):
+        with patch_model(model, name):
+            nll[name] = score_window(model, window).nll
+    assert perplexity([nll["FP16"]]) < perplexity([nll["RotateKV2"]]) < perplexity([nll["RTN2"]]) / 5
+
+
+def test_cache_bytes_of_the_embedded_model_at_2048_tokens(embedded):
+    """≤ 0.175 of fp16, by the memory formula of the README, also after 200 decode steps and at batch 4."""
+    from rotatekv import RotateKVCache
+
+    model, _ = embedded
+    torch.manual_seed(0)
+    ids = torch.randint(100, 40000, (1, 2048))
+    with patch_model(model, "RotateKV2"), torch.no_grad():
+        cache = RotateKVCache.for_model(model)
+        model.model(input_ids=ids, past_key_values=cache)
+        for step in range(201):
+            tokens = 2048 + step
+            sinks = sum(len(layer.sink_rows) for layer in cache.layers)
+            formula = tokens * (30 * 2 * 192 * 2 / 8 + 30 * 2 * 3 * 3 + 4) + sinks * (4 * 192 + 8)
+            held = sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors())
+            assert cache.nbytes() == held == formula
+            assert cache.nbytes() <= 0.175 * tokens * 30 * 2 * 192 * 2
+            assert cache.avg_bits()["total"] == pytest.approx(8 * held / (tokens * 30 * 2 * 192))
+            if step < 200:
+                model.model(input_ids=ids[:, step : step + 1], past_key_values=cache)
+        one_row = cache.nbytes()
+        cache.batch_repeat_interleave(4)
+        assert cache.nbytes() == 4 * one_row
