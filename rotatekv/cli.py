@@ -12,12 +12,13 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL
 
+DEFAULT_METHOD = "RotateKV2"
 _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "k_bits": (int, "bits per key number: 2, 3 or 4"),
-    "k_groupsize": (int, "key channels that share a scale (default: head_dim)"),
+    "k_groupsize": (int, "key channels that share a scale"),
     "k_clip_ratio": (float, "factor on a key group's maximum and minimum, in (0, 1]"),
     "v_bits": (int, "bits per value number: 2, 3 or 4"),
-    "v_groupsize": (int, "value channels that share a scale (default: head_dim)"),
+    "v_groupsize": (int, "value channels that share a scale"),
     "v_clip_ratio": (float, "factor on a value group's maximum and minimum, in (0, 1]"),
     "head_group_num": (int, "key heads rotated together, at most"),
     "Grouped_Head_Key_Rotation": (bool, "rotate grouped heads before RoPE; False: each head after RoPE"),
@@ -82,16 +83,17 @@ def model_flags(args: argparse.Namespace) -> dict:
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method", "A preset, then flags that override it.")
-    group.add_argument("--method", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: RotateKV2)")
+    group.add_argument("--method", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_METHOD})")
     for name in PRESETS:
         add_switch(group, name, f"the same as --method {name}")
     group.add_argument("--calibration_file", help="reorder indices (default: reorder_indices/<model>.safetensors)")
     for name, (kind, text) in _METHOD_FLAGS.items():
+        usual = getattr(PRESETS[DEFAULT_METHOD], name)
+        default = "head_dim" if usual is None else f"the preset's; {DEFAULT_METHOD}: {usual}"
         if kind is bool:
-            add_switch(group, name, f"{text} (default: the preset's)", default=None)
+            add_switch(group, name, f"{text} (default: {default})", default=None)
         else:
-            default = "" if "(default" in text else " (default: the preset's)"
-            group.add_argument(f"--{name}", type=kind, help=text + default)
+            group.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:
@@ -115,7 +117,7 @@ def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
         chosen.append(args.method)
     if len(set(chosen)) > 1:
         raise UserError(f"two methods at once: {' and '.join(dict.fromkeys(chosen))}; choose one")
-    name = chosen[0] if chosen else "RotateKV2"
+    name = chosen[0] if chosen else DEFAULT_METHOD
     if name not in PRESETS:
         raise UserError(f"unknown method {name!r}: choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def restore_weights(saved: list[tuple[nn.Linear, str, nn.Parameter]]) -> None:
         setattr(module, name, original)
 
 
-def _rows(attention: nn.Module) -> Iterator[tuple[nn.Linear, slice]]:
+def _rows(attention: nn.Module) -> tuple[tuple[nn.Linear, slice], tuple[nn.Linear, slice]]:
     """(projection, its output channels) of the keys and of the values."""
     if not hasattr(attention, "qkv_proj"):
         return (attention.k_proj, slice(None)), (attention.v_proj, slice(None))
