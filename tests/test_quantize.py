@@ -1,0 +1,189 @@
+"""The group quantizer and the packing against independent numpy versions and bytes written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rotatekv.kernels import quantize_and_pack, unpack_and_dequantize
+from rotatekv.packing import pack_codes, unpack_codes
+from rotatekv.quantize import dequantize_groups, quantize_groups
+
+BITS = [2, 3, 4]
+
+
+def numpy_quantize(x: np.ndarray, bits: int, group_size: int, clip_ratio: float):
+    """Design section 1, step 4; the scale is rounded to the float16 it is stored in."""
+    groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, group_size)
+    top, bottom = groups.max(-1) * np.float32(clip_ratio), groups.min(-1) * np.float32(clip_ratio)
+    scale = ((top - bottom) / np.float32(2**bits - 1)).astype(np.float16).astype(np.float32)
+    zero = np.rint(-bottom / scale)
+    codes = np.clip(np.rint(groups / scale[..., None]) + zero[..., None], 0, 2**bits - 1)
+    return codes.reshape(x.shape), scale, zero
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.8, 0.5])
+@pytest.mark.parametrize("group_size", [8, 16, 48])
+def test_quantizer_equals_the_numpy_version(bits, clip_ratio, group_size):
+    x = random(2, 7, 48)
+    codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio)
+    expected_codes, expected_scale, expected_zero = numpy_quantize(x.numpy(), bits, group_size, clip_ratio)
+    assert codes.dtype == torch.uint8 and scale.dtype == torch.float16 and zero.dtype == torch.int8
+    assert codes.shape == x.shape and scale.shape == zero.shape == (2, 7, 48 // group_size)
+    np.testing.assert_array_equal(scale.float().numpy(), expected_scale)
+    np.testing.assert_array_equal(zero.numpy(), expected_zero)
+    np.testing.assert_array_equal(codes.numpy(), expected_codes)
+    expected = (expected_codes.reshape(2, 7, -1, group_size) - expected_zero[..., None]) * expected_scale[..., None]
+    np.testing.assert_allclose(dequantize_groups(codes, scale, zero).numpy(), expected.reshape(x.shape), rtol=1e-6)
+
+
+def test_each_token_and_each_run_of_channels_has_its_own_scale():
+    x = random(1, 3, 32)
+    x[0, 1, 16:] *= 100
+    _, scale, _ = quantize_groups(x, 2, 16)
+    _, unchanged, _ = quantize_groups(random(1, 3, 32), 2, 16)
+    changed = (scale != unchanged).squeeze(0)
+    assert changed.tolist() == [[False, False], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_all_levels_from_0_to_2_to_the_bits_minus_1_are_used(bits):
+    levels = 2**bits
+    x = torch.linspace(-1, 1, 8 * levels).unsqueeze(0)
+    codes, scale, _ = quantize_groups(x, bits, x.shape[1])
+    assert sorted(set(codes.flatten().tolist())) == list(range(levels))
+    assert scale.item() == pytest.approx(2 / (levels - 1), rel=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    clip_ratio=st.sampled_from([1.0, 0.8]),
+    shift=st.sampled_from([0.0, 3.0, -40.0, 1000.0]),
+    spread=st.sampled_from([1e-6, 1e-2, 1.0, 500.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_error_is_at_most_half_a_scale_inside_the_representable_range(bits, clip_ratio, shift, spread, seed):
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) * spread + shift
+    codes, scale, zero = quantize_groups(x, bits, 16, clip_ratio)
+    wide, offset = scale.double(), zero.double()
+    error = (dequantize_groups(codes, scale, zero).double() - x.double()).abs()
+    inside = (x >= -offset * wide) & (x <= (2**bits - 1 - offset) * wide)
+    slack = 1 + 1e-4  # float32 division of the codes
+    assert bool((error <= wide / 2 * slack).masked_select(inside).all())
+    if clip_ratio == 1.0:  # the integer zero point moves the range by at most half a step
+        assert bool((error <= wide * 1.01 + 142 * 2.0**-25).all())  # near zero: (127 + 15) half steps of float16
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 3.7, -250.0, 1e-5, 6e4, -6e4])
+def test_constant_rows_come_back_almost_exactly(bits, value):
+    x = torch.full((2, 3, 16), value)
+    restored = dequantize_groups(*quantize_groups(x, bits, 8))
+    assert torch.isfinite(restored).all()
+    # float16 scales are steps of 2^-24 near zero, and the zero point multiplies half a step by up to 127
+    torch.testing.assert_close(restored, x, rtol=0.004, atol=127 * 2.0**-25)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_stay_exactly_zero(bits):
+    assert torch.equal(dequantize_groups(*quantize_groups(torch.zeros(1, 4, 16), bits, 16)), torch.zeros(1, 4, 16))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (5.0, 6.0), (99.0, 100.0), (-6.0, -5.0), (-100.0, -99.0)])
+def test_groups_on_one_side_of_zero(bits, low, high):
+    x = torch.linspace(low, high, 16).reshape(1, 1, 16)
+    codes, scale, zero = quantize_groups(x, bits, 16)
+    error = (dequantize_groups(codes, scale, zero) - x).abs().max()
+    largest = max(abs(low), abs(high))
+    assert error <= max((high - low) / (2**bits - 1), largest / 127) * 1.01
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.8])
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-10, 2.0**-24, 1e5, 1e20, 3e38])
+def test_huge_and_tiny_values_give_no_nan_or_inf(bits, clip_ratio, magnitude):
+    signs = torch.tensor([1.0, -1.0, 0.5, 0.0, 1.0, 1.0, -0.25, 1.0])
+    for row in (signs, signs.abs(), -signs.abs()):
+        codes, scale, zero = quantize_groups((row * magnitude).reshape(1, 8), bits, 8, clip_ratio)
+        assert torch.isfinite(scale).all() and (scale > 0).all()
+        assert torch.isfinite(dequantize_groups(codes, scale, zero)).all()
+        assert int(codes.max()) <= 2**bits - 1 and int(zero.abs().max()) <= 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (5, 1, 16)])
+def test_one_token_and_a_batch_of_one_token_rows(shape, dtype):
+    x = random(*shape).to(dtype)
+    whole = unpack_and_dequantize(quantize_and_pack(x, 2, 8, 0.8), 2)
+    assert whole.shape == shape and torch.isfinite(whole).all()
+    for row in range(shape[0]):
+        single = unpack_and_dequantize(quantize_and_pack(x[row : row + 1], 2, 8, 0.8), 2)
+        assert torch.equal(single, whole[row : row + 1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_quantizing_does_not_change_its_input(bits):
+    x = random(1, 4, 16)
+    before = x.clone()
+    quantize_groups(x, bits, 8, 0.8)
+    assert torch.equal(x, before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    lead=st.lists(st.integers(1, 5), min_size=0, max_size=3),
+    octets=st.integers(1, 9),
+    seed=st.integers(0, 10_000),
+)
+def test_packing_round_trips_and_takes_exactly_the_bits(bits, lead, octets, seed):
+    codes = torch.randint(0, 2**bits, (*lead, 8 * octets), generator=torch.Generator().manual_seed(seed))
+    codes = codes.to(torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (*lead, bits * octets)
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_bit_of_the_bytes_carries_information(bits):
+    every_byte = torch.arange(256, dtype=torch.uint8).repeat(bits).reshape(bits, 256).T.flatten()  # multiple of bits
+    assert torch.equal(pack_codes(unpack_codes(every_byte, bits), bits), every_byte)
+
+
+@pytest.mark.parametrize(
+    "bits, codes, expected",
+    [
+        (2, [0, 1, 2, 3, 3, 2, 1, 0], [0b11_10_01_00, 0b00_01_10_11]),
+        (2, [1, 0, 0, 0, 0, 0, 0, 2], [0b00_00_00_01, 0b10_00_00_00]),
+        (4, [0, 1, 2, 3, 4, 5, 14, 15], [0x10, 0x32, 0x54, 0xFE]),
+        # low two bits of four channels a byte, then the high bit of all eight
+        (3, [0, 1, 2, 3, 4, 5, 6, 7], [0b11_10_01_00, 0b11_10_01_00, 0b1111_0000]),
+        (3, [4, 0, 0, 0, 0, 0, 0, 3], [0b00_00_00_00, 0b11_00_00_00, 0b0000_0001]),
+    ],
+)
+def test_byte_layout_is_the_documented_one(bits, codes, expected):
+    codes = torch.tensor(codes, dtype=torch.uint8)
+    assert pack_codes(codes, bits).tolist() == expected
+    assert unpack_codes(torch.tensor(expected, dtype=torch.uint8), bits).tolist() == codes.tolist()
+
+
+def test_planes_of_a_3_bit_row_follow_each_other():
+    codes = torch.tensor([1] * 8 + [6] * 8, dtype=torch.uint8)
+    low_plane, high_plane = [0b01_01_01_01] * 2 + [0b10_10_10_10] * 2, [0, 0xFF]
+    assert pack_codes(codes, 3).tolist() == low_plane + high_plane
+
+
+@pytest.mark.parametrize("channels", [1, 4, 12, 15])
+def test_channels_that_do_not_fill_bytes_are_refused(channels):
+    with pytest.raises(ValueError, match="multiple of 8"):
+        pack_codes(torch.zeros(2, channels, dtype=torch.uint8), 3)
