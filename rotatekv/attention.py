@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache
+from rotatekv.compat import CACHE_NAMES, find_cache
 from rotatekv.sinks import detect_sinks
 
 
@@ -26,7 +27,6 @@ def attention_forward(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
-    past_key_values: RotateKVCache | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over the quantized cache; takes and returns what Hugging Face's own forward does.
@@ -34,11 +34,13 @@ def attention_forward(
     Args:
         hidden_states: (B, T, hidden_size).
         position_embeddings: cos and sin of the new tokens, (B, T, rotary_dim) each.
+        kwargs: the cache among them, and what the attention interface takes.
 
     Raises:
         RuntimeError: called with no cache, as gradient checkpointing does.
     """
-    if past_key_values is None:
+    cache: RotateKVCache | None = find_cache(kwargs)
+    if cache is None:
         raise RuntimeError(
             "RotateKV's attention was called without a cache: call the whole model, and switch gradient "
             "checkpointing off or unpatch_model(model) before training"
@@ -46,14 +48,15 @@ def attention_forward(
     rope = rope_function(self)
     query, key, value = project_qkv(self, hidden_states)  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
     query = rope(query, *position_embeddings)
-    key, value = past_key_values.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
+    key, value = cache.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
 
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, _modeling_module(self).eager_attention_forward
     )
+    options = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    dropout = self.attention_dropout if self.training else 0.0
     output, weights = attend(
-        self, query, key, value, attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
+        self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options
     )  # fmt: skip
     output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, H·D)
     return self.o_proj(output), weights
@@ -93,7 +96,7 @@ def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor,
 
 def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Pre-hook of a decoder layer: on a cache's first call, name the tokens that stay unquantized (section 4.3)."""
-    cache = kwargs.get("past_key_values")
+    cache = find_cache(kwargs)
     if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
         return
     layer = cache.layers[decoder_layer.self_attn.layer_idx]

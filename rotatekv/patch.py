@@ -10,12 +10,12 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-import transformers
 from torch import nn
 
 from rotatekv.attention import attention_forward, choose_sinks
 from rotatekv.cache import CacheSpec, RotateKVCache
 from rotatekv.calibration import load_reorder_indices
+from rotatekv.compat import CACHE_NAME, CACHE_NAMES, check_transformers_version, find_cache
 from rotatekv.config import QuantConfig, resolve_config
 from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
@@ -25,7 +25,6 @@ from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SUPPORTED_ATTENTION = ("eager", "sdpa")
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3")
-_TRANSFORMERS_FROM, _TRANSFORMERS_BELOW = (5, 23), (6, 0)
 _HANDLE = "_rotatekv_handle"
 
 
@@ -140,14 +139,6 @@ def find_text_model(model: nn.Module) -> nn.Module:
     raise UserError(f"{type(model).__name__} has no decoder with rotary attention: supported are {_families()}")
 
 
-def check_transformers_version() -> None:
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not _TRANSFORMERS_FROM <= version < _TRANSFORMERS_BELOW:
-        raise UserError(
-            f"transformers {transformers.__version__} is not supported: pip install 'transformers>=5.23,<6'"
-        )
-
-
 def check_supported(text_model: nn.Module) -> None:
     """Raises UserError for a family, attention, sliding window or RoPE that would be silently wrong."""
     config = text_model.config
@@ -215,10 +206,11 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
         kwargs = {"input_ids": args[0], **kwargs}
         if len(args) > 1:
             raise UserError("a patched model takes its arguments after input_ids by name")
-    cache = kwargs.get("past_key_values")
+    cache = find_cache(kwargs)
     if cache is None:
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
+    kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
     tokens = embeds if embeds is not None else ids
     batch_size, length = tokens.shape[:2]
@@ -232,12 +224,12 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     dtype = embeds.dtype if embeds is not None else text_model.get_input_embeddings().weight.dtype
     stub = torch.empty(0, dtype=dtype, device=tokens.device)  # rotary_emb only reads its dtype and device
     cache.set_rope_table(*text_model.rotary_emb(stub, position_ids=cache.positions.to(tokens.device)))
-    return (), {**kwargs, "position_ids": position_ids, "past_key_values": cache}
+    return (), {**kwargs, "position_ids": position_ids, CACHE_NAME: cache}
 
 
 def _leave_forward(text_model: nn.Module, args: tuple, kwargs: dict, output):
     """Hook of the text model: drop the call's tables, and the cache from the output where use_cache is False."""
-    cache = kwargs.get("past_key_values")
+    cache = find_cache(kwargs)
     if isinstance(cache, RotateKVCache):
         cache.end_forward()
     use_cache = kwargs.get("use_cache")
@@ -245,7 +237,7 @@ def _leave_forward(text_model: nn.Module, args: tuple, kwargs: dict, output):
         return output
     if isinstance(output, tuple):
         return tuple(item for item in output if not isinstance(item, RotateKVCache))
-    output.past_key_values = None
+    setattr(output, CACHE_NAME, None)
     return output
 
 
@@ -267,12 +259,12 @@ def _prepare_cache(handle: PatchHandle, model, generation_config, model_kwargs: 
             f"cache_implementation={generation_config.cache_implementation!r} is not possible in a patched model: "
             "its cache is the RotateKVCache"
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = find_cache(model_kwargs)
     if cache is not None:
         check_cache(handle, cache)
         cache._is_user_defined = True  # generate asks for it when a cache is handed in
     elif generation_config.use_cache:
-        model_kwargs["past_key_values"] = RotateKVCache(handle.spec)
+        model_kwargs[CACHE_NAME] = RotateKVCache(handle.spec)
 
 
 def _refuse_save(model, *args, **kwargs) -> None:

@@ -18,6 +18,7 @@ from conftest import save_tiny_folder, tiny_text
 
 import PPL_evaluation
 from rotatekv import patch_model
+from rotatekv.compat import CACHE_NAME
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.texts import load_text, tokenize, windows_of
 
@@ -136,7 +137,7 @@ def test_cache_bytes_of_the_embedded_model_at_2048_tokens(embedded):
     ids = torch.randint(100, 40000, (1, 2048))
     with patch_model(model, "RotateKV2"), torch.no_grad():
         cache = RotateKVCache.for_model(model)
-        model.model(input_ids=ids, past_key_values=cache)
+        model.model(input_ids=ids, **{CACHE_NAME: cache})
         for step in range(201):
             tokens = 2048 + step
             sinks = sum(len(layer.sink_rows) for layer in cache.layers)
@@ -146,7 +147,7 @@ def test_cache_bytes_of_the_embedded_model_at_2048_tokens(embedded):
             assert cache.nbytes() <= 0.175 * tokens * 30 * 2 * 192 * 2
             assert cache.avg_bits()["total"] == pytest.approx(8 * held / (tokens * 30 * 2 * 192))
             if step < 200:
-                model.model(input_ids=ids[:, step : step + 1], past_key_values=cache)
+                model.model(input_ids=ids[:, step : step + 1], **{CACHE_NAME: cache})
         one_row = cache.nbytes()
         cache.batch_repeat_interleave(4)
         assert cache.nbytes() == 4 * one_row

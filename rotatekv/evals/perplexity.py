@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from rotatekv.cache import RotateKVCache
+from rotatekv.compat import CACHE_NAME
 
 _LOSS_CHUNK = 512  # tokens whose float32 logits are held at once
 
@@ -49,7 +50,7 @@ def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> 
             chunk = window[:, start : start + (chunk_size or length)]
             # A chunk's last logits predict the next chunk's first token; the window's last predict nothing.
             targets = window[0, start + 1 : start + 1 + chunk.shape[1]]
-            logits = model(chunk.to(model.device), past_key_values=cache, use_cache=True).logits[0]  # (T, vocabulary)
+            logits = model(chunk.to(model.device), use_cache=True, **{CACHE_NAME: cache}).logits[0]  # (T, vocabulary)
             total += _negative_log_likelihood(logits[: len(targets)], targets)
     bits = cache.avg_bits()
     return WindowScore(
