@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     check_supported(text_model)
     group = resolved_head_group(text_model, config)
     ids = tokenize(tokenizer, text)[:, : args.calibration_tokens]
+    if not ids.numel():
+        raise UserError(f"the text {args.dataset} has no tokens")
     length = min(args.seq_length, ids.shape[1])
     windows = list(windows_of(ids, length))
-    if not windows:
-        raise UserError(f"the text {args.dataset} has no tokens")
 
     key_sums = collect_key_sums(model, text_model, tqdm(windows, desc="calibrate", unit="window"))
     width = group * text_model.layers[0].self_attn.head_dim

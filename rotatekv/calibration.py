@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from rotatekv.attention import project_qkv
 from rotatekv.errors import UserError
+from rotatekv.files import write_atomically
 from rotatekv.transforms import heads_to_channels, rotate_channels
 
 FORMAT_VERSION = "1"
@@ -41,7 +41,8 @@ class ReorderIndices:
 
 def model_slug(model_id: str) -> str:
     """A model's name as a file name: the last part of its id or path, in lower case."""
-    return re.sub(r"[^a-z0-9._-]+", "-", model_id.rstrip("/").rsplit("/", 1)[-1].lower()) or "model"
+    name = re.sub(r"[^a-z0-9._-]+", "-", model_id.rstrip("/").rsplit("/", 1)[-1].lower())
+    return name.strip(".") or "model"
 
 
 def collect_key_sums(model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -97,12 +98,10 @@ def save_reorder_indices(path: str | Path, indices: torch.Tensor, metadata: dict
     path = Path(path)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     metadata = {"format": FORMAT_VERSION, "date": date, **{key: str(value) for key, value in metadata.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"indices": indices.to(torch.int32).contiguous()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        write_atomically(path, save({"indices": indices.to(torch.int32).contiguous()}, metadata=metadata))
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose another --output") from None
     return path
 
@@ -128,7 +127,7 @@ def load_reorder_indices(
         raise UserError(f"no calibration file {path}: make it with calibrate_reorder.py --output {path}")
     found = _read_authors_tensor(path) if path.suffix in (".pt", ".pth") else _read_safetensors(path)
     _check(found, path, model_id, num_layers, channels, head_group_num)
-    return found
+    return replace(found, indices=found.indices.long())
 
 
 def _find(model_id: str, head_group_num: int) -> Path:
@@ -151,7 +150,7 @@ def _read_safetensors(path: Path) -> ReorderIndices:
             indices = file.get_tensor("indices")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}): {_REMAKE}") from None
-    return ReorderIndices(indices.long(), metadata, _sha256(path))
+    return ReorderIndices(indices, metadata, _sha256(path))
 
 
 def _read_authors_tensor(path: Path) -> ReorderIndices:
@@ -165,7 +164,7 @@ def _read_authors_tensor(path: Path) -> ReorderIndices:
         if not isinstance(content, torch.Tensor) or content.is_floating_point() or content.dim() != 2:
             raise ValueError("no (layers, channels) table of integers")
     except Exception as error:  # torch.load raises a dozen classes on foreign bytes
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no table of reorder indices ({reason}): {_REMAKE}") from None
     return ReorderIndices(content.long(), {}, _sha256(path))
 
@@ -175,6 +174,8 @@ def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, ch
     made_for = found.metadata.get("model")
     if made_for is not None and model_slug(made_for) != model_slug(model_id):
         raise UserError(f"{path} was made for {made_for}, not for {model_id}: {_REMAKE}")
+    if found.indices.is_floating_point() or found.indices.is_complex():
+        raise UserError(f"{path} holds {found.indices.dtype} numbers, not indices: {_REMAKE}")
     if len(shape) != 2 or shape != (num_layers, channels):
         raise UserError(f"{path} holds indices of shape {shape}, the model needs {(num_layers, channels)}: {_REMAKE}")
     made_with = found.metadata.get("head_group_num")

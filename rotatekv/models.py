@@ -110,7 +110,7 @@ def _explain(name: str, error: Exception) -> str:
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if any(sign in text for sign in ("gated", "401 client", "403 client", "awaiting a review", "access to model")):
         return f"{name} is gated: accept its licence on its Hub page, then set HF_TOKEN to your token"
-    if "flash" in text and "attn" in text:
+    if "flash" in text and ("attn" in text or "attention" in text):
         return f"flash attention is not available ({first_line}): --attn_implementation sdpa"
     if "out of memory" in text:
         return f"{name} does not fit on the device: --device_map auto, a smaller dtype, or --device cpu"

@@ -17,6 +17,7 @@ import transformers
 
 from rotatekv.calibration import model_slug
 from rotatekv.errors import UserError
+from rotatekv.files import write_atomically, write_json
 
 SCHEMA = 1
 
@@ -112,20 +113,6 @@ class Run:
 def config_hash(config: dict) -> str:
     """12 hex digits of the config's canonical json."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def environment() -> dict:

@@ -70,8 +70,9 @@ def test_padding_is_never_a_sink_however_large(padding):
 
 
 def test_zero_hidden_states_of_real_tokens_still_beat_padding():
-    mask = torch.tensor([[False, False, True, True]])
-    assert found(torch.zeros(1, 4, 2), 4, mask) == [(0, 2), (0, 3)]
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    mask[0, 30] = mask[0, 40] = True
+    assert found(torch.zeros(1, 64, 2), 4, mask) == [(0, 30), (0, 40)]
 
 
 def test_a_sequence_of_padding_alone_has_no_sinks():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
 def _wikitext2(split: str, data_dir: str | None) -> Text:
     if data_dir is not None:
         path = Path(data_dir) / "wikitext2" / _WIKITEXT_FILES[split]
-        return Text(f"wikitext2/{split}", join_wikitext_rows(_read(path).splitlines(keepends=True)))
+        return Text(f"wikitext2/{split}", join_wikitext_rows(_rows(_read(path))))
     try:
         hub_is_offline()  # before datasets is imported: without a network, fail at once
         from datasets import load_dataset
@@ -83,6 +84,11 @@ def _wikitext2(split: str, data_dir: str | None) -> Text:
             f"DIR/wikitext2/{_WIKITEXT_FILES[split]}, or --dataset essays"
         ) from None
     return Text(f"wikitext2/{split}", join_wikitext_rows(list(rows)))
+
+
+def _rows(content: str) -> list[str]:
+    """Lines with their newline; other characters that ``splitlines`` cuts at belong to the text."""
+    return [line for line in re.split(r"(?<=\n)", content) if line]
 
 
 def _essays(first: int) -> Text:
