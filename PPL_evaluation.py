@@ -6,10 +6,6 @@ With no data and no network:  python PPL_evaluation.py --dataset essays --method
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-
-from tqdm import tqdm
 
 import calibrate_reorder
 from rotatekv import load_model, patch_model
@@ -26,9 +22,9 @@ from rotatekv.cli import (
 )
 from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
+from rotatekv.evals.running import finish_run, open_run, score_samples
 from rotatekv.evals.texts import Text, load_text, tokenize, windows_of
 from rotatekv.models import model_revision
-from rotatekv.results import Run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -62,29 +58,26 @@ def main(argv: list[str] | None = None) -> None:
     windows = cut_windows(tokenizer, text, args.PPL_seq_length)
     windows = windows[: args.limit]
 
+    dataset = {"id": text.name, "sha256": text.sha256}
+    protocol = {"PPL_seq_length": args.PPL_seq_length, "chunk_size": args.chunk_size}
+    samples = [{"id": number, "window": window} for number, window in enumerate(windows)]
     with patch_model(model, quant_config, args.calibration_file) as handle:
-        config = {
-            "task": "ppl", "model": model.name_or_path, "revision": model_revision(model),
-            "dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": args.attn_implementation,
-            "method": name, "quant": quant_config.to_dict(), "fingerprint": handle.spec.fingerprint,
-            "dataset": text.name, "dataset_sha256": text.sha256,
-            "PPL_seq_length": args.PPL_seq_length, "chunk_size": args.chunk_size, "seed": args.seed,
-        }  # fmt: skip
-        run = Run(args.output_dir, "ppl", args.model, config, args.resume, args.overwrite)
-        scores = score_windows(model, windows, args.chunk_size, run)
-    n = len(scores)
-    bits = {key: sum(score[f"{key}_bits"] for score in scores) / n for key in ("k", "v", "total")}
-    bytes_per_token = sum(score["cache_bytes"] for score in scores) / sum(score["tokens"] for score in scores)
-    value = perplexity([score["nll"] for score in scores])
-    path = run.finish(
-        metric={"ppl": value}, n=n, partial=args.limit is not None,
-        avg_bits=bits, cache_bytes_per_token=bytes_per_token,
-        model={"id": model.name_or_path, "revision": model_revision(model)},
-        dataset={"id": text.name, "sha256": text.sha256}, seed=args.seed,
-        seconds=sum(score["seconds"] for score in scores),
-    )  # fmt: skip
-    print(f"{n} windows of {args.PPL_seq_length} tokens, {path}")
-    print(f"{text.name} perplexity: {value:.4f}  ({name}, {bits['total']:.3f} bits, {bytes_per_token:.1f} bytes/token)")
+        run = open_run(args, "ppl", name, handle, dataset, **protocol)
+        if not score_samples(
+            run,
+            samples,
+            lambda batch: [score_window(model, sample["window"], args.chunk_size) for sample in batch],
+            unit="window",
+            running=lambda records: {"ppl": f"{perplexity([record['nll'] for record in records]):.3f}"},
+        ):
+            return
+    records = [run.samples[sample["id"]] for sample in samples]
+    value = perplexity([record["nll"] for record in records])
+    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
+    done = finish_run(run, records, {"ppl": value}, args.limit is not None, model_record, dataset)
+    print(f"{len(records)} windows of {args.PPL_seq_length} tokens, {done['path']}")
+    bits, size = done["total_bits"], done["bytes_per_token"]
+    print(f"{text.name} perplexity: {value:.4f}  ({name}, {bits:.3f} bits, {size:.1f} bytes/token)")
 
 
 def cut_windows(tokenizer, text: Text, length: int) -> list:
@@ -92,20 +85,9 @@ def cut_windows(tokenizer, text: Text, length: int) -> list:
     windows = list(windows_of(ids, length))
     if not windows:
         have = ids.shape[1]
-        raise UserError(f"{text.name} has {have} tokens, less than one window: pass --PPL_seq_length {have} or less")
+        mend = f"pass --PPL_seq_length {have} or less" if have > 1 else "pass a longer text"
+        raise UserError(f"{text.name} has {have} tokens, less than one window: {mend}")
     return windows
-
-
-def score_windows(model, windows: list, chunk_size: int | None, run: Run) -> list[dict]:
-    """Score the windows this run has not scored yet; the records of all of them, in order."""
-    bar = tqdm(range(len(windows)), desc="perplexity", unit="window", file=sys.stderr)
-    for number in bar:
-        if number not in run.samples:
-            started = time.perf_counter()
-            score = score_window(model, windows[number], chunk_size).to_dict()
-            run.append({"id": number, **score, "seconds": time.perf_counter() - started})
-        bar.set_postfix(ppl=f"{perplexity([run.samples[i]['nll'] for i in range(number + 1)]):.3f}")
-    return [run.samples[number] for number in range(len(windows))]
 
 
 def calibration_flags(args: argparse.Namespace) -> list[str]:

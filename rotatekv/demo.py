@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
                 for window in windows:
                     scores.append(score_window(model, window))
                     bar.update()
-            rows.append((name, perplexity([score.nll for score in scores]), scores))
+            rows.append((name, perplexity([score["nll"] for score in scores]), scores))
 
     config = model.config
     numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{EMBEDDED_MODEL}, {len(windows)} windows of {SEQ_LENGTH} tokens of {text.name}, {threads} threads")
     print(f"{'method':<10} {'perplexity':>10} {'average bits':>12} {'bytes/token':>11} {'of fp16':>8}")
     for name, value, scores in rows:
-        bits = sum(score.total_bits for score in scores) / len(scores)
-        bytes_per_token = sum(score.cache_bytes for score in scores) / sum(score.tokens for score in scores)
+        bits = sum(score["total_bits"] for score in scores) / len(scores)
+        bytes_per_token = sum(score["cache_bytes"] for score in scores) / sum(score["tokens"] for score in scores)
         ratio = bytes_per_token / (2 * numbers_per_token)  # fp16: 2 bytes a number, whatever the model's dtype
         print(f"{name:<10} {value:>10.2f} {bits:>12.3f} {bytes_per_token:>11.0f} {ratio:>8.3f}")
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rotatekv.compat import check_transformers_version
+from rotatekv.distributed import local_rank
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
 
@@ -80,9 +81,9 @@ def load_model(
 
 
 def pick_device(device: str | None) -> torch.device:
-    """``None`` → CUDA where there is one, else CPU. UserError for a device this machine does not have."""
+    """``None`` → this rank's CUDA device, or CPU where there is none. UserError for a device that is not here."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         torch.empty(0, device=device)
         return torch.device(device)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from rotatekv import distributed
 from rotatekv.calibration import model_slug
 from rotatekv.errors import UserError
 from rotatekv.files import write_atomically, write_json
@@ -41,28 +42,31 @@ class Run:
         self.run_id = config_hash(config)
         self.folder = Path(output_dir) / task / model_slug(model) / self.run_id
         self.started = _now()
-        existing = self._path("config.json").is_file() or self._path("samples.jsonl").is_file()
-        if existing and not (resume or overwrite):
-            raise UserError(f"the run {self.folder} exists: --resume goes on with it, --overwrite starts anew")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for name in ("metrics.json", "samples.jsonl", "config.json"):
-                    self._path(name).unlink(missing_ok=True)
-            elif existing:
-                self._check_same_config()
-            write_json(self._path("config.json"), config)
-            self.samples = self._read_samples()
+            if distributed.is_main():
+                self._open(resume, overwrite)
+            distributed.barrier()
+            self.samples = self._read_samples(self._path("samples.jsonl"))
         except OSError as error:
             raise UserError(f"cannot write {self.folder} ({error.strerror}): choose another --output_dir") from None
 
     def append(self, sample: dict) -> None:
         """Add one finished sample, keyed by its ``id``; it is on disk when this returns."""
-        with open(self._path("samples.jsonl"), "a", encoding="utf-8") as file:
+        alone = distributed.world_size() == 1
+        name = "samples.jsonl" if alone else f"samples.rank{distributed.rank()}.jsonl"
+        with open(self._path(name), "a", encoding="utf-8") as file:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.samples[sample["id"]] = sample
+
+    def gather(self) -> bool:
+        """Wait for all ranks, then join their samples; True on the rank that is to score them."""
+        distributed.barrier()
+        if distributed.is_main():
+            self._merge_ranks()
+            self.samples = self._read_samples(self._path("samples.jsonl"))
+        return distributed.is_main()
 
     def finish(self, **results) -> Path:
         """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
@@ -86,9 +90,37 @@ class Run:
         if not same:
             raise UserError(f"{path} is damaged or of another run: --overwrite starts anew")
 
-    def _read_samples(self) -> dict:
+    def _open(self, resume: bool, overwrite: bool) -> None:
+        existing = self._path("config.json").is_file() or self._path("samples.jsonl").is_file()
+        if existing and not (resume or overwrite):
+            raise UserError(f"the run {self.folder} exists: --resume goes on with it, --overwrite starts anew")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for path in [*map(self._path, ("metrics.json", "samples.jsonl", "config.json")), *self._rank_files()]:
+                path.unlink(missing_ok=True)
+        elif existing:
+            self._check_same_config()
+        write_json(self._path("config.json"), self.config)
+        self._merge_ranks()
+
+    def _rank_files(self) -> list[Path]:
+        return sorted(self.folder.glob("samples.rank*.jsonl"))
+
+    def _merge_ranks(self) -> None:
+        """Join the ranks' files, of this run or of a killed one with another number of ranks, into samples.jsonl."""
+        paths = self._rank_files()
+        if not paths:
+            return
+        samples = self._read_samples(self._path("samples.jsonl"))
+        for path in paths:
+            samples |= self._read_samples(path)
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples.values()]
+        write_atomically(self._path("samples.jsonl"), "".join(lines).encode())
+        for path in paths:
+            path.unlink()
+
+    def _read_samples(self, path: Path) -> dict:
         """The finished samples by id. A last line torn by a kill is dropped from the file."""
-        path = self._path("samples.jsonl")
         if not path.is_file():
             return {}
         data = path.read_bytes()
@@ -124,7 +156,7 @@ def environment() -> dict:
         "platform": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "world_size": distributed.world_size(),
         "git_commit": _git_commit(),
     }
 

@@ -124,7 +124,7 @@ def test_rotatekv2_beats_plain_rounding_on_the_embedded_model(embedded):
     nll = {}
     for name in ("FP16", "RTN2", "RotateKV2"):
         with patch_model(model, name):
-            nll[name] = score_window(model, window).nll
+            nll[name] = score_window(model, window)["nll"]
     assert perplexity([nll["FP16"]]) < perplexity([nll["RotateKV2"]]) < perplexity([nll["RTN2"]]) / 5
 
 

@@ -169,8 +169,9 @@ def test_an_unwritable_output_folder_is_one_line(tmp_path, below):
 
 def test_metrics_hold_what_the_run_knows_and_what_it_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["PPL_evaluation.py", "--dataset", "two words.txt"])
+    run = start(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    path = start(tmp_path).finish(metric={"ppl": 2.5}, n=4, partial=True, seed=0)
+    path = run.finish(metric={"ppl": 2.5}, n=4, partial=True, seed=0)
     metrics = json.loads(path.read_text())
     assert path.name == "metrics.json"
     assert set(metrics) == {"schema", "task", "metric", "n", "partial", "seed", "config", "env", "started", "argv"}

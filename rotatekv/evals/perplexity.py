@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 
 import torch
 from torch.nn import functional as F
 
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAME
+from rotatekv.evals.running import cache_use
 
 _LOSS_CHUNK = 512  # tokens whose float32 logits are held at once
 
 
-@dataclass(frozen=True)
-class WindowScore:
-    """One window: mean negative log-likelihood in nats per predicted token, and what its cache took.
-
-    Args:
-        cache_bytes: measured, summed over the tensors the cache holds after the window.
-        k_bits, v_bits, total_bits: measured average bits per number.
-    """
-
-    nll: float
-    tokens: int
-    cache_bytes: int
-    k_bits: float
-    v_bits: float
-    total_bits: float
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> WindowScore:
+def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> dict:
     """Score one window of a patched model from an empty cache.
 
     Args:
         window: (1, T) token ids, T ≥ 2.
         chunk_size: feed the window this many tokens at a time, so that later chunks read what earlier ones stored;
             None feeds it at once.
+
+    Returns:
+        ``nll``, mean negative log-likelihood in nats per predicted token, and what ``cache_use`` measures.
     """
     cache = RotateKVCache.for_model(model)
     length = window.shape[1]
@@ -52,10 +35,7 @@ def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> 
             targets = window[0, start + 1 : start + 1 + chunk.shape[1]]
             logits = model(chunk.to(model.device), use_cache=True, **{CACHE_NAME: cache}).logits[0]  # (T, vocabulary)
             total += _negative_log_likelihood(logits[: len(targets)], targets)
-    bits = cache.avg_bits()
-    return WindowScore(
-        float(total) / (length - 1), length, cache.nbytes(), bits["k"], bits["v"], bits["total"]
-    )  # fmt: skip
+    return {"nll": float(total) / (length - 1), **cache_use(cache)}
 
 
 def perplexity(nlls: list[float]) -> float:

