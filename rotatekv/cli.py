@@ -106,6 +106,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:
     group.add_argument("--overwrite", action="store_true", help="start this run anew")
 
 
+def add_rescore_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rescore", metavar="DIR", help="score the samples in this run's folder again, without a model, and end"
+    )
+
+
 def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
     """The preset's name (``*`` behind it where a flag changed it) and the config.
 

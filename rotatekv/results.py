@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -50,6 +51,32 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.folder} ({error.strerror}): choose another --output_dir") from None
 
+    @classmethod
+    def of_folder(cls, folder: str | Path, task: str) -> Run:
+        """The run, finished or broken off, in its own folder; no process may be at work on it.
+
+        Raises:
+            UserError: no run of that task is there, it has no sample yet, or it cannot be read or written.
+        """
+        run = cls.__new__(cls)
+        run.folder, run.task, run.started = Path(folder), task, _now()
+        try:
+            run.config = json.loads(run._path("config.json").read_text(encoding="utf-8"))
+            found = run.config["task"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{folder} is no run's folder: pass the one that holds config.json") from None
+        if found != task:
+            raise UserError(f"{folder} is a run of {found}, not of {task}")
+        run.run_id = config_hash(run.config)
+        try:
+            run._merge_ranks()
+            run.samples = run._read_samples(run._path("samples.jsonl"))
+        except OSError as error:
+            raise UserError(f"cannot read or write {folder} ({error.strerror})") from None
+        if not run.samples:
+            raise UserError(f"{folder} has no samples yet")
+        return run
+
     def append(self, sample: dict) -> None:
         """Add one finished sample, keyed by its ``id``; it is on disk when this returns."""
         alone = distributed.world_size() == 1
@@ -71,12 +98,37 @@ class Run:
     def finish(self, **results) -> Path:
         """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
         path = self._path("metrics.json")
-        record = {
-            "schema": SCHEMA, "task": self.task, **results, "config": self.config, "env": environment(),
+        write_json(path, {**self._header(), **results})
+        return path
+
+    def rewrite(self, samples: Sequence[dict], first: dict, **results) -> dict:
+        """Put ``samples`` and ``results`` in the place of the old; metrics.json keeps what is not among ``results``.
+
+        Args:
+            first: further fields for a run that has no metrics.json yet.
+
+        Returns:
+            what metrics.json holds now.
+        """
+        path = self._path("metrics.json")
+        try:
+            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**self._header(), **first}
+            self._write_samples(samples)
+            record = {**old, **results, "rescored": _now()}
+            write_json(path, record)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read or write {path} ({error})") from None
+        return record
+
+    def _header(self) -> dict:
+        return {
+            "schema": SCHEMA, "task": self.task, "config": self.config, "env": environment(),
             "started": self.started, "argv": shlex.join(sys.argv),
         }  # fmt: skip
-        write_json(path, record)
-        return path
+
+    def _write_samples(self, samples: Iterable[dict]) -> None:
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write_atomically(self._path("samples.jsonl"), "".join(lines).encode())
 
     def _path(self, name: str) -> Path:
         return self.folder / name
@@ -114,8 +166,7 @@ class Run:
         samples = self._read_samples(self._path("samples.jsonl"))
         for path in paths:
             samples |= self._read_samples(path)
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples.values()]
-        write_atomically(self._path("samples.jsonl"), "".join(lines).encode())
+        self._write_samples(samples.values())
         for path in paths:
             path.unlink()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from rotatekv import distributed
 from rotatekv.cache import RotateKVCache
+from rotatekv.errors import UserError
 from rotatekv.models import model_revision
 from rotatekv.patch import PatchHandle
 from rotatekv.results import Run
@@ -83,14 +85,62 @@ def finish_run(run: Run, records: Sequence[dict], metric: dict, partial: bool, m
     Returns:
         ``{"path", "total_bits", "bytes_per_token"}`` for the script's last line.
     """
-    count = len(records)
-    bits = {key: sum(record[f"{key}_bits"] for record in records) / count for key in ("k", "v", "total")}
-    bytes_per_token = sum(record["cache_bytes"] for record in records) / sum(record["tokens"] for record in records)
+    measured = _measures(records)
     path: Path = run.finish(
-        metric=metric, n=count, partial=partial, avg_bits=bits, cache_bytes_per_token=bytes_per_token,
-        model=model, dataset=dataset, seed=run.config["seed"], seconds=sum(record["seconds"] for record in records),
-    )  # fmt: skip
-    return {"path": path, "total_bits": bits["total"], "bytes_per_token": bytes_per_token}
+        metric=metric, partial=partial, model=model, dataset=dataset, seed=run.config["seed"], **measured
+    )
+    bytes_per_token = measured["cache_bytes_per_token"]
+    return {"path": path, "total_bits": measured["avg_bits"]["total"], "bytes_per_token": bytes_per_token}
+
+
+def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list[dict], dict]]) -> dict:
+    """Compute a run's metrics again from its samples.jsonl, without a model; for ``--rescore DIR``.
+
+    The samples and metrics.json are replaced one after the other, each at once; what metrics.json says of the run (env,
+    started, argv) stays. A run broken off gets a metrics.json with ``partial`` true.
+
+    Args:
+        folder: the run's own, which holds config.json and samples.jsonl (and rank files, which are merged).
+        task: what the run must be of, as in ``open_run``.
+        metric_of: all records → the records with their ``score`` computed anew, and ``metric`` of metrics.json.
+
+    Returns:
+        what metrics.json holds now; ``summary`` makes the end of the script's last line of it.
+
+    Raises:
+        UserError: no run of this task is there, its records lack a field, or there are several processes.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("--rescore takes a single process: start it without torchrun or accelerate")
+    run = Run.of_folder(folder, task)
+    try:
+        records, metric = metric_of(list(run.samples.values()))
+        measured = _measures(records)
+    except KeyError as error:
+        raise UserError(f"the samples in {folder} have no field {error}: they are of another version") from None
+    config = run.config
+    old = {
+        "partial": True, "model": {"id": config["model"], "revision": config["revision"]}, "seed": config["seed"],
+        "dataset": {"id": config["dataset"], "sha256": config["dataset_sha256"]},
+    }  # fmt: skip
+    return run.rewrite(records, old, metric=metric, **measured)
+
+
+def summary(metrics: dict) -> str:
+    """``(RotateKV2, 3.156 bits, 1234.5 bytes/token)``, the end of a script's last line, from its metrics.json."""
+    bits, size = metrics["avg_bits"]["total"], metrics["cache_bytes_per_token"]
+    return f"({metrics['config']['method']}, {bits:.3f} bits, {size:.1f} bytes/token)"
+
+
+def _measures(records: Sequence[dict]) -> dict:
+    """Of the records, in whatever order: their number, what their caches took, and the seconds they took."""
+    count = len(records)
+    total = {name: math.fsum(record[name] for record in records) for name in ("cache_bytes", "tokens", "seconds")}
+    bits = {key: math.fsum(record[f"{key}_bits"] for record in records) / count for key in ("k", "v", "total")}
+    return {
+        "n": count, "avg_bits": bits, "cache_bytes_per_token": total["cache_bytes"] / total["tokens"],
+        "seconds": total["seconds"],
+    }  # fmt: skip
 
 
 def cache_use(cache: RotateKVCache) -> dict:
