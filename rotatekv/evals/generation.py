@@ -20,6 +20,7 @@ def complete(
     max_new_tokens: int,
     stop_strings: Sequence[str] = (),
     add_special_tokens: bool = True,
+    **options,
 ) -> list[dict]:
     """Continue a batch of prompts greedily.
 
@@ -28,6 +29,7 @@ def complete(
         max_new_tokens: at most this many tokens each.
         stop_strings: a completion ends before the first of them.
         add_special_tokens: False where the prompt comes from a chat template.
+        options: further ones of ``generate``.
 
     Returns:
         for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` and what
@@ -42,14 +44,14 @@ def complete(
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=add_special_tokens)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     check_context(model, inputs["input_ids"].shape[1], max_new_tokens)
-    records = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings)
+    records = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings, **options)
     for prompt, record in zip(prompts, records, strict=True):
         record["prompt_sha256"] = hashlib.sha256(prompt.encode()).hexdigest()
     return records
 
 
 def complete_inputs(
-    model, tokenizer, inputs: dict, max_new_tokens: int, stop_strings: Sequence[str] = ()
+    model, tokenizer, inputs: dict, max_new_tokens: int, stop_strings: Sequence[str] = (), **options
 ) -> list[dict]:
     """``complete`` for inputs that are tokens already, a processor's with pictures among them.
 
@@ -61,7 +63,7 @@ def complete_inputs(
     with torch.no_grad():
         tokens = model.generate(
             **inputs, **{CACHE_NAME: cache}, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            do_sample=False, temperature=None, top_p=None, top_k=None, **stop,
+            do_sample=False, temperature=None, top_p=None, top_k=None, **stop, **options,
         )  # fmt: skip
     length = inputs["input_ids"].shape[1]
     rows = len(tokens)
