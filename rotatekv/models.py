@@ -74,7 +74,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **options)
         model = model.to(target) if target is not None else model
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(_explain(name, error)) from None
+        raise UserError(explain_load_error(name, error)) from None
     if name == EMBEDDED_MODEL:
         model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL
     return model.eval(), tokenizer
@@ -106,7 +106,7 @@ def _embedded_folder() -> str:
     return str(folder)
 
 
-def _explain(name: str, error: Exception) -> str:
+def explain_load_error(name: str, error: Exception) -> str:
     text = f"{type(error).__name__} {error}".lower()
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if any(sign in text for sign in ("gated", "401 client", "403 client", "awaiting a review", "access to model")):
