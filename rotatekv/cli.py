@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 
+from transformers.utils.logging import disable_progress_bar
+
+from rotatekv import distributed
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL
@@ -139,13 +142,19 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """A ``UserError`` in ``main`` → its line on stderr and exit status 2, without a traceback; Ctrl-C → 130."""
+    """A ``UserError`` in ``main`` → its line on stderr and exit status 2, without a traceback; Ctrl-C → 130.
+
+    Of many processes, only the first shows progress bars, and what all have to say is said once.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        if not distributed.is_main():
+            disable_progress_bar()
         try:
             main(argv)
         except UserError as error:
+            distributed.let_main_speak_first()
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

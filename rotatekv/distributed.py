@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed
 
+from rotatekv.errors import UserError
+
 Item = TypeVar("Item")
 # Ranks meet only at the beginning and the end of a run, which may lie days apart.
 _TIMEOUT = timedelta(days=30)
+_GRACE = 3.0  # seconds, within which torchrun sees that rank 0 has ended
 
 
 def rank() -> int:
@@ -36,9 +40,22 @@ def share(items: Sequence[Item]) -> list[Item]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here; returns at once in a single process."""
+    """Wait until every rank is here; returns at once in a single process.
+
+    Raises:
+        UserError: another rank ended before it came here; it has said why.
+    """
     if world_size() == 1:
         return
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
-    torch.distributed.barrier()
+    try:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
+        torch.distributed.barrier()
+    except RuntimeError:  # gloo: the connection is closed
+        raise UserError("another process of this run ended early; the same command with --resume goes on") from None
+
+
+def let_main_speak_first() -> None:
+    """To call before a rank reports an error: all ranks may have it, and the launcher ends them with rank 0."""
+    if not is_main():
+        time.sleep(_GRACE)

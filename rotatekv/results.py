@@ -98,7 +98,8 @@ class Run:
     def finish(self, **results) -> Path:
         """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
         path = self._path("metrics.json")
-        write_json(path, {**self._header(), **results})
+        self.metrics = {**self._header(), **results}
+        write_json(path, self.metrics)
         return path
 
     def rewrite(self, samples: Sequence[dict], first: dict, **results) -> dict:

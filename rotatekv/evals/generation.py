@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from transformers import StoppingCriteria
 
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAME
@@ -32,17 +33,19 @@ def complete(
         options: further ones of ``generate``.
 
     Returns:
-        for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` and what
-        ``cache_use`` measures of the batch's cache, divided by its rows.
+        for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` (the
+        batch's longest completion) and what ``cache_use`` measures of the batch's cache, divided by its rows.
 
     Raises:
-        UserError: a prompt and its completion exceed the model's context.
+        UserError: a prompt has no token, or it and its completion exceed the model's context.
     """
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=add_special_tokens)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    if not inputs["attention_mask"].any(dim=1).all():
+        raise UserError("a prompt without a single token has no completion")
     check_context(model, inputs["input_ids"].shape[1], max_new_tokens)
     records = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings, **options)
     for prompt, record in zip(prompts, records, strict=True):
@@ -59,13 +62,13 @@ def complete_inputs(
         inputs: ``input_ids`` and ``attention_mask`` (B, T), left-padded, and whatever else the model takes.
     """
     cache = RotateKVCache.for_model(model)
-    stop = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
+    length = inputs["input_ids"].shape[1]
+    stop = {"stopping_criteria": [_StopAt(tokenizer, stop_strings, length)]} if stop_strings else {}
     with torch.no_grad():
         tokens = model.generate(
             **inputs, **{CACHE_NAME: cache}, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
             do_sample=False, temperature=None, top_p=None, top_k=None, **stop, **options,
         )  # fmt: skip
-    length = inputs["input_ids"].shape[1]
     rows = len(tokens)
     use = cache_use(cache)
     use |= {"tokens": use["tokens"] / rows, "cache_bytes": use["cache_bytes"] / rows}
@@ -81,6 +84,24 @@ def complete_inputs(
             }
         )
     return records
+
+
+class _StopAt(StoppingCriteria):
+    """Ends a row as soon as its completion holds one of the strings.
+
+    Unlike transformers' ``stop_strings``, which takes a tokenizer's vocabulary apart (and fails on word-level ones),
+    this reads the decoded text, and never the prompt's.
+    """
+
+    def __init__(self, tokenizer, strings: Sequence[str], prompt_length: int):
+        self.tokenizer, self.strings, self.start = tokenizer, strings, prompt_length
+        self.reach = max(len(string.encode()) for string in strings) + 4  # a token holds at least one byte
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :]  # (B, ≤ reach)
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        stops = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(stops, device=input_ids.device)
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:

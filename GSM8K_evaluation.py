@@ -1,0 +1,92 @@
+"""GSM8K accuracy of a model with a quantized KV cache: chain of thought after eight examples, greedy.
+
+With local questions:  python GSM8K_evaluation.py --data_dir DIR --limit 20 --method RotateKV2
+reads DIR/gsm8k/test.jsonl; without --data_dir the Hub's openai/gsm8k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from rotatekv import load_model, patch_model
+from rotatekv.cli import (
+    add_method_arguments,
+    add_model_arguments,
+    add_rescore_argument,
+    add_run_arguments,
+    check_positive,
+    exit_on_user_error,
+    make_parser,
+    method_from_args,
+    model_flags,
+)
+from rotatekv.evals import gsm8k
+from rotatekv.evals.generation import complete
+from rotatekv.evals.records import records_sha256
+from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.models import model_revision
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_model_arguments(parser)
+    add_method_arguments(parser)
+    add_run_arguments(parser, "questions")
+    group = parser.add_argument_group("gsm8k")
+    group.add_argument("--num_fewshot", type=int, default=8, help="worked examples before each question (default: 8)")
+    group.add_argument("--max_new_tokens", type=int, default=256, help="tokens per answer, at most (default: 256)")
+    group.add_argument("--batch_size", type=int, default=1, help="questions answered at once (default: 1)")
+    add_rescore_argument(group)
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.rescore is not None:
+        return report(rescore(args.rescore, "gsm8k", gsm8k.score_again), args.rescore)
+    check_positive(args, "limit", "max_new_tokens", "batch_size")
+    name, quant_config = method_from_args(args)
+    examples = gsm8k.load_examples(args.num_fewshot)
+    questions = gsm8k.load_questions(args.data_dir)
+    model, tokenizer = load_model(**model_flags(args))
+
+    dataset = {"id": "gsm8k/test", "sha256": records_sha256(questions)}
+    protocol = {
+        "num_fewshot": args.num_fewshot, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
+        "examples_sha256": hashlib.sha256(gsm8k.build_prompt(examples, "").encode()).hexdigest(),
+    }  # fmt: skip
+
+    def answer(batch: list[dict]) -> list[dict]:
+        prompts = [gsm8k.build_prompt(examples, sample["question"]) for sample in batch]
+        records = complete(model, tokenizer, prompts, args.max_new_tokens, [gsm8k.STOP])
+        return [gsm8k.score({**record, "answers": s["answers"]}) for s, record in zip(batch, records, strict=True)]
+
+    samples = questions[: args.limit]
+    with patch_model(model, quant_config, args.calibration_file) as handle:
+        run = open_run(args, "gsm8k", name, handle, dataset, **protocol)
+        if not score_samples(
+            run,
+            samples,
+            answer,
+            unit="question",
+            batch_size=args.batch_size,
+            running=lambda records: {"accuracy": f"{gsm8k.accuracy(records):.1f} %"},
+        ):
+            return
+    records = [run.samples[sample["id"]] for sample in samples]
+    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
+    metric = {"accuracy": gsm8k.accuracy(records)}
+    finish_run(run, records, metric, args.limit is not None, model_record, dataset)
+    report(run.metrics, run.folder)
+
+
+def report(metrics: dict, folder: str | Path) -> None:
+    print(f"{metrics['n']} questions, {Path(folder) / 'metrics.json'}")
+    print(f"gsm8k accuracy: {metrics['metric']['accuracy']:.2f} %  {summary(metrics)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""GSM8K with chain of thought: questions, the 8-shot prompt, and the number in an answer (paper, Table 2)."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rotatekv.errors import UserError
+from rotatekv.evals.records import read_hub, read_jsonl
+
+STOP = "Q:"  # the model goes on to a question of its own
+_FIELDS = ("question", "answer")
+_EXAMPLES = Path("tasks") / "gsm8k" / "gsm8k-cot.yaml"  # in the installed lm_eval
+_OPENING = "Let's think step by step."
+_MARK = "The answer is"
+# A minus right behind a digit, a letter or a closing bracket subtracts: "20-12" holds 20 and 12.
+_NUMBER = re.compile(r"(?:(?<![\w)])[-−])?\$?(?:(?<=\$)[-−])?(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)")
+
+
+def load_questions(data_dir: str | None) -> list[dict]:
+    """The test split in order, each with ``id`` (its place), ``question`` and ``answers``, the normalised number alone.
+
+    Raises:
+        UserError: no file, no network, a broken line, a missing field, or an answer without ``#### number``.
+    """
+    if data_dir is not None:
+        rows = read_jsonl(Path(data_dir) / "gsm8k" / "test.jsonl", _FIELDS)
+    else:
+        rows = read_hub(_load_hub, "GSM8K", "DIR/gsm8k/test.jsonl")
+    return [
+        {"id": number, "question": row["question"], "answers": [gold_number(row["answer"], number)]}
+        for number, row in enumerate(rows)
+    ]
+
+
+def load_examples(count: int) -> list[tuple[str, str]]:
+    """The first ``count`` pairs of question and worked answer of lm_eval's gsm8k_cot.
+
+    Raises:
+        UserError: lm_eval is not installed, or has fewer examples.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None:
+        raise UserError("the GSM8K examples are lm_eval's: pip install 'lm_eval[longbench]==0.4.13' (or make install)")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    task = load_yaml(Path(spec.submodule_search_locations[0]) / _EXAMPLES, resolve_func=False)
+    samples = task["fewshot_config"]["samples"]
+    if not 0 <= count <= len(samples):
+        raise UserError(f"--num_fewshot must be from 0 to {len(samples)}, not {count}")
+    return [(sample["question"], sample["target"]) for sample in samples[:count]]
+
+
+def build_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:
+    """``Q: …`` and ``A: Let's think step by step. …`` of every example, then the question and an open ``A:``."""
+    shots = [f"Q: {asked}\nA: {_OPENING} {worked}\n\n" for asked, worked in examples]
+    return "".join(shots) + f"Q: {question}\nA:"
+
+
+def extract_number(text: str) -> str | None:
+    """The first number after the first "The answer is", else the last of the text, normalised; None: no number."""
+    _, _, rest = text.partition(_MARK)
+    if (found := _NUMBER.search(rest)) is not None:
+        return normalise(found[0])
+    numbers = _NUMBER.findall(text)
+    return normalise(numbers[-1]) if numbers else None
+
+
+def normalise(number: str) -> str:
+    """One spelling per value: ``$1,234.00`` → ``1234``, ``-.50`` → ``-0.5``, ``-0`` → ``0``."""
+    digits = re.sub(r"[$,−-]", "", number)
+    whole, _, fraction = digits.partition(".")
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    value = f"{whole}.{fraction}" if fraction else whole
+    return f"-{value}" if ("-" in number or "−" in number) and value != "0" else value
+
+
+def gold_number(answer: str, place: int) -> str:
+    """The normalised number behind ``####`` in the data set's answer; ``place`` names the question in the error."""
+    _, mark, last = str(answer).rpartition("####")
+    found = _NUMBER.search(last) if mark else None
+    if found is None:
+        raise UserError(f"the answer of GSM8K question {place} (from 0) has no '#### number'")
+    return normalise(found[0])
+
+
+def score(record: dict) -> dict:
+    """The record with ``extracted`` and ``score``, 1 or 0, of its ``prediction`` and ``answers``."""
+    extracted = extract_number(record["prediction"])
+    return {**record, "extracted": extracted, "score": int(extracted in record["answers"])}
+
+
+def accuracy(records: Sequence[dict]) -> float:
+    """Percent of the records that score."""
+    return 100 * sum(record["score"] for record in records) / len(records)
+
+
+def score_again(records: Sequence[dict]) -> tuple[list[dict], dict]:
+    """For ``rescore``: the records scored anew, and their metric."""
+    records = [score(record) for record in records]
+    return records, {"accuracy": accuracy(records)}
+
+
+def _load_hub() -> list[dict]:
+    from datasets import load_dataset
+
+    rows = load_dataset("openai/gsm8k", "main", split="test")
+    return [{name: row[name] for name in _FIELDS} for row in rows]
