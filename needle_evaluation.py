@@ -1,0 +1,147 @@
+"""Needle in a haystack: one sentence, or a random number, hidden in a long text and asked for, over lengths and depths.
+
+With no data and no network:  python needle_evaluation.py --needle_type passkey --method RotateKV2
+Finished runs side by side:   python needle_evaluation.py --compare DIR,DIR --output passkey.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rotatekv import load_model, patch_model
+from rotatekv.cli import (
+    add_method_arguments,
+    add_model_arguments,
+    add_rescore_argument,
+    add_run_arguments,
+    add_switch,
+    check_positive,
+    exit_on_user_error,
+    make_parser,
+    method_from_args,
+    model_flags,
+)
+from rotatekv.errors import UserError
+from rotatekv.evals.generation import check_context
+from rotatekv.evals.needle import (
+    KEY_PHRASE,
+    NEEDLE,
+    NEEDLE_TYPES,
+    RETRIEVAL_QUESTION,
+    Prompts,
+    answer_cell,
+    cells,
+    load_haystack,
+    means,
+    parse_grid,
+    scored,
+    use_chat,
+    wording,
+)
+from rotatekv.evals.needle_figure import read_grid, write_heat_maps, write_report
+from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.models import model_revision
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_model_arguments(parser)
+    add_method_arguments(parser)
+    add_run_arguments(parser, "cells")
+    add_rescore_argument(parser)
+    group = parser.add_argument_group("needle")
+    grid = "as a list (10,20,50) or min:max:steps (10:50:5); default"
+    group.add_argument(
+        "--needle_type", choices=list(NEEDLE_TYPES), default="standard",
+        help="standard (default): a sentence; passkey: a random number, which a small model can find",
+    )  # fmt: skip
+    group.add_argument("--context_lengths", default="1024,2048,4096", help=f"prompt tokens, {grid}: %(default)s")
+    group.add_argument("--depths", default="0:100:10", help=f"percent before the needle, {grid}: %(default)s")
+    group.add_argument("--haystack", default="essays", help="essays (embedded; default), wikitext2, a file or a folder")
+    group.add_argument("--needle", help=f'standard default: "{NEEDLE}"')
+    group.add_argument("--retrieval_question", help=f'standard default: "{RETRIEVAL_QUESTION}"')
+    group.add_argument("--key_phrase", help=f'part of the needle that counts as recall (default: "{KEY_PHRASE}")')
+    group.add_argument("--max_new_tokens", type=int, default=50, help="default: 50")
+    add_switch(group, "chat_template", "ask in the chat template (default: standard, if there is one)", default=None)
+    group.add_argument("--compare", metavar="DIR,DIR", help="draw these finished runs side by side, and end")
+    group.add_argument("--output", help="the png that --compare writes (default: needle_compare.png)")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.compare is not None:
+        return compare(args)
+    if args.output is not None:
+        raise UserError("--output is for --compare; a run writes its heat map into its own folder")
+    if args.rescore is not None:
+        return score_again(args.rescore)
+    check_positive(args, "limit", "max_new_tokens")
+    name, quant_config = method_from_args(args)
+    needle, question, key_phrase = wording(args.needle_type, args.needle, args.retrieval_question, args.key_phrase)
+    lengths = parse_grid(args.context_lengths, "context_lengths", lowest=1)
+    depths = parse_grid(args.depths, "depths", lowest=0, highest=100)
+    samples = cells(lengths, depths, args.seed, args.needle_type, needle, key_phrase)[: args.limit]
+    haystack = load_haystack(args.haystack, args.data_dir)
+    model, tokenizer = load_model(**model_flags(args))
+    check_context(model, samples[-1]["length"], args.max_new_tokens)
+    kind = NEEDLE_TYPES[args.needle_type]
+    chat = use_chat(args.chat_template, tokenizer, kind)
+    prompts = Prompts(tokenizer, kind, haystack, question, chat)
+    prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # the shortest, before a run opens
+
+    dataset = {"id": haystack.name, "sha256": haystack.sha256}
+    protocol = {
+        "needle_type": args.needle_type, "context_lengths": lengths, "depths": depths, "needle": needle,
+        "retrieval_question": question, "key_phrase": key_phrase, "max_new_tokens": args.max_new_tokens,
+        "chat_template": chat,
+    }  # fmt: skip
+    with patch_model(model, quant_config, args.calibration_file) as handle:
+        run = open_run(args, "needle", name, handle, dataset, **protocol)
+        if not score_samples(
+            run,
+            samples,
+            lambda batch: [answer_cell(model, tokenizer, prompts, cell, args.max_new_tokens) for cell in batch],
+            unit="cell",
+            running=lambda records: {key: f"{value:.1f}" for key, value in means(records).items()},
+        ):
+            return
+    records = [run.samples[sample["id"]] for sample in samples]
+    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
+    done = finish_run(run, records, means(records), args.limit is not None, model_record, dataset)
+    report(records, json.loads(done["path"].read_text(encoding="utf-8")), run.folder)
+
+
+def report(records: list[dict], metrics: dict, folder: Path) -> None:
+    write_report(records, metrics, folder)
+    print(f"{len(records)} cells, {folder / 'metrics.json'}")
+    needle_type, metric = metrics["config"]["needle_type"], metrics["metric"]
+    print(
+        f"needle ({needle_type}) rouge1: {metric['rouge1']:.2f}, recall: {metric['recall']:.2f} %  {summary(metrics)}"
+    )
+
+
+def score_again(folder: str) -> None:
+    records: list[dict] = []
+
+    def metric_of(found: list[dict]) -> tuple[list[dict], dict]:
+        records.extend(map(scored, found))
+        return records, means(records)
+
+    report(records, rescore(folder, "needle", metric_of), Path(folder))
+
+
+def compare(args: argparse.Namespace) -> None:
+    folders = [folder.strip() for folder in args.compare.split(",") if folder.strip()]
+    if not folders:
+        raise UserError("--compare needs folders of finished needle runs: DIR,DIR")
+    output = Path(args.output or "needle_compare.png")
+    write_heat_maps(output, [read_grid(folder) for folder in folders])
+    print(f"{len(folders)} runs: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Needle in a haystack: prompts of an exact length with one sentence hidden in them, and how answers are scored."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rotatekv.errors import UserError
+from rotatekv.evals.generation import complete_inputs
+from rotatekv.evals.texts import Text, load_text
+
+NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
+RETRIEVAL_QUESTION = "What is the best thing to do in San Francisco?"
+KEY_PHRASE = "eat a sandwich and sit in Dolores Park"
+PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
+PASSKEY_QUESTION = "What is the pass key?"
+
+_MARK = "<<haystack>>"  # where the haystack goes in a rendered chat template
+
+
+@dataclass(frozen=True)
+class NeedleType:
+    """How one kind of needle is asked for.
+
+    Args:
+        before, after: what stands around the haystack; ``{question}`` in ``after``.
+        answer: the answer's beginning, given to the model; ``chat_answer``: the same behind a chat template.
+        chat: ask in the tokenizer's chat template, where it has one and the user does not say.
+        stop_strings: where an answer ends.
+        measure: the measure its heat map shows.
+    """
+
+    before: str
+    after: str
+    answer: str
+    chat_answer: str
+    chat: bool
+    stop_strings: tuple[str, ...]
+    measure: str
+
+
+NEEDLE_TYPES = {
+    # The prompt of Fu et al. (2024), who made the paper's LLaMA-2-7B-80K and its test.
+    "standard": NeedleType(
+        before="This is a very long story book: <book> ",
+        after=" </book>.\nBased on the content of the book, Question: {question}",
+        answer="\nAnswer:",
+        chat_answer="",
+        chat=True,
+        stop_strings=(),
+        measure="rouge1",
+    ),
+    "passkey": NeedleType(
+        before="There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n\n",
+        after="\n\n{question}",
+        answer=" The pass key is",
+        chat_answer="The pass key is",
+        chat=False,  # a small model, tuned to chat or not, completes the sentence
+        stop_strings=(".", "\n"),
+        measure="recall",
+    ),
+}
+
+
+class Prompts:
+    """Prompts of an exact number of tokens around one haystack.
+
+    Args:
+        haystack: repeated to the length asked for.
+        chat: put haystack and question into the tokenizer's chat template, as one message of the user.
+    """
+
+    def __init__(self, tokenizer, kind: NeedleType, haystack: Text, question: str, chat: bool):
+        after = kind.after.format(question=question)
+        if chat:
+            message = [{"role": "user", "content": f"{kind.before}{_MARK}{after}"}]
+            rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            before, _, after = rendered.partition(_MARK)
+            after += kind.chat_answer
+        else:
+            before, after = kind.before, after + kind.answer
+        self._tokenizer = tokenizer
+        self._before = tokenizer(before, add_special_tokens=not chat).input_ids
+        self._after = self._tokens(after)
+        self._haystack = self._tokens(f"{haystack.content}\n\n")
+
+    def build(self, length: int, depth: int, needle: str) -> list[int]:
+        """``length`` token ids, the needle ``depth`` percent down the haystack.
+
+        Raises:
+            UserError: no room for the needle in ``length`` tokens.
+        """
+        hidden = self._tokens(f"\n{needle}\n")
+        room = length - len(self._before) - len(hidden) - len(self._after)
+        if room < 0:
+            raise UserError(
+                f"a context of {length} tokens has no room for the needle: question and needle take {length - room}, "
+                f"pass --context_lengths {length - room} or more"
+            )
+        repeats = -(-room // len(self._haystack))
+        haystack = (self._haystack * repeats)[:room]
+        point = insertion_point(haystack, depth, self._is_full_stop)
+        return [*self._before, *haystack[:point], *hidden, *haystack[point:], *self._after]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _is_full_stop(self, token: int) -> bool:
+        return self._tokenizer.decode([token]).strip() == "."
+
+
+def insertion_point(haystack: Sequence[int], depth: int, is_full_stop: Callable[[int], bool]) -> int:
+    """Tokens of the haystack before the needle: ``depth`` percent of them, back to right behind the last full stop.
+
+    As in the usual test, 100 is the very end, and with no full stop before the needle it goes to the start.
+    """
+    if depth == 100:
+        return len(haystack)
+    point = len(haystack) * depth // 100
+    while point > 0 and not is_full_stop(haystack[point - 1]):
+        point -= 1
+    return point
+
+
+def parse_grid(text: str, flag: str, lowest: int, highest: int | None = None) -> list[int]:
+    """``0,50,100`` or ``min:max:steps`` (ends included, rounded) → ascending whole numbers, each once.
+
+    Raises:
+        UserError: neither of the two, or a number out of range.
+    """
+    try:
+        values = _spread(*map(int, text.split(":"))) if ":" in text else [int(part) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise UserError(
+            f"--{flag} {text!r}: pass whole numbers as a list (10,20,50) or min:max:steps (10:50:5)"
+        ) from None
+    for value in values:
+        if value < lowest or (highest is not None and value > highest):
+            bounds = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+            raise UserError(f"--{flag} must be {bounds}, not {value}")
+    return sorted(set(values))
+
+
+def _spread(first: int, last: int, steps: int) -> list[int]:
+    if first >= last or not 2 <= steps <= last - first + 1:
+        raise ValueError
+    return [round(first + (last - first) * step / (steps - 1)) for step in range(steps)]
+
+
+def cells(
+    lengths: Sequence[int], depths: Sequence[int], seed: int, needle_type: str, needle: str, key_phrase: str
+) -> list[dict]:
+    """The samples of a grid: ``id`` ("1024/50"), ``length``, ``depth``, ``needle``, ``answer`` (for ROUGE-1) and
+    ``key_phrase`` (for recall); a pass key is a number of its own in each cell, decided by seed, length and depth."""
+    samples = []
+    for length in lengths:
+        for depth in depths:
+            sample = {"id": f"{length}/{depth}", "needle_type": needle_type, "length": length, "depth": depth}
+            if needle_type == "passkey":
+                number = str(random.Random(f"{seed}/{length}/{depth}").randint(10000, 99999))
+                sample |= {"needle": PASSKEY_NEEDLE.format(number=number), "answer": number, "key_phrase": number}
+            else:
+                sample |= {"needle": needle, "answer": needle, "key_phrase": key_phrase}
+            samples.append(sample)
+    return samples
+
+
+def wording(
+    needle_type: str, needle: str | None, question: str | None, key_phrase: str | None
+) -> tuple[str | None, str, str | None]:
+    """Needle, question and key phrase, None being the usual one; a pass key brings another needle in each cell.
+
+    Raises:
+        UserError: a needle for a pass key, or one without the key phrase in it.
+    """
+    if needle_type == "passkey":
+        if needle is not None or key_phrase is not None:
+            raise UserError("--needle_type passkey hides its own needle: leave out --needle and --key_phrase")
+        return None, question or PASSKEY_QUESTION, None
+    needle = NEEDLE if needle is None else needle
+    key_phrase = KEY_PHRASE if key_phrase is None else key_phrase
+    if not key_phrase.strip() or not recall(needle, key_phrase):
+        raise UserError(f"the needle does not hold the key phrase {key_phrase!r}: pass a --key_phrase out of it")
+    return needle, question or RETRIEVAL_QUESTION, key_phrase
+
+
+def use_chat(wanted: bool | None, tokenizer, kind: NeedleType) -> bool:
+    """``--chat_template``; None is the needle type's habit. UserError where there is no template to take."""
+    if wanted and not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: leave out --chat_template")
+    return kind.chat and bool(tokenizer.chat_template) if wanted is None else wanted
+
+
+def load_haystack(name: str, data_dir: str | None = None) -> Text:
+    """``essays`` (those no calibration reads), ``wikitext2``, a text file, or a folder's .txt files by name.
+
+    Raises:
+        UserError: nothing of that name, or no text in it.
+    """
+    path = Path(name)
+    if name in ("essays", "wikitext2") or path.is_file():
+        return load_text(name, data_dir)
+    if not path.is_dir():
+        raise UserError(f"no haystack {name!r}: pass essays, a text file or a folder of .txt files")
+    texts = [load_text(str(file)).content for file in sorted(path.glob("*.txt"))]
+    if not texts:
+        raise UserError(f"the haystack folder {name} has no .txt files")
+    return Text(path.resolve().name, "\n\n".join(texts))
+
+
+def answer_cell(model, tokenizer, prompts: Prompts, sample: dict, max_new_tokens: int) -> dict:
+    """Ask the patched model about one cell → its record."""
+    stop_strings = NEEDLE_TYPES[sample["needle_type"]].stop_strings
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prompt = prompts.build(sample["length"], sample["depth"], sample["needle"])
+    ids = torch.tensor([prompt], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (record,) = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings)
+    digest = hashlib.sha256(tokenizer.decode(prompt).encode()).hexdigest()
+    gold = {"answers": [sample["answer"]], "key_phrase": sample["key_phrase"], "prompt_sha256": digest}
+    cell = {name: sample[name] for name in ("needle_type", "length", "depth")}
+    return scored({**cell, **record, **gold})
+
+
+def scored(record: dict) -> dict:
+    """The record with ``rouge1`` and ``recall`` (0 to 100), and as ``score`` the one its needle type is judged by."""
+    measures = {
+        "rouge1": rouge1(record["prediction"], record["answers"][0]),
+        "recall": recall(record["prediction"], record["key_phrase"]),
+    }
+    return {**record, **measures, "score": measures[NEEDLE_TYPES[record["needle_type"]].measure]}
+
+
+def rouge1(prediction: str, answer: str) -> float:
+    """ROUGE-1 F × 100 of stemmed words, by the paper's scorer (which reports F × 10)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return 100 * RougeScorer(["rouge1"], use_stemmer=True).score(answer, prediction)["rouge1"].fmeasure
+
+
+def recall(prediction: str, key_phrase: str) -> float:
+    """100 where the key phrase stands in the prediction as whole words, whatever the case and white space; else 0."""
+    words = r"\s+".join(map(re.escape, key_phrase.split()))
+    return 100.0 * bool(re.search(rf"(?<!\w){words}(?!\w)", prediction, re.IGNORECASE))
+
+
+def means(records: Sequence[dict]) -> dict:
+    """``metric`` of metrics.json: every cell counts the same."""
+    return {name: sum(record[name] for record in records) / len(records) for name in ("rouge1", "recall")}
+
+
+def grid_of(records: Sequence[dict], metrics: dict) -> dict:
+    """The content of grid.json.
+
+    Args:
+        metrics: what metrics.json holds.
+
+    Returns:
+        ``rouge1`` and ``recall`` as lists of rows (one for each of ``depths``) of columns (``context_lengths``), None
+        where a ``--limit`` left a cell out, and what a figure's title needs.
+    """
+    config = metrics["config"]
+    found = {(record["length"], record["depth"]): record for record in records}
+    grid = {
+        "needle_type": config["needle_type"], "model": config["model"], "method": config["method"],
+        "bits": metrics["avg_bits"]["total"], "context_lengths": config["context_lengths"], "depths": config["depths"],
+    }  # fmt: skip
+    for name in ("rouge1", "recall"):
+        grid[name] = [
+            [found.get((length, depth), {}).get(name) for length in grid["context_lengths"]] for depth in grid["depths"]
+        ]
+    return grid

@@ -1,0 +1,134 @@
+"""Grids and heat maps of needle runs: context lengths × depths, one panel a run, as json and PNG."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rotatekv.calibration import model_slug
+from rotatekv.errors import UserError
+from rotatekv.evals.needle import NEEDLE_TYPES, grid_of
+from rotatekv.files import write_atomically, write_json
+
+_LABELS = {"rouge1": "ROUGE-1 F × 100", "recall": "exact recall (%)"}
+_MISSING = "#d9d9d9"
+_DPI = 150
+_PER_ROW = 3
+_MOST_NUMBERED = 12  # columns up to which each cell shows its number
+
+
+def write_report(records: Sequence[dict], metrics: dict, folder: Path) -> None:
+    """``grid.json`` and ``heatmap.png`` in a run's folder."""
+    grid = grid_of(records, metrics)
+    write_json(folder / "grid.json", grid)
+    write_heat_maps(folder / "heatmap.png", [grid])
+
+
+def read_grid(folder: str) -> dict:
+    """The grid.json of one finished run's folder.
+
+    Raises:
+        UserError: it is missing, damaged or of something else.
+    """
+    path = Path(folder) / "grid.json"
+    try:
+        grid = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {path}: pass the folder of a finished needle run, the one with metrics.json") from None
+    except (OSError, ValueError):
+        grid = None
+    if not _is_grid(grid):
+        raise UserError(f"{path} is damaged or no needle grid: --rescore {folder} writes it anew")
+    return grid
+
+
+def write_heat_maps(path: Path, grids: Sequence[dict]) -> None:
+    """Draw grids of one needle type side by side into a PNG.
+
+    Raises:
+        UserError: different needle types, or the file cannot be written.
+    """
+    kinds = sorted({grid["needle_type"] for grid in grids})
+    if len(kinds) > 1:
+        raise UserError(f"runs of different needle types ({', '.join(kinds)}) do not share a scale: compare one type")
+    figure = _draw(grids, NEEDLE_TYPES[kinds[0]].measure)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=_DPI)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
+
+
+def _is_grid(grid) -> bool:
+    try:
+        shape = (len(grid["depths"]), len(grid["context_lengths"]))
+        numbers = [value for name in _LABELS for row in grid[name] for value in row if value is not None]
+        return (
+            grid["needle_type"] in NEEDLE_TYPES
+            and isinstance(grid["model"] + grid["method"], str)
+            and all((len(grid[name]), *{len(row) for row in grid[name]}) == shape for name in _LABELS)
+            and all(0 <= value <= 100 for value in [*numbers, *grid["depths"]])
+            and all(length >= 1 for length in grid["context_lengths"])
+            and grid["bits"] > 0
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def _draw(grids: Sequence[dict], measure: str):
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    columns = min(len(grids), _PER_ROW)
+    rows = -(-len(grids) // columns)
+    wide = max(len(grid["context_lengths"]) for grid in grids)
+    high = max(len(grid["depths"]) for grid in grids)
+    width, height = max(3.4, 0.55 * min(wide, _MOST_NUMBERED) + 1.2), max(2.6, 0.32 * min(high, 20) + 1.4)
+    figure = Figure(figsize=(columns * width + 0.9, rows * height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    colours = colormaps["cividis"].with_extremes(bad=_MISSING)  # made for colour-blind readers
+    for panel, grid in zip(panels, grids, strict=False):
+        _draw_panel(panel, grid, measure, colours)
+    for panel in panels[len(grids) :]:
+        panel.set_visible(False)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 100), colours), ax=list(panels), aspect=30, pad=0.02)
+    bar.set_label(_LABELS[measure])
+    return figure
+
+
+def _draw_panel(panel, grid: dict, measure: str, colours) -> None:
+    """One heat map: context lengths to the right, depths downwards."""
+    lengths, depths = grid["context_lengths"], grid["depths"]
+    values = [[float("nan") if value is None else value for value in row] for row in grid[measure]]
+    panel.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
+    panel.set_xticks(*_ticks(lengths), rotation=45 if len(lengths) > 5 else 0)
+    panel.set_yticks(*_ticks(depths))
+    panel.set_xlabel("context length (tokens)")
+    panel.set_ylabel("needle depth (%)")
+    panel.set_xticks([number - 0.5 for number in range(1, len(lengths))], minor=True)
+    panel.set_yticks([number - 0.5 for number in range(1, len(depths))], minor=True)
+    panel.grid(which="minor", color="white", linewidth=0.8)
+    panel.tick_params(which="minor", length=0)
+    shown = [value for row in values for value in row if value == value]
+    mean = f"{sum(shown) / len(shown):.1f}" if shown else "–"
+    what = f"{model_slug(grid['model'])}, {grid['needle_type']} needle"
+    panel.set_title(f"{grid['method']} ({grid['bits']:.2f} bits), mean {mean}\n{what}", fontsize=10)
+    if len(lengths) <= _MOST_NUMBERED:
+        for row, numbers in enumerate(values):
+            for column, value in enumerate(numbers):
+                if value == value:
+                    ink = "white" if value < 55 else "black"
+                    panel.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
+
+
+def _ticks(numbers: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Positions and labels; of many numbers, not every one."""
+    step = -(-len(numbers) // 20)
+    places = list(range(0, len(numbers), step))
+    return places, [str(numbers[place]) for place in places]
