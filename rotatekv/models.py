@@ -7,7 +7,14 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rotatekv.compat import check_transformers_version
 from rotatekv.distributed import local_rank
@@ -71,7 +78,11 @@ def load_model(
     tokenizer_options = {key: options[key] for key in ("gguf_file", "revision") if key in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **options)
+        # A LLaVA's text model is calibrated and measured like any other.
+        config = None if name == EMBEDDED_MODEL else AutoConfig.from_pretrained(folder, **tokenizer_options)
+        has_vision = hasattr(config, "vision_config")
+        auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options)
         model = model.to(target) if target is not None else model
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(explain_load_error(name, error)) from None

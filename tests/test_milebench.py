@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model
+from conftest import save_tiny_folder, tiny_model, tiny_text
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -21,6 +22,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+import calibrate_reorder
 import MileBench_evaluation
 from rotatekv import RotateKVCache, UserError, patch_model
 from rotatekv.compat import CACHE_NAME
@@ -138,7 +140,7 @@ def test_an_instruction_without_room_is_refused():
         ("blue car, not red car", 1), ("A. red car\nB. blue car", 0), ("D", 3), ("d.", 3), ("(B)", 1),
         ("The answer is B.", 1), ("Answer: C\n", 2), ("10", 2), ("1", 3), ("100", None), ("", None), ("...", None),
         ("E", None), ("A dog and a cat", None), ("A or B", None), ("A is right", 0), ("I think so", None),
-        ("redcar", None),        ("predicted cars", None), ("B. red car", 0),
+        ("redcar", None), ("predicted cars", None), ("B. red car", 0),
     ],
 )  # fmt: skip
 def test_awkward_choices(prediction, chosen):
@@ -432,6 +434,36 @@ def test_a_chat_template_wraps_the_prompt(folder, pictures):
     chat, _ = encode_prompt(processor, model, build_prompt(item), 4)
     expected = [1, 98, *plain["input_ids"][0].tolist(), 99]
     assert chat["input_ids"][0].tolist() == expected
+
+
+def test_one_bos_whoever_writes_it(folder, pictures):
+    model, processor = load_vision_model(str(folder))
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    item = load_datasets(pictures, ["TQA"], limit=1)[0][0]
+    for template in (None, "{{ '<s>' + messages[0]['content'][0]['text'] }}"):
+        processor.chat_template = template
+        inputs, _ = encode_prompt(processor, model, build_prompt(item), 4)
+        assert inputs["input_ids"][0, 0] == 1 and (inputs["input_ids"] == 1).sum() == 1
+
+
+def test_a_prompt_fits_also_where_its_parts_were_counted_short(tmp_path):
+    folder = tiny_llava(tmp_path / "short", context=60)
+    write_dataset(tmp_path / "data", "TQA", records=1, images=9)
+    model, processor = load_vision_model(str(folder))
+    item = load_datasets(tmp_path / "data", ["TQA"])[0][0]
+    processor.chat_template = "{{ messages[0]['content'][0]['text'] + messages[0]['content'][0]['text'][-18:] }}"
+    inputs, shown = encode_prompt(processor, model, build_prompt(item), 4)
+    assert inputs["input_ids"].shape[1] <= 56 and shown.shown
+
+
+def test_a_llava_is_calibrated_by_its_text_model(folder, pictures, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_text(400), encoding="utf-8")
+    output = tmp_path / "indices.safetensors"
+    calibrate = ["--model", folder, "--dataset", tmp_path / "text.txt", "--seq_length", 64, "--output", output]
+    calibrate_reorder.main([str(part) for part in calibrate])
+    more = ["--calibration_file", output, "--datasets", "TQA", "--limit", "1"]
+    MileBench_evaluation.main(flags(folder, pictures, tmp_path / "out", *more))
+    assert read_run(tmp_path / "out")[0]["config"]["quant"]["Outlier_Aware_Key_Rotation"] is True
 
 
 def test_interrupted_run_resumes_and_an_unbroken_one_agrees(folder, pictures, tmp_path, monkeypatch, capsys):
