@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--retrieval_question", help=f'standard default: "{RETRIEVAL_QUESTION}"')
     group.add_argument("--key_phrase", help=f'part of the needle that counts as recall (default: "{KEY_PHRASE}")')
     group.add_argument("--max_new_tokens", type=int, default=50, help="default: 50")
-    add_switch(group, "chat_template", "ask in the chat template (default: standard, if there is one)", default=None)
+    add_switch(group, "chat_template", "ask in the chat template (default: where there is one)", default=None)
     group.add_argument("--compare", metavar="DIR,DIR", help="draw these finished runs side by side, and end")
     group.add_argument("--output", help="the png that --compare writes (default: needle_compare.png)")
     return parser.parse_args(argv)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(**model_flags(args))
     check_context(model, samples[-1]["length"], args.max_new_tokens)
     kind = NEEDLE_TYPES[args.needle_type]
-    chat = use_chat(args.chat_template, tokenizer, kind)
+    chat = use_chat(args.chat_template, tokenizer)
     prompts = Prompts(tokenizer, kind, haystack, question, chat)
     prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # the shortest, before a run opens
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_folder
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import needle_evaluation
@@ -26,16 +26,17 @@ from rotatekv.evals.texts import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 HAYSTACK = "It was late. The rain fell on the town and nobody came. A dog barked twice! Then silence fell over it. "
-CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}[bot]"
+CHAT = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}[bot]"
 
 
 def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte, so that every text survives and lengths can be counted by hand."""
+    """One token a byte behind a BOS, so that every text survives and lengths can be counted by hand."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: 3 + number for number, letter in enumerate(letters)}}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT if chat else None
     return tokenizer
@@ -136,6 +137,7 @@ def test_prompts_have_the_exact_length_and_the_needle_once(needle_type, chat, de
         ids = prompts.build(length, depth, NEEDLE)
         text = tokenizer.decode(ids)
         assert len(ids) == length
+        assert ids[0] == 1 and ids.count(1) == 1, "one BOS, with a chat template too"
         assert text.count(f"\n{NEEDLE}\n") == 1
         assert text.count("What is it?") == 1
         before = text[: text.index(f"\n{NEEDLE}")]
@@ -147,8 +149,8 @@ def test_prompts_have_the_exact_length_and_the_needle_once(needle_type, chat, de
         else:
             assert before.endswith(".")
             hay = length - len(text) + len(text.replace(f"\n{NEEDLE}\n", ""))
-            assert len(before) <= len(start) + hay * depth / 100 + len("[user]")
-        assert text.startswith("[user]") == chat
+            assert len(before) <= len(start) + hay * depth / 100 + len("<s>[user]")
+        assert text.startswith("<s>[user]") == chat
         assert text.endswith("[bot]" + NEEDLE_TYPES[needle_type].chat_answer) or not chat
 
 
@@ -175,7 +177,7 @@ def test_passkeys_are_seeded_and_of_their_own_in_each_cell():
     assert numbers(0) == numbers(0)
     assert len({*numbers(0).values(), *numbers(1).values()}) == 8
     assert numbers(0).items() <= numbers(0, (256, 512, 1024), (0, 25, 50)).items(), "decided by its own cell only"
-    for sample in needle.cells([512], [0], 0, "passkey", None, None):
+    for sample in needle.cells([512, 1024], range(101), 0, "passkey", None, None):
         assert re.fullmatch(r"\d{5}", sample["answer"]) and sample["needle"].count(sample["answer"]) == 2
 
 
@@ -303,14 +305,14 @@ def test_rescore_computes_everything_again_without_a_model(folder, haystack, tmp
     assert_picture(run / "heatmap.png")
 
 
-def test_chat_template_is_the_default_of_the_standard_needle(folder, haystack, tmp_path, capsys):
+def test_chat_template_is_the_default_where_there_is_one(folder, haystack, tmp_path, capsys):
     chat = save_tiny_folder(tmp_path / "tiny-chat", vocab_size=260)
     byte_tokenizer(chat=True).save_pretrained(chat)
     needle_evaluation.main(flags(chat, haystack, tmp_path / "a", "--RTN4", "--limit", 1))
     needle_evaluation.main(flags(chat, haystack, tmp_path / "b", "--RTN4", "--limit", 1, "--chat_template", "False"))
     needle_evaluation.main(flags(chat, haystack, tmp_path / "c", "--RTN4", "--limit", 1, "--needle_type", "passkey"))
     a, b, c = (run_folder(tmp_path / name) for name in "abc")
-    assert [read(run / "config.json")["chat_template"] for run in (a, b, c)] == [True, False, False]
+    assert [read(run / "config.json")["chat_template"] for run in (a, b, c)] == [True, False, True]
     assert samples_of(a)[0]["prompt_sha256"] != samples_of(b)[0]["prompt_sha256"]
     assert "no chat template" in refused(capsys, *flags(folder, haystack, tmp_path, "--chat_template"))
 

@@ -19,7 +19,7 @@ NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dol
 RETRIEVAL_QUESTION = "What is the best thing to do in San Francisco?"
 KEY_PHRASE = "eat a sandwich and sit in Dolores Park"
 PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
-PASSKEY_QUESTION = "What is the pass key?"
+PASSKEY_QUESTION = "What is the pass key hidden in the text above?"
 
 _MARK = "<<haystack>>"  # where the haystack goes in a rendered chat template
 
@@ -31,7 +31,6 @@ class NeedleType:
     Args:
         before, after: what stands around the haystack; ``{question}`` in ``after``.
         answer: the answer's beginning, given to the model; ``chat_answer``: the same behind a chat template.
-        chat: ask in the tokenizer's chat template, where it has one and the user does not say.
         stop_strings: where an answer ends.
         measure: the measure its heat map shows.
     """
@@ -40,7 +39,6 @@ class NeedleType:
     after: str
     answer: str
     chat_answer: str
-    chat: bool
     stop_strings: tuple[str, ...]
     measure: str
 
@@ -52,16 +50,15 @@ NEEDLE_TYPES = {
         after=" </book>.\nBased on the content of the book, Question: {question}",
         answer="\nAnswer:",
         chat_answer="",
-        chat=True,
         stop_strings=(),
         measure="rouge1",
     ),
+    # The answer is begun for the model, so that one of 135 M parameters, tuned to chat or not, finds the number.
     "passkey": NeedleType(
-        before="There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n\n",
+        before="A pass key is hidden in this text. Find it and remember it.\n\n",
         after="\n\n{question}",
         answer=" The pass key is",
         chat_answer="The pass key is",
-        chat=False,  # a small model, tuned to chat or not, completes the sentence
         stop_strings=(".", "\n"),
         measure="recall",
     ),
@@ -190,11 +187,11 @@ def wording(
     return needle, question or RETRIEVAL_QUESTION, key_phrase
 
 
-def use_chat(wanted: bool | None, tokenizer, kind: NeedleType) -> bool:
-    """``--chat_template``; None is the needle type's habit. UserError where there is no template to take."""
+def use_chat(wanted: bool | None, tokenizer) -> bool:
+    """``--chat_template``; None takes the template where there is one. UserError where there is none to take."""
     if wanted and not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: leave out --chat_template")
-    return kind.chat and bool(tokenizer.chat_template) if wanted is None else wanted
+    return bool(tokenizer.chat_template) if wanted is None else wanted
 
 
 def load_haystack(name: str, data_dir: str | None = None) -> Text:
