@@ -94,7 +94,10 @@ def calibration_flags(args: argparse.Namespace) -> list[str]:
     """The flags of this command that calibrate_reorder.py knows too."""
     names = ["model", "dtype", "device", "device_map", "attn_implementation", "data_dir", "dataset", "head_group_num"]
     values = {name: getattr(args, name) for name in names} | {"output": args.calibration_file}
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    overwrite = ["--overwrite"] if args.overwrite else []
+    return overwrite + [
+        part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))
+    ]
 
 
 if __name__ == "__main__":

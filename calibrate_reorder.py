@@ -12,7 +12,7 @@ from rotatekv.calibration import collect_key_sums, indices_from_key_sums, model_
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
-from rotatekv.models import model_revision
+from rotatekv.models import ALIASES, model_revision
 from rotatekv.patch import check_supported, find_text_model, resolved_head_group
 
 
@@ -36,13 +36,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--head_group_num", type=int, default=4, help="key heads rotated together, at most (default: 4)"
     )
     parser.add_argument("--output", help="file to write (default: reorder_indices/<model>.safetensors)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args(argv)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Before minutes of calibration: may this file be written?"""
+    if path.suffix != ".safetensors":
+        raise UserError(f"--output {path} must end in .safetensors")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: pass --overwrite, or another --output FILE")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_positive(args, "calibration_tokens", "seq_length")
+    output = (
+        Path(args.output)
+        if args.output
+        else Path("reorder_indices") / f"{model_slug(ALIASES.get(args.model, args.model))}.safetensors"
+    )
+    check_output(output, args.overwrite)
     config = QuantConfig(head_group_num=args.head_group_num)
     text = load_text(args.dataset, args.data_dir, calibration=True)
     model, tokenizer = load_model(**model_flags(args))
@@ -62,7 +81,6 @@ def main(argv: list[str] | None = None) -> None:
         "model": model.name_or_path, "revision": model_revision(model) or "none", "head_group_num": group,
         "order": width, "dataset": text.name, "dataset_sha256": text.sha256, "tokens": length * len(windows),
     }  # fmt: skip
-    output = args.output or Path("reorder_indices") / f"{model_slug(model.name_or_path)}.safetensors"
     path = save_reorder_indices(output, indices, metadata)
     layers, channels = indices.shape
     print(f"{path}: {layers} layers × {channels} channels, {group} heads per group")

@@ -79,9 +79,9 @@ def project_qkv(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, to
         )
     else:
         query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-    query = _split_heads(query, attention.head_dim, getattr(attention, "q_norm", None))
-    key = _split_heads(key, attention.head_dim, getattr(attention, "k_norm", None))
-    return query, key, _split_heads(value, attention.head_dim, None)
+    query = _normed_heads(query, attention.head_dim, getattr(attention, "q_norm", None))
+    key = _normed_heads(key, attention.head_dim, getattr(attention, "k_norm", None))
+    return query, key, _normed_heads(value, attention.head_dim, None)
 
 
 def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -99,13 +99,14 @@ def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
     cache = find_cache(kwargs)
     if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
         return
+    # PAPER: sinks are found at prefill; a prefill in several calls has them chosen in the first.
     layer = cache.layers[decoder_layer.self_attn.layer_idx]
     if layer.get_seq_length() == 0:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         layer.set_sinks(*detect_sinks(hidden_states, cache.config.num_sink_entries, cache.token_mask))
 
 
-def _split_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:
+def _normed_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:
     norm_is_per_head = norm is not None and norm.weight.shape[-1] == head_dim
     if norm is not None and not norm_is_per_head:
         x = norm(x)

@@ -47,7 +47,7 @@ class RotateKVCache(Cache):
         """An empty cache for a patched model.
 
         Raises:
-            ValueError: the model is not patched.
+            UserError: the model is not patched.
         """
         from rotatekv.patch import handle_of  # patch imports attention, which imports this file
 
@@ -60,7 +60,10 @@ class RotateKVCache(Cache):
             position_ids: (B, T) or (1, T).
             attention_mask: what the caller gave the model: None, (B, T_cached + T), or (B, 1, T, T_cached + T).
         """
+        # AUTHORS: positions count the left padding there; here every token keeps the position the model gave it.
         cached = self.get_seq_length()
+        if any(layer.get_seq_length() != cached for layer in self.layers):
+            raise RuntimeError("an earlier call failed half-way through the layers: call cache.reset() and start again")
         new = position_ids.to(torch.int32).expand(batch_size, -1)
         if cached == 0:
             self.positions = new.clone()

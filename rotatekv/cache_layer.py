@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from rotatekv.kernels import Packed
 from rotatekv.methods import KVMethod
-
-Packed = dict[str, torch.Tensor]
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -66,7 +65,8 @@ class RotateKVLayer(CacheLayerMixin):
         """
         if rope is None or rope_new is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
-        with torch.no_grad():
+        # Autocast would round the rotations to its dtype, and cannot join float16 scales.
+        with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             keys, values = key_states.detach(), value_states.detach()
@@ -206,5 +206,6 @@ class RotateKVLayer(CacheLayerMixin):
 
 def _append(packed: Packed, new: Packed) -> Packed:
     if not packed:
-        return {name: x.contiguous() for name, x in new.items()}
+        # A copy: FP16's tensors may be views of a whole projection's output.
+        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in new.items()}
     return {name: torch.cat([packed[name], x], dim=1) for name, x in new.items()}

@@ -131,6 +131,8 @@ def load_reorder_indices(
 
 
 def _find(model_id: str, head_group_num: int) -> Path:
+    if not model_id:
+        raise UserError("the model has no name to find its reorder indices by: pass calibration_file")
     name = f"{model_slug(model_id)}.safetensors"
     for folder in INDEX_FOLDERS:
         if (folder / name).is_file():
@@ -170,12 +172,13 @@ def _read_authors_tensor(path: Path) -> ReorderIndices:
 
 
 def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, channels: int, group: int) -> None:
-    shape = tuple(found.indices.shape)
+    indices = found.indices
+    shape = tuple(indices.shape)
     made_for = found.metadata.get("model")
-    if made_for is not None and model_slug(made_for) != model_slug(model_id):
+    if made_for is not None and not _same_model(made_for, model_id):
         raise UserError(f"{path} was made for {made_for}, not for {model_id}: {_REMAKE}")
-    if found.indices.is_floating_point() or found.indices.is_complex():
-        raise UserError(f"{path} holds {found.indices.dtype} numbers, not indices: {_REMAKE}")
+    if indices.is_floating_point() or indices.is_complex():
+        raise UserError(f"{path} holds {indices.dtype} numbers, not indices: {_REMAKE}")
     if len(shape) != 2 or shape != (num_layers, channels):
         raise UserError(f"{path} holds indices of shape {shape}, the model needs {(num_layers, channels)}: {_REMAKE}")
     made_with = found.metadata.get("head_group_num")
@@ -184,10 +187,16 @@ def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, ch
             f"{path} was made for groups of {made_with} heads, not {group}: "
             f"run calibrate_reorder.py --head_group_num {group} --output FILE and pass --calibration_file FILE"
         )
-    rows = found.indices.sort(dim=-1).values
+    rows = indices.long().sort(dim=-1).values
     if not torch.equal(rows, torch.arange(channels).expand_as(rows)):
         bad = int((rows != torch.arange(channels)).any(dim=-1).nonzero()[0, 0])
         raise UserError(f"{path}: row {bad} is not a permutation of 0 … {channels - 1}: {_REMAKE}")
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whole names must agree; a bare name, or a path against a Hub id, is held against the last part."""
+    comparable = "/" in one and "/" in other and Path(one).is_absolute() == Path(other).is_absolute()
+    return one.rstrip("/") == other.rstrip("/") if comparable else model_slug(one) == model_slug(other)
 
 
 def _sha256(path: Path) -> str:

@@ -158,7 +158,10 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted: the same command with --resume goes on", file=sys.stderr)
+            print(
+                "interrupted: what was finished is kept, and --resume goes on with it where the script has that flag",
+                file=sys.stderr,
+            )
             sys.exit(130)
 
     return wrapped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from rotatekv.errors import UserError
 
@@ -50,6 +50,8 @@ class QuantConfig:
     fuse_weights: bool = True
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            self._check_type(field.name, getattr(self, field.name), field.type.split(" ")[0])
         for name in ("k_bits", "v_bits"):
             if getattr(self, name) not in SUPPORTED_BITS:
                 raise UserError(f"{name} must be 2, 3 or 4, not {getattr(self, name)}")
@@ -66,6 +68,14 @@ class QuantConfig:
             raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
+
+    @staticmethod
+    def _check_type(name: str, value: object, kind: str) -> None:
+        if name.endswith("groupsize") and value is None:
+            return
+        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
+            raise UserError(f"{name} must be of type {kind}, not {value!r}")
 
     @property
     def needs_reorder_indices(self) -> bool:
@@ -102,6 +112,6 @@ def resolve_config(config: str | QuantConfig) -> QuantConfig:
     """
     if isinstance(config, QuantConfig):
         return config
-    if config not in PRESETS:
+    if not isinstance(config, str) or config not in PRESETS:
         raise UserError(f"unknown method {config!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[config]

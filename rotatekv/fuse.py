@@ -51,9 +51,10 @@ def fuse_weights(attention: nn.Module, method: RotateKV) -> list[tuple[nn.Linear
 
 
 def restore_weights(saved: list[tuple[nn.Linear, str, nn.Parameter]]) -> None:
-    """Put the original parameters back, the very same objects."""
+    """Put the original parameters back, the very same objects, where and in the dtype the model is by now."""
     for module, name, original in reversed(saved):
-        original.data = original.data.to(getattr(module, name).device)
+        folded = getattr(module, name)
+        original.data = original.data.to(device=folded.device, dtype=folded.dtype)
         setattr(module, name, original)
 
 

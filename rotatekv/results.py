@@ -99,8 +99,16 @@ class Run:
         """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
         path = self._path("metrics.json")
         self.metrics = {**self._header(), **results}
-        write_json(path, self.metrics)
+        if self._finished_samples() <= results.get("n", 0):
+            write_json(path, self.metrics)
         return path
+
+    def _finished_samples(self) -> int:
+        """``n`` of the metrics.json that is there: a shorter ``--limit`` does not take a longer run's place."""
+        try:
+            return int(json.loads(self._path("metrics.json").read_text(encoding="utf-8"))["n"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def rewrite(self, samples: Sequence[dict], first: dict, **results) -> dict:
         """Put ``samples`` and ``results`` in the place of the old; metrics.json keeps what is not among ``results``.

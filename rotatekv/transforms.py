@@ -66,6 +66,7 @@ def head_group_size(num_key_value_heads: int, head_dim: int, requested: int) -> 
     Raises:
         UserError: not even a single head has one.
     """
+    # PAPER: G = 4 with orders 2^n; models whose head count 4 does not divide take the next smaller G here.
     for size in range(min(requested, num_key_value_heads), 0, -1):
         if num_key_value_heads % size == 0 and has_hadamard(size * head_dim):
             return size

@@ -198,7 +198,7 @@ def test_without_a_path_the_first_folder_with_the_models_name_counts(tmp_path, m
     save_reorder_indices(folders[1] / "tiny.safetensors", random_indices(), METADATA)
     save_reorder_indices(folders[2] / "tiny.safetensors", random_indices().flip(-1), METADATA)
     monkeypatch.setattr(calibration_module, "INDEX_FOLDERS", folders)
-    assert torch.equal(load(None, model_id="another/TINY").indices, random_indices())
+    assert torch.equal(load(None, model_id="org/Tiny").indices, random_indices())
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8, 60, -300, -1])

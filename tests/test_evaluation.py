@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,36 @@ def test_cache_bytes_of_the_embedded_model_at_2048_tokens(embedded):
         one_row = cache.nbytes()
         cache.batch_repeat_interleave(4)
         assert cache.nbytes() == 4 * one_row
+
+
+def test_a_shorter_limit_does_not_take_a_longer_runs_place(folder, text_file, tmp_path):
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "3"))
+    before = metrics_of(tmp_path)
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "1", "--resume"))
+    assert metrics_of(tmp_path) == before
+
+
+def test_folded_and_online_store_the_same_codes_in_the_first_layer_of_the_embedded_model(embedded):
+    """Deeper layers read what earlier ones rounded, so only there must all codes be equal but for a rounding tie."""
+    from rotatekv import PRESETS, RotateKVCache
+
+    model, tokenizer = embedded
+    window = next(windows_of(tokenize(tokenizer, load_text("essays")), 256))
+    codes = []
+    for fuse in (True, False):
+        with patch_model(model, replace(PRESETS["RotateKV2"], fuse_weights=fuse)), torch.no_grad():
+            cache = RotateKVCache.for_model(model)
+            model.model(input_ids=window, **{CACHE_NAME: cache})
+            codes.append([cache.layers[0].packed_keys["codes"], cache.layers[0].packed_values["codes"]])
+    for folded, online in zip(*codes, strict=True):
+        assert (folded != online).float().mean() < 1e-3
+
+
+def test_autocast_leaves_the_cache_alone(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(8, 30).unsqueeze(0)
+    for name in ("FP16", "RTN4"):
+        with patch_model(model, name), torch.autocast("cpu", torch.bfloat16):
+            assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 25)

@@ -107,7 +107,7 @@ def _read(path: Path) -> str:
     try:
         # newline="": keep the file's own line ends, as the Hub's rows do.
         with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+            return file.read().removeprefix("\ufeff")
     except FileNotFoundError:
         raise UserError(f"no text file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

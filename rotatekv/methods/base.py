@@ -9,9 +9,8 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
+from rotatekv.kernels import Packed
 from rotatekv.transforms import channels_to_heads, heads_to_channels
-
-Packed = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 
-from rotatekv.config import QuantConfig
+from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
 
@@ -16,8 +18,10 @@ class FP16(KVMethod):
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         super().__init__(config, layer, reorder_index)
-        if config.Attention_Sink_Aware or config.residual_length:
-            raise UserError("FP16 quantizes nothing: leave out Attention_Sink_Aware and residual_length")
+        preset = replace(PRESETS["FP16"], method=config.method)
+        changed = [field.name for field in fields(config) if getattr(config, field.name) != getattr(preset, field.name)]
+        if changed:
+            raise UserError(f"FP16 quantizes nothing: leave out {', '.join(changed)}")
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         return {"raw": channels}

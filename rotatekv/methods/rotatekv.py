@@ -25,6 +25,8 @@ class RotateKV(RTN):
     What is folded into the projection weights is skipped on write (values: on read as well, ``o_proj`` undoes it).
     """
 
+    rotates = True
+
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         super().__init__(config, layer, reorder_index)
         self.keys_before_rope = config.Grouped_Head_Key_Rotation
