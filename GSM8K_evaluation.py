@@ -11,34 +11,19 @@ import hashlib
 from pathlib import Path
 
 from rotatekv import load_model, patch_model
-from rotatekv.cli import (
-    add_method_arguments,
-    add_model_arguments,
-    add_rescore_argument,
-    add_run_arguments,
-    check_positive,
-    exit_on_user_error,
-    make_parser,
-    method_from_args,
-    model_flags,
-)
+from rotatekv.cli import check_positive, evaluation_parser, exit_on_user_error, method_from_args, model_flags
 from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
-from rotatekv.models import model_revision
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_model_arguments(parser)
-    add_method_arguments(parser)
-    add_run_arguments(parser, "questions")
+    parser = evaluation_parser(__doc__, "questions")
     group = parser.add_argument_group("gsm8k")
     group.add_argument("--num_fewshot", type=int, default=8, help="worked examples before each question (default: 8)")
     group.add_argument("--max_new_tokens", type=int, default=256, help="tokens per answer, at most (default: 256)")
     group.add_argument("--batch_size", type=int, default=1, help="questions answered at once (default: 1)")
-    add_rescore_argument(group)
     return parser.parse_args(argv)
 
 
@@ -77,10 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
     metric = {"accuracy": gsm8k.accuracy(records)}
-    finish_run(run, records, metric, args.limit is not None, model_record, dataset)
-    report(run.metrics, run.folder)
+    report(finish_run(run, records, metric, args.limit is not None), run.folder)
 
 
 def report(metrics: dict, folder: str | Path) -> None:

@@ -10,14 +10,10 @@ from importlib.metadata import version
 
 from rotatekv import load_model, patch_model
 from rotatekv.cli import (
-    add_method_arguments,
-    add_model_arguments,
-    add_rescore_argument,
-    add_run_arguments,
     add_switch,
     check_positive,
+    evaluation_parser,
     exit_on_user_error,
-    make_parser,
     method_from_args,
     model_flags,
 )
@@ -27,14 +23,10 @@ from rotatekv.evals.generation import complete, context_length
 from rotatekv.evals.longbench import Task
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
-from rotatekv.models import model_revision
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_model_arguments(parser)
-    add_method_arguments(parser)
-    add_run_arguments(parser, "records of each task")
+    parser = evaluation_parser(__doc__, "records of each task")
     group = parser.add_argument_group("LongBench")
     names = ", ".join((*longbench.GROUPS, *longbench.TASKS))
     group.add_argument("--tasks", help=f"comma-separated, of {names} (default: paper; of LongBench-E: all)")
@@ -49,7 +41,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_switch(
         group, "chat_template", "default: where the tokenizer has one; few-shot and code tasks never take it", None
     )
-    add_rescore_argument(group)
     return parser.parse_args(argv)
 
 
@@ -94,11 +85,9 @@ def main(argv: list[str] | None = None) -> None:
             return
     records = [run.samples[sample["id"]] for sample in samples]
     metric = longbench.metric_of(records)
-    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
-    done = finish_run(run, records, metric, args.limit is not None, model_record, dataset)
-    print(f"{longbench.table(records, metric)}\n{len(records)} records, {done['path']}")
-    bits, size = done["total_bits"], done["bytes_per_token"]
-    print(f"longbench average: {metric['average']:.2f}  ({name}, {bits:.3f} bits, {size:.1f} bytes/token)")
+    metrics = finish_run(run, records, metric, args.limit is not None)
+    print(f"{longbench.table(records, metric)}\n{len(records)} records, {run.folder / 'metrics.json'}")
+    print(f"longbench average: {metric['average']:.2f}  {summary(metrics)}")
 
 
 def answer(model, tokenizer, sample: dict, protocol: dict) -> dict:

@@ -11,14 +11,10 @@ import hashlib
 
 from rotatekv import patch_model
 from rotatekv.cli import (
-    add_method_arguments,
-    add_model_arguments,
-    add_rescore_argument,
-    add_run_arguments,
     add_switch,
     check_positive,
+    evaluation_parser,
     exit_on_user_error,
-    make_parser,
     method_from_args,
     model_flags,
 )
@@ -27,20 +23,14 @@ from rotatekv.evals.milebench import build_prompt, encode_prompt, load_datasets
 from rotatekv.evals.milebench_metrics import category_of, rescored, score_record, summarize
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
-from rotatekv.models import model_revision
 from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES, load_vision_model
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_model_arguments(parser)
-    add_method_arguments(parser)
-    add_run_arguments(parser, "records of each data set")
-    add_rescore_argument(parser)
+    parser = evaluation_parser(__doc__, "records of each data set", RANDOM_LLAVA)
     group = parser.add_argument_group(
-        "MileBench", f"Models beside local folders and Hub ids: {RANDOM_LLAVA} (default), {', '.join(VISION_ALIASES)}."
+        "MileBench", f"Models beside local folders and Hub ids: {RANDOM_LLAVA}, {', '.join(VISION_ALIASES)}."
     )
-    parser.set_defaults(model=RANDOM_LLAVA)
     group.add_argument(
         "--datasets", default="all", help="comma-separated folders in DIR or DIR/milebench (default: all found)"
     )
@@ -79,10 +69,8 @@ def main(argv: list[str] | None = None) -> None:
             return
     done = [run.samples[sample["id"]] for sample in samples]
     metric = summarize(done)
-    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
-    finished = finish_run(run, done, metric, args.limit is not None, model_record, dataset)
-    end = f"({name}, {finished['total_bits']:.3f} bits, {finished['bytes_per_token']:.1f} bytes/token)"
-    report(metric, len(done), finished["path"], model.name_or_path, end)
+    metrics = finish_run(run, done, metric, args.limit is not None)
+    report(metric, len(done), run.folder, model.name_or_path, summary(metrics))
 
 
 def answer(model, processor, sample: dict, max_new_tokens: int) -> dict:

@@ -6,32 +6,26 @@ With no data and no network:  python PPL_evaluation.py --dataset essays --method
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import calibrate_reorder
 from rotatekv import load_model, patch_model
 from rotatekv.cli import (
-    add_method_arguments,
-    add_model_arguments,
-    add_run_arguments,
     add_switch,
     check_positive,
+    evaluation_parser,
     exit_on_user_error,
-    make_parser,
     method_from_args,
     model_flags,
 )
 from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
-from rotatekv.evals.running import finish_run, open_run, score_samples
+from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.texts import Text, load_text, tokenize, windows_of
-from rotatekv.models import model_revision
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_model_arguments(parser)
-    add_method_arguments(parser)
-    add_run_arguments(parser, "windows")
+    parser = evaluation_parser(__doc__, "windows")
     group = parser.add_argument_group("perplexity")
     group.add_argument(
         "--dataset", help="wikitext2 (default), essays (the even-numbered embedded ones), or a text file"
@@ -47,6 +41,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.rescore is not None:
+        return report(rescore(args.rescore, "ppl", metric_of), args.rescore)
     if args.generate_for_calibration:
         return calibrate_reorder.main(calibration_flags(args))
     check_positive(args, "limit", "chunk_size")
@@ -72,12 +68,17 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    value = perplexity([record["nll"] for record in records])
-    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
-    done = finish_run(run, records, {"ppl": value}, args.limit is not None, model_record, dataset)
-    print(f"{len(records)} windows of {args.PPL_seq_length} tokens, {done['path']}")
-    bits, size = done["total_bits"], done["bytes_per_token"]
-    print(f"{text.name} perplexity: {value:.4f}  ({name}, {bits:.3f} bits, {size:.1f} bytes/token)")
+    report(finish_run(run, *metric_of(records), args.limit is not None), run.folder)
+
+
+def metric_of(records: list[dict]) -> tuple[list[dict], dict]:
+    return records, {"ppl": perplexity([record["nll"] for record in records])}
+
+
+def report(metrics: dict, folder: str | Path) -> None:
+    config = metrics["config"]
+    print(f"{metrics['n']} windows of {config['PPL_seq_length']} tokens, {Path(folder) / 'metrics.json'}")
+    print(f"{config['dataset']} perplexity: {metrics['metric']['ppl']:.4f}  {summary(metrics)}")
 
 
 def cut_windows(tokenizer, text: Text, length: int) -> list:

@@ -7,19 +7,14 @@ Finished runs side by side:   python needle_evaluation.py --compare DIR,DIR --ou
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rotatekv import load_model, patch_model
 from rotatekv.cli import (
-    add_method_arguments,
-    add_model_arguments,
-    add_rescore_argument,
-    add_run_arguments,
     add_switch,
     check_positive,
+    evaluation_parser,
     exit_on_user_error,
-    make_parser,
     method_from_args,
     model_flags,
 )
@@ -42,15 +37,10 @@ from rotatekv.evals.needle import (
 )
 from rotatekv.evals.needle_figure import read_grid, write_heat_maps, write_report
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
-from rotatekv.models import model_revision
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_model_arguments(parser)
-    add_method_arguments(parser)
-    add_run_arguments(parser, "cells")
-    add_rescore_argument(parser)
+    parser = evaluation_parser(__doc__, "cells")
     group = parser.add_argument_group("needle")
     grid = "as a list (10,20,50) or min:max:steps (10:50:5); default"
     group.add_argument(
@@ -110,9 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    model_record = {"id": model.name_or_path, "revision": model_revision(model)}
-    done = finish_run(run, records, means(records), args.limit is not None, model_record, dataset)
-    report(records, json.loads(done["path"].read_text(encoding="utf-8")), run.folder)
+    report(records, finish_run(run, records, means(records), args.limit is not None), run.folder)
 
 
 def report(records: list[dict], metrics: dict, folder: Path) -> None:

@@ -44,6 +44,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def evaluation_parser(description: str, limit_unit: str, model: str = EMBEDDED_MODEL) -> argparse.ArgumentParser:
+    """The flags every evaluation has; ``limit_unit`` is what ``--limit`` counts, ``model`` the default model."""
+    parser = make_parser(description)
+    add_model_arguments(parser, model)
+    add_method_arguments(parser)
+    add_run_arguments(parser, limit_unit)
+    return parser
+
+
 def str2bool(text: str) -> bool:
     if text.lower() in ("true", "1", "yes"):
         return True
@@ -59,13 +68,13 @@ def add_switch(parser, name: str, help: str, default: bool | None = False) -> No
     parser.add_argument(f"--{name}", default=default, help=help, **options)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, default: str = EMBEDDED_MODEL) -> None:
     group = parser.add_argument_group("model")
     names = ", ".join(ALIASES)
     group.add_argument(
         "--model",
-        default=EMBEDDED_MODEL,
-        help=f"{EMBEDDED_MODEL} (embedded; default), {names}, a Hub id or a local folder",
+        default=default,
+        help=f"{EMBEDDED_MODEL} (embedded), {names}, a Hub id or a local folder (default: {default})",
     )
     group.add_argument(
         "--dtype",
@@ -107,10 +116,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:
     group.add_argument("--output_dir", default="results", help="default: results")
     group.add_argument("--resume", action="store_true", help="go on with this run where it stopped")
     group.add_argument("--overwrite", action="store_true", help="start this run anew")
-
-
-def add_rescore_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group.add_argument(
         "--rescore", metavar="DIR", help="score the samples in this run's folder again, without a model, and end"
     )
 

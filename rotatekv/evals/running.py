@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -76,21 +75,19 @@ def score_samples(
     return run.gather()
 
 
-def finish_run(run: Run, records: Sequence[dict], metric: dict, partial: bool, model: dict, dataset: dict) -> dict:
+def finish_run(run: Run, records: Sequence[dict], metric: dict, partial: bool) -> dict:
     """Write metrics.json from the samples' records.
 
     Args:
         records: each with what ``cache_use`` gives, and ``seconds``.
+        metric: the task's, as the contract names its keys.
+        partial: a ``--limit`` left samples out.
 
     Returns:
-        ``{"path", "total_bits", "bytes_per_token"}`` for the script's last line.
+        what metrics.json holds; ``summary`` makes the end of the script's last line of it.
     """
-    measured = _measures(records)
-    path: Path = run.finish(
-        metric=metric, partial=partial, model=model, dataset=dataset, seed=run.config["seed"], **measured
-    )
-    bytes_per_token = measured["cache_bytes_per_token"]
-    return {"path": path, "total_bits": measured["avg_bits"]["total"], "bytes_per_token": bytes_per_token}
+    run.finish(metric=metric, partial=partial, **_identity(run.config), **_measures(records))
+    return run.metrics
 
 
 def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list[dict], dict]]) -> dict:
@@ -118,18 +115,20 @@ def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list
         measured = _measures(records)
     except KeyError as error:
         raise UserError(f"the samples in {folder} have no field {error}: they are of another version") from None
-    config = run.config
-    old = {
-        "partial": True, "model": {"id": config["model"], "revision": config["revision"]}, "seed": config["seed"],
-        "dataset": {"id": config["dataset"], "sha256": config["dataset_sha256"]},
-    }  # fmt: skip
-    return run.rewrite(records, old, metric=metric, **measured)
+    return run.rewrite(records, {"partial": True, **_identity(run.config)}, metric=metric, **measured)
 
 
 def summary(metrics: dict) -> str:
     """``(RotateKV2, 3.156 bits, 1234.5 bytes/token)``, the end of a script's last line, from its metrics.json."""
     bits, size = metrics["avg_bits"]["total"], metrics["cache_bytes_per_token"]
     return f"({metrics['config']['method']}, {bits:.3f} bits, {size:.1f} bytes/token)"
+
+
+def _identity(config: dict) -> dict:
+    return {
+        "model": {"id": config["model"], "revision": config["revision"]}, "seed": config["seed"],
+        "dataset": {"id": config["dataset"], "sha256": config["dataset_sha256"]},
+    }  # fmt: skip
 
 
 def _measures(records: Sequence[dict]) -> dict:
