@@ -237,8 +237,10 @@ def scored(record: dict) -> dict:
 
 def rouge1(prediction: str, answer: str) -> float:
     """ROUGE-1 F × 100 of stemmed words, by the paper's scorer (which reports F × 10)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UserError("ROUGE-1 needs rouge_score: pip install rouge_score (or make install)") from None
     return 100 * RougeScorer(["rouge1"], use_stemmer=True).score(answer, prediction)["rouge1"].fmeasure
 
 
