@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             return
     records = [run.samples[sample["id"]] for sample in samples]
     metric = {"accuracy": gsm8k.accuracy(records)}
-    report(finish_run(run, records, metric, args.limit is not None), run.folder)
+    report(finish_run(run, records, metric, len(records) < len(questions)), run.folder)
 
 
 def report(metrics: dict, folder: str | Path) -> None:

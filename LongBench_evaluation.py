@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             return
     records = [run.samples[sample["id"]] for sample in samples]
     metric = longbench.metric_of(records)
-    metrics = finish_run(run, records, metric, args.limit is not None)
+    metrics = finish_run(run, records, metric, len(records) < sum(len(found) for _, found in data))
     print(f"{longbench.table(records, metric)}\n{len(records)} records, {run.folder / 'metrics.json'}")
     print(f"longbench average: {metric['average']:.2f}  {summary(metrics)}")
 

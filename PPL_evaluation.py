@@ -52,11 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     text = load_text(args.dataset or "wikitext2", args.data_dir)
     model, tokenizer = load_model(**model_flags(args))
     windows = cut_windows(tokenizer, text, args.PPL_seq_length)
-    windows = windows[: args.limit]
 
     dataset = {"id": text.name, "sha256": text.sha256}
     protocol = {"PPL_seq_length": args.PPL_seq_length, "chunk_size": args.chunk_size}
-    samples = [{"id": number, "window": window} for number, window in enumerate(windows)]
+    samples = [{"id": number, "window": window} for number, window in enumerate(windows)][: args.limit]
     with patch_model(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "ppl", name, handle, dataset, **protocol)
         if not score_samples(
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    report(finish_run(run, *metric_of(records), args.limit is not None), run.folder)
+    report(finish_run(run, *metric_of(records), len(records) < len(windows)), run.folder)
 
 
 def metric_of(records: list[dict]) -> tuple[list[dict], dict]:

@@ -100,11 +100,13 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    report(records, finish_run(run, records, means(records), args.limit is not None), run.folder)
+    metrics = finish_run(run, records, means(records), len(records) < len(lengths) * len(depths))
+    report(records, metrics, run.folder, draw=run.replaced)
 
 
-def report(records: list[dict], metrics: dict, folder: Path) -> None:
-    write_report(records, metrics, folder)
+def report(records: list[dict], metrics: dict, folder: Path, draw: bool = True) -> None:
+    if draw:  # not where the folder keeps a longer run's grid
+        write_report(records, metrics, folder)
     print(f"{len(records)} cells, {folder / 'metrics.json'}")
     needle_type, metric = metrics["config"]["needle_type"], metrics["metric"]
     print(

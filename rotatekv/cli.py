@@ -70,11 +70,11 @@ def add_switch(parser, name: str, help: str, default: bool | None = False) -> No
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str = EMBEDDED_MODEL) -> None:
     group = parser.add_argument_group("model")
-    names = ", ".join(ALIASES)
+    names = f"{EMBEDDED_MODEL} (embedded), {', '.join(ALIASES)}, " if default == EMBEDDED_MODEL else ""
     group.add_argument(
         "--model",
         default=default,
-        help=f"{EMBEDDED_MODEL} (embedded), {names}, a Hub id or a local folder (default: {default})",
+        help=f"{names}a Hub id or a local folder (default: {default})",
     )
     group.add_argument(
         "--dtype",

@@ -50,6 +50,12 @@ def barrier() -> None:
     try:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the processes of this run cannot find each other ({reason}): start them with torchrun"
+        ) from None
+    try:
         torch.distributed.barrier()
     except RuntimeError:  # gloo: the connection is closed
         raise UserError("another process of this run ended early; the same command with --resume goes on") from None

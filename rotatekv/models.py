@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rotatekv.compat import check_transformers_version
-from rotatekv.distributed import local_rank
+from rotatekv.distributed import local_rank, world_size
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
 from rotatekv.patch import SUPPORTED_ATTENTION
@@ -63,6 +63,8 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     if device is not None and device_map is not None:
         raise UserError("give --device or --device_map, not both")
+    if device_map is not None and world_size() > 1:
+        raise UserError("--device_map spreads one model over all GPUs: start a single process")
     target = None if device_map is not None else pick_device(device)
     options: dict = {"attn_implementation": attn_implementation}
     if device_map is not None:
@@ -97,7 +99,9 @@ def load_model(
 def pick_device(device: str | None) -> torch.device:
     """``None`` → this rank's CUDA device, or CPU where there is none. UserError for a device that is not here."""
     if device is None:
-        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank()}"
     try:
         torch.empty(0, device=device)
         return torch.device(device)

@@ -99,16 +99,18 @@ class Run:
         """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
         path = self._path("metrics.json")
         self.metrics = {**self._header(), **results}
-        if self._finished_samples() <= results.get("n", 0):
+        self.replaced = not self._holds_more(results.get("n", 0))
+        if self.replaced:
             write_json(path, self.metrics)
         return path
 
-    def _finished_samples(self) -> int:
-        """``n`` of the metrics.json that is there: a shorter ``--limit`` does not take a longer run's place."""
+    def _holds_more(self, count: int) -> bool:
+        """A shorter ``--limit`` does not take the place of a longer or a complete run's metrics.json."""
         try:
-            return int(json.loads(self._path("metrics.json").read_text(encoding="utf-8"))["n"])
+            old = json.loads(self._path("metrics.json").read_text(encoding="utf-8"))
+            return old["n"] > count or (old["n"] == count and not old["partial"])
         except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            return False
 
     def rewrite(self, samples: Sequence[dict], first: dict, **results) -> dict:
         """Put ``samples`` and ``results`` in the place of the old; metrics.json keeps what is not among ``results``.
@@ -122,6 +124,8 @@ class Run:
         path = self._path("metrics.json")
         try:
             old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**self._header(), **first}
+            if not isinstance(old, dict):
+                raise ValueError("no json object")
             self._write_samples(samples)
             record = {**old, **results, "rescored": _now()}
             write_json(path, record)
@@ -157,7 +161,7 @@ class Run:
             raise UserError(f"the run {self.folder} exists: --resume goes on with it, --overwrite starts anew")
         self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            for path in [*map(self._path, ("metrics.json", "samples.jsonl", "config.json")), *self._rank_files()]:
+            for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
         elif existing:
             self._check_same_config()

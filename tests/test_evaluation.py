@@ -185,3 +185,27 @@ def test_autocast_leaves_the_cache_alone(folder):
     for name in ("FP16", "RTN4"):
         with patch_model(model, name), torch.autocast("cpu", torch.bfloat16):
             assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 25)
+
+
+def test_average_bits_of_unequal_samples_are_all_bytes_over_all_numbers():
+    from rotatekv.evals.running import _measures
+
+    short = {"tokens": 10, "cache_bytes": 100, "k_bits": 8.0, "v_bits": 8.0, "total_bits": 8.0, "seconds": 1.0}
+    long = {"tokens": 90, "cache_bytes": 450, "k_bits": 4.0, "v_bits": 4.0, "total_bits": 4.0, "seconds": 1.0}
+    found = _measures([short, long])
+    assert found["avg_bits"]["total"] == pytest.approx(8 * (100 + 450) / 1000)  # 10 numbers a token: 100 + 900
+    assert found["cache_bytes_per_token"] == pytest.approx(5.5)
+
+
+def test_a_limit_beyond_the_text_is_no_partial_run(folder, text_file, tmp_path):
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "99"))
+    assert metrics_of(tmp_path)["partial"] is False
+
+
+def test_rescoring_gives_the_same_perplexity(folder, text_file, tmp_path, capsys):
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "3"))
+    before = metrics_of(tmp_path)
+    (path,) = tmp_path.glob("ppl/*/*")
+    PPL_evaluation.main(["--rescore", str(path)])
+    assert metrics_of(tmp_path)["metric"] == before["metric"]
+    assert capsys.readouterr().out.count("perplexity: ") == 2

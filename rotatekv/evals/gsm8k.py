@@ -29,6 +29,9 @@ def load_questions(data_dir: str | None) -> list[dict]:
         rows = read_jsonl(Path(data_dir) / "gsm8k" / "test.jsonl", _FIELDS)
     else:
         rows = read_hub(_load_hub, "GSM8K", "DIR/gsm8k/test.jsonl")
+    for number, row in enumerate(rows, start=1):
+        if not all(isinstance(row[field], str) for field in _FIELDS):
+            raise UserError(f"GSM8K record {number}: question and answer must be texts")
     return [
         {"id": number, "question": row["question"], "answers": [gold_number(row["answer"], number)]}
         for number, row in enumerate(rows)
@@ -44,10 +47,13 @@ def load_examples(count: int) -> list[tuple[str, str]]:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None:
         raise UserError("the GSM8K examples are lm_eval's: pip install 'lm_eval[longbench]==0.4.13' (or make install)")
-    from lm_eval.tasks._yaml_loader import load_yaml
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
 
-    task = load_yaml(Path(spec.submodule_search_locations[0]) / _EXAMPLES, resolve_func=False)
-    samples = task["fewshot_config"]["samples"]
+        task = load_yaml(Path(spec.submodule_search_locations[0]) / _EXAMPLES, resolve_func=False)
+        samples = task["fewshot_config"]["samples"]
+    except (ImportError, OSError, KeyError):
+        raise UserError("the installed lm_eval has no gsm8k_cot: pip install 'lm_eval[longbench]==0.4.13'") from None
     if not 0 <= count <= len(samples):
         raise UserError(f"--num_fewshot must be from 0 to {len(samples)}, not {count}")
     return [(sample["question"], sample["target"]) for sample in samples[:count]]

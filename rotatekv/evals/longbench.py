@@ -9,7 +9,6 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import fmean
 
 from rotatekv.errors import UserError
 from rotatekv.evals.records import read_hub, read_jsonl
+from rotatekv.evals.scoring import deep_recursion
 
 GROUPS = {
     "single-doc": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
@@ -46,8 +46,6 @@ LENGTHS = {"0-4k": range(4000), "4-8k": range(4000, 8000), "8k+": range(8000, sy
 _NO_CHAT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 _FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")
 _INSTALL = 'pip install "lm_eval[longbench]" (or make install)'
-# ROUGE-L recurses once a word; under Python's own limit of 1000 a long prediction would silently score 0.
-_RECURSION = 10_000
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def score(task: Task, prediction: str, record: dict) -> float:
     """lm_eval's metric in [0, 1], the best over the record's answers; few-shot tasks count the first line only."""
     if task.base in _FIRST_LINE:
         prediction = prediction.lstrip("\n").split("\n")[0]
-    with _deep_recursion():
+    with deep_recursion():
         return float(getattr(_metrics(), task.scorer)(record, [prediction])["score"])
 
 
@@ -259,12 +257,15 @@ def _check(task: Task, record: dict, place: str) -> None:
         if not isinstance(record[field], str):
             raise UserError(f"{place}: {field!r} must be a text, not {record[field]!r}")
     answers = record["answers"]
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise UserError(f"{place}: 'answers' must be a list of one or more texts, not {answers!r}")
     if task.name.endswith("_e") and not isinstance(record["length"], int):
         raise UserError(f"{place}: 'length' must be a number of words, not {record['length']!r}")
-    if task.metric == "classification_score" and not isinstance(record["all_classes"], list):
-        raise UserError(f"{place}: 'all_classes' must be a list, not {record['all_classes']!r}")
+    classes = record["all_classes"]
+    if task.metric == "classification_score" and not (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes) and set(answers) <= set(classes)
+    ):
+        raise UserError(f"{place}: 'all_classes' must be a list of texts with all answers in it, not {classes!r}")
     try:
         score(task, "", record)
     except IndexError:  # the retrieval metrics look for a paragraph's number
@@ -281,13 +282,3 @@ def _metrics():
         raise UserError(f"LongBench's metrics need lm_eval with jieba, rouge and fuzzywuzzy: {_INSTALL}") from None
     metrics.jieba.setLogLevel("WARNING")
     return metrics
-
-
-@contextmanager
-def _deep_recursion():
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, _RECURSION))
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(limit)

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 
 from rotatekv.errors import UserError
 from rotatekv.evals.generation import context_length
+from rotatekv.evals.milebench_metrics import normalize
 
 QUESTION_TYPES = ("multi-choice", "open-ended")
 _MARK = re.compile(r"\{(?:image|table)#(\d+)\}")
@@ -133,7 +134,7 @@ def encode_prompt(processor: ProcessorMixin, model, prompt: Prompt, max_new_toke
             return len(tokenizer(part, add_special_tokens=False, verbose=False).input_ids)
         image = images[prompt.images[part]]
         if image.size not in image_tokens:
-            image_tokens[image.size] = processor(text=token, images=[image], return_tensors="pt").input_ids.shape[1]
+            image_tokens[image.size] = _count_image_tokens(processor, image)
         return image_tokens[image.size]
 
     def keep_end(text: str, tokens: int) -> str:
@@ -148,6 +149,11 @@ def encode_prompt(processor: ProcessorMixin, model, prompt: Prompt, max_new_toke
         if excess <= 0:
             return dict(inputs.to(model.device, dtype=model.dtype)), shown
         budget -= excess  # words may split otherwise where parts meet
+
+
+def _count_image_tokens(processor: ProcessorMixin, image) -> int:
+    token = processor.image_token
+    return processor(text=token, images=[image], return_tensors="pt", add_special_tokens=False).input_ids.shape[1]
 
 
 def _tokenize(processor: ProcessorMixin, text: str, images: Sequence):
@@ -186,6 +192,8 @@ def load_datasets(
     if not found:
         raise UserError(f"no data set in {data_dir}: expected DIR/<DATASET>/<DATASET>{suffix}.json")
     names = list(found) if list(names) == ["all"] else list(dict.fromkeys(names))
+    if not names:
+        raise UserError(f"--datasets names none: {data_dir} has {', '.join(found)}")
     samples, records = [], []
     for name in names:
         if name not in found:
@@ -248,7 +256,7 @@ def _samples(name: str, path: Path, content: dict, limit: int | None, combined: 
 
 
 def _check_sample(sample: dict, where: str) -> None:
-    if sample["choices"] is not None and sample["answer"] not in sample["choices"]:
+    if sample["choices"] is not None and normalize(sample["answer"]) not in map(normalize, sample["choices"]):
         raise UserError(f"{where}: the response {sample['answer']!r} is not in choice_list")
     for file in sample["image_files"]:
         if not file.is_file():
@@ -277,5 +285,5 @@ def _open(path: Path):
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow raises half a dozen classes on damaged files
         raise UserError(f"cannot read the picture {path}: {error}") from None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from rotatekv.errors import UserError
+from rotatekv.evals.scoring import deep_recursion
 
 # The categories of the published evaluation code (github.com/MileBench/MileBench, score.py). Its data sets are named
 # in two ways (action_localization, ActionLocalization): compare with _plain.
@@ -48,7 +49,11 @@ def score_record(record: dict) -> float:
     if record["question_type"] == "open-ended":
         return rouge_l(prediction, answer)
     chosen = match_choice(prediction, record["choices"], record["letters"])
-    return float(chosen is not None and normalize(record["choices"][chosen]) == normalize(answer))
+    if chosen is None:
+        return 0.0
+    if answer in record["choices"]:  # "C" and "C++" are one word to normalize
+        return float(chosen == record["choices"].index(answer))
+    return float(normalize(record["choices"][chosen]) == normalize(answer))
 
 
 def match_choice(prediction: str, choices: Sequence[str], letters: bool = True) -> int | None:
@@ -79,7 +84,8 @@ def rouge_l(prediction: str, answer: str) -> float:
     prediction, answer = normalize(prediction), normalize(answer)
     if not prediction.strip(". ") or not answer.strip(". "):  # rouge finds no sentence in dots
         return 0.0
-    return Rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
+    with deep_recursion():
+        return Rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
 
 
 def contains_words(prediction: str, answer: str) -> bool:

@@ -179,12 +179,12 @@ def wording(
     if needle_type == "passkey":
         if needle is not None or key_phrase is not None:
             raise UserError("--needle_type passkey hides its own needle: leave out --needle and --key_phrase")
-        return None, question or PASSKEY_QUESTION, None
+        return None, PASSKEY_QUESTION if question is None else question, None
     needle = NEEDLE if needle is None else needle
     key_phrase = KEY_PHRASE if key_phrase is None else key_phrase
     if not key_phrase.strip() or not recall(needle, key_phrase):
         raise UserError(f"the needle does not hold the key phrase {key_phrase!r}: pass a --key_phrase out of it")
-    return needle, question or RETRIEVAL_QUESTION, key_phrase
+    return needle, RETRIEVAL_QUESTION if question is None else question, key_phrase
 
 
 def use_chat(wanted: bool | None, tokenizer) -> bool:

@@ -18,19 +18,20 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict]:
         UserError: no file, a line that is no json object (its number named), a missing field, or no record.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
         raise UserError(f"no data file {path}: pass --data_dir DIR, or leave it out to use the Hub") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     records = []
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair decodes, but is no text
         except ValueError:
-            raise UserError(f"{path}, line {number} is no json: mend or drop it") from None
+            raise UserError(f"{path}, line {number} is no json in UTF-8: mend or drop it") from None
         missing = [field for field in fields if not isinstance(record, dict) or field not in record]
         if missing:
             raise UserError(f"{path}, line {number} has no field {missing[0]!r}")

@@ -115,6 +115,8 @@ def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list
         measured = _measures(records)
     except KeyError as error:
         raise UserError(f"the samples in {folder} have no field {error}: they are of another version") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"the samples in {folder} are damaged ({error})") from None
     return run.rewrite(records, {"partial": True, **_identity(run.config)}, metric=metric, **measured)
 
 
@@ -135,7 +137,11 @@ def _measures(records: Sequence[dict]) -> dict:
     """Of the records, in whatever order: their number, what their caches took, and the seconds they took."""
     count = len(records)
     total = {name: math.fsum(record[name] for record in records) for name in ("cache_bytes", "tokens", "seconds")}
-    bits = {key: math.fsum(record[f"{key}_bits"] for record in records) / count for key in ("k", "v", "total")}
+    # Weighted by tokens: the bytes of all caches × 8 over the numbers they hold.
+    bits = {
+        key: math.fsum(record[f"{key}_bits"] * record["tokens"] for record in records) / total["tokens"]
+        for key in ("k", "v", "total")
+    }
     return {
         "n": count, "avg_bits": bits, "cache_bytes_per_token": total["cache_bytes"] / total["tokens"],
         "seconds": total["seconds"],
