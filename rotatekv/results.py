@@ -81,10 +81,13 @@ class Run:
         """Add one finished sample, keyed by its ``id``; it is on disk when this returns."""
         alone = distributed.world_size() == 1
         name = "samples.jsonl" if alone else f"samples.rank{distributed.rank()}.jsonl"
-        with open(self._path(name), "a", encoding="utf-8") as file:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._path(name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self._path(name)} ({error.strerror}): mend it, then --resume") from None
         self.samples[sample["id"]] = sample
 
     def gather(self) -> bool:
