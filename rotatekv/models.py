@@ -57,15 +57,7 @@ def load_model(
         UserError: an unknown, unreachable or gated model, a bad dtype or device.
     """
     check_transformers_version()
-    if attn_implementation not in SUPPORTED_ATTENTION:
-        raise UserError(f"attention {attn_implementation!r} is not supported: --attn_implementation sdpa or eager")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    if device is not None and device_map is not None:
-        raise UserError("give --device or --device_map, not both")
-    if device_map is not None and world_size() > 1:
-        raise UserError("--device_map spreads one model over all GPUs: start a single process")
-    target = None if device_map is not None else pick_device(device)
+    target = check_placement(dtype, device, device_map, attn_implementation)
     options: dict = {"attn_implementation": attn_implementation}
     if device_map is not None:
         options["device_map"] = device_map
@@ -94,6 +86,21 @@ def load_model(
     if name == EMBEDDED_MODEL:
         model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL
     return model.eval(), tokenizer
+
+
+def check_placement(
+    dtype: str, device: str | None, device_map: str | None, attn_implementation: str
+) -> torch.device | None:
+    """Where ``load_model``'s arguments put a model; None for ``device_map``. UserError where they are wrong."""
+    if attn_implementation not in SUPPORTED_ATTENTION:
+        raise UserError(f"attention {attn_implementation!r} is not supported: --attn_implementation sdpa or eager")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if device is not None and device_map is not None:
+        raise UserError("give --device or --device_map, not both")
+    if device_map is not None and world_size() > 1:
+        raise UserError("--device_map spreads one model over all GPUs: start a single process")
+    return None if device_map is not None else pick_device(device)
 
 
 def pick_device(device: str | None) -> torch.device:

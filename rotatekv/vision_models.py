@@ -20,7 +20,7 @@ from transformers import (
 from rotatekv.compat import check_transformers_version
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
-from rotatekv.models import DTYPES, EMBEDDED_MODEL, explain_load_error, load_model, pick_device
+from rotatekv.models import DTYPES, EMBEDDED_MODEL, check_placement, explain_load_error, load_model
 
 RANDOM_LLAVA = "llava-random-smollm2"
 VISION_ALIASES = {
@@ -48,11 +48,7 @@ def load_vision_model(
     check_transformers_version()
     if name == RANDOM_LLAVA:
         return random_llava(*load_model(EMBEDDED_MODEL, dtype, device, device_map, attn_implementation))
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    if device is not None and device_map is not None:
-        raise UserError("give --device or --device_map, not both")
-    target = None if device_map is not None else pick_device(device)
+    target = check_placement(dtype, device, device_map, attn_implementation)
     folder = VISION_ALIASES.get(name, name)
     if not Path(folder).is_dir():
         hub_is_offline()  # without a network, fail at once
