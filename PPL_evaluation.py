@@ -10,6 +10,7 @@ from pathlib import Path
 
 import calibrate_reorder
 from rotatekv import load_model, patch_model
+from rotatekv.capture_flags import add_capture_arguments, save_captures, wanted_kinds
 from rotatekv.cli import (
     add_switch,
     check_positive,
@@ -35,6 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--chunk_size", type=int, help="feed each window through the cache this many tokens at a time (default: all)"
     )
     add_switch(group, "generate_for_calibration", "make the reorder indices instead, as calibrate_reorder.py does")
+    add_capture_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     check_positive(args, "limit", "chunk_size")
     if args.PPL_seq_length < 2:
         raise UserError(f"--PPL_seq_length must be at least 2 (a token and its successor), not {args.PPL_seq_length}")
+    if wanted_kinds(args):
+        return save_captures(args)
     name, quant_config = method_from_args(args)
     text = load_text(args.dataset or "wikitext2", args.data_dir)
     model, tokenizer = load_model(**model_flags(args))

@@ -88,7 +88,8 @@ def patch_model(
     if hasattr(model, _HANDLE) or hasattr(text_model, _HANDLE):
         raise UserError("the model is patched already: call unpatch_model(model) first")
     check_supported(text_model)
-    methods, fingerprint = _build_methods(model, text_model, config, calibration_file)
+    methods = build_methods(model, text_model, config, calibration_file)
+    fingerprint = _fingerprint(model, config, methods)
     handle = PatchHandle(model, CacheSpec(config, methods, fingerprint))
     with torch.no_grad():
         for layer, method in zip(text_model.layers, methods, strict=True):
@@ -185,7 +186,17 @@ def resolved_head_group(text_model: nn.Module, config: QuantConfig) -> int:
     return key_heads_per_group(config, layer_geometry(text_model.layers[0].self_attn))
 
 
-def _build_methods(model, text_model, config: QuantConfig, calibration_file) -> tuple[tuple[KVMethod, ...], str]:
+def build_methods(
+    model, text_model: nn.Module, config: QuantConfig, calibration_file: str | Path | None = None, fold: bool = True
+) -> tuple[KVMethod, ...]:
+    """The codec of every layer.
+
+    Args:
+        fold: the rotations are to be folded into the weights, where the config says so; False: always online.
+
+    Raises:
+        UserError: no reorder indices where the config needs them, or shapes that do not fit.
+    """
     attentions = [layer.self_attn for layer in text_model.layers]
     first = layer_geometry(attentions[0])
     indices = None
@@ -195,7 +206,7 @@ def _build_methods(model, text_model, config: QuantConfig, calibration_file) -> 
         indices = load_reorder_indices(
             model.name_or_path, len(attentions), first.channels, group, calibration_file
         ).indices
-    fold = config.fuse_weights and config.method == "rotatekv"
+    fold = fold and config.fuse_weights and config.method == "rotatekv"
     methods = []
     for number, attention in enumerate(attentions):
         if fold:
@@ -203,12 +214,19 @@ def _build_methods(model, text_model, config: QuantConfig, calibration_file) -> 
         keys_folded = fold and can_fold_keys(attention) and config.Grouped_Head_Key_Rotation
         geometry = layer_geometry(attention, keys_folded=keys_folded, values_folded=fold)
         methods.append(build_method(config, geometry, None if indices is None else indices[number]))
+    return tuple(methods)
+
+
+def _fingerprint(model, config: QuantConfig, methods: tuple[KVMethod, ...]) -> str:
+    """A hash of all that decides what a cache's bytes mean."""
+    first = methods[0].layer
     identity = {"model": model.name_or_path, "config": config.to_dict(), "layers": len(methods)}
-    identity["heads"] = first.num_key_value_heads
-    digest = hashlib.sha256(json.dumps(identity | {"head_dim": first.head_dim}, sort_keys=True).encode())
-    if indices is not None:
-        digest.update(indices.numpy().tobytes())
-    return tuple(methods), digest.hexdigest()
+    identity |= {"heads": first.num_key_value_heads, "head_dim": first.head_dim}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for method in methods:
+        if (order := getattr(method, "order", None)) is not None:
+            digest.update(order.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

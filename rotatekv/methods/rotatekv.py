@@ -63,9 +63,13 @@ class RotateKV(RTN):
             channels = rotate_channels(channels.float(), self.layer.head_dim, inverse=True)
         return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
 
+    def rotate_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
+        """Pre-RoPE Grouped-Head Rotation of (..., H_kv·D) key channels (section 4.1)."""
+        return rotate_channels(channels, self.key_width)
+
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Rotation then reorder of (..., H_kv·D) key channels; what ``fuse_weights`` folds into ``k_proj``."""
-        rotated = rotate_channels(channels, self.key_width)
+        rotated = self.rotate_key_channels(channels)
         return rotated if self.order is None else rotated.index_select(-1, self.order.to(channels.device))
 
     def transform_value_channels(self, channels: torch.Tensor) -> torch.Tensor:

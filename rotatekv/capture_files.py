@@ -1,0 +1,145 @@
+"""Captures on disk: one safetensors file per kind, with what the figure's title must say as metadata."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from rotatekv.capture import KINDS, Tensors
+from rotatekv.errors import UserError
+from rotatekv.files import write_atomically
+
+FORMAT, FORMAT_VERSION = "rotatekv-capture", "1"
+_NUMBERS = ("window", "tokens", "num_attention_heads", "num_key_value_heads", "head_dim", "heads_per_group")
+
+
+@dataclass(frozen=True)
+class CaptureInfo:
+    """What was captured; the file's metadata, as json strings.
+
+    Args:
+        kind: of ``KINDS``.
+        model, text: names for the title; ``text_sha256`` of the whole text.
+        window: the window's number in the text; tokens: its length.
+        layers: numbers of the layers in the file.
+        heads: query heads of attention scores (all of them for other kinds).
+        heads_per_group: G, the key heads that are rotated together.
+        token_texts: each token as text, in order.
+    """
+
+    kind: str
+    model: str
+    text: str
+    text_sha256: str
+    window: int
+    tokens: int
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    heads_per_group: int
+    token_texts: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """Model and text, as titles name them."""
+        return f"{self.model}, {self.text} (window {self.window}, {self.tokens} tokens)"
+
+    def metadata(self, tensors: Tensors) -> dict[str, str]:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        header = {"format": FORMAT, "version": FORMAT_VERSION, "shapes": json.dumps(shapes)}
+        return header | {name: json.dumps(value, ensure_ascii=False) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One file that was read. ``tensors`` are named ``layers.<number>.<what>``."""
+
+    info: CaptureInfo
+    tensors: Tensors
+    path: Path
+
+    def get(self, layer: int, what: str) -> torch.Tensor:
+        """One tensor of one layer, or UserError naming the file."""
+        name = f"layers.{layer}.{what}"
+        if name not in self.tensors:
+            raise UserError(f"{self.path} holds no {what} of layer {layer}: {remake(self.info.kind)}")
+        return self.tensors[name]
+
+
+def write_capture(folder: Path, info: CaptureInfo, tensors: Tensors) -> Path:
+    """Write ``<folder>/<kind>.safetensors`` atomically.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = folder / f"{info.kind}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(tensors, metadata=info.metadata(tensors)))
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --save_dir") from None
+    return path
+
+
+def read_capture(path: str | Path, kind: str | None = None) -> Capture:
+    """Read and check one file of ``write_capture``.
+
+    Args:
+        path: the file, or the folder that holds ``<kind>.safetensors``.
+        kind: what it must be; None takes any.
+
+    Raises:
+        UserError: no file, a damaged or foreign one, or another kind.
+    """
+    path = Path(path)
+    if path.is_dir() and kind is not None:
+        path = path / f"{kind}.safetensors"
+    if not path.is_file():
+        raise UserError(f"no capture {path}: {remake(kind)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = _info_of(file.metadata() or {})
+            shapes = json.loads(file.metadata()["shapes"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or no capture of ours ({reason}): {remake(kind)}") from None
+    if kind is not None and info.kind != kind:
+        raise UserError(f"{path} holds {info.kind}, not {kind}: {remake(kind)}")
+    if {name: list(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        raise UserError(f"{path} is damaged (shapes are not those of its header): {remake(kind)}")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{path} holds numbers that are not finite: {remake(kind)}")
+    return Capture(info, tensors, path)
+
+
+def remake(kind: str | None) -> str:
+    """How to make a capture, for error lines."""
+    return f"make it with PPL_evaluation.py --save_{kind or 'k_pre_rope'} True"
+
+
+def _info_of(metadata: dict[str, str]) -> CaptureInfo:
+    """ValueError, KeyError or TypeError where the metadata are not ours."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError("another format")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise ValueError(f"format version {metadata.get('version')!r}, this program reads {FORMAT_VERSION}")
+    values = {name: json.loads(metadata[name]) for name in CaptureInfo.__dataclass_fields__}
+    values |= {name: tuple(values[name]) for name in ("layers", "heads", "token_texts")}
+    info = CaptureInfo(**values)
+    numbers = [getattr(info, name) for name in _NUMBERS] + [*info.layers, *info.heads]
+    texts = [info.model, info.text, info.text_sha256, *info.token_texts]
+    if info.kind not in KINDS or not all(isinstance(text, str) for text in texts):
+        raise ValueError("unknown kind, or names that are no text")
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or not info.layers:
+        raise ValueError("a count that is no count")
+    if len(info.token_texts) != info.tokens:
+        raise ValueError("token texts do not match the token count")
+    return info
