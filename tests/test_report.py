@@ -343,7 +343,7 @@ def _collected(root):
 
 def test_a_run_found_twice_is_there_once(tmp_path):
     add_run(tmp_path)
-    assert len(collect_runs([tmp_path, tmp_path / "ppl"])[0]) == 1
+    assert len(collect_runs([tmp_path, tmp_path / "ppl" / ".." / "ppl"])[0]) == 1
 
 
 def test_nothing_found_is_one_line(tmp_path, monkeypatch, capsys):

@@ -280,8 +280,8 @@ def _figure(figure: Figure, number: int) -> str:
     return (
         f'<figure id="figure-{number}" data-words="{escape(words.lower())}">\n'
         f'<button type="button" class="enlarge" aria-label="{escape(f"Enlarge: {figure.caption}")}">'
-        f'<img src="{figure.source}" alt="{caption}" width="{figure.width}" height="{figure.height}" loading="lazy" '
-        f'decoding="async"></button>\n<figcaption>{caption}</figcaption>\n</figure>'
+        f'<img src="{figure.source}" alt="{caption}" width="{figure.width}" height="{figure.height}" loading="lazy">'
+        f"</button>\n<figcaption>{caption}</figcaption>\n</figure>"
     )
 
 
