@@ -1,0 +1,109 @@
+"""Attention maps per head, and the mean attention each token receives: the sinks stand out.
+
+python PPL_evaluation.py --save_attention_scores True
+python visualize/attention_sinks.py --input save_tensors/smollm2-135m --output attention_sinks.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
+
+import torch
+
+from rotatekv.capture_files import Capture, read_capture
+from rotatekv.cli import check_positive, exit_on_user_error
+from visualize.common import (
+    COLOURS,
+    PALETTE,
+    SINK_COLOUR,
+    Figure,
+    add_layer_argument,
+    figure_parser,
+    pick_heads,
+    pick_layer,
+    save_png,
+    token_label,
+)
+
+_MOST_HEADS = 4
+_FAINTEST = 1e-4  # weights below share the darkest colour
+_NAMED = 4  # tokens named by their text in the lower panel
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = figure_parser(__doc__, "attention_sinks.png")
+    add_layer_argument(parser)
+    parser.add_argument("--heads", help="places of the heads in the file, 0,2 (default: the first 4)")
+    parser.add_argument("--max_tokens", type=int, default=64, help="tokens in each map (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_positive(args, "max_tokens")
+    capture = read_capture(args.input, "attention_scores")
+    layer = pick_layer(capture, args.layer)
+    places = pick_heads(capture, args.heads, _MOST_HEADS, len(capture.info.heads))
+    scores = capture.get(layer, "scores")[places].float()  # (heads, T, T)
+
+    figure = Figure(figsize=(max(8.0, 2.7 * len(places) + 1.2), 6.2), layout="constrained")
+    maps, received = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    draw_maps(maps, capture, scores, places, args.max_tokens)
+    draw_received(received.subplots(), capture, layer, scores)
+    figure.suptitle(f"Attention of layer {layer}: {capture.info.where}", fontsize=11)
+    save_png(
+        figure, args.output,
+        f"Attention of layer {layer}, {capture.info.where}: all queries look at the first tokens, which are among "
+        "those the sink detector protects.",
+    )  # fmt: skip
+
+
+def draw_maps(figure, capture: Capture, scores: torch.Tensor, places: list[int], tokens: int) -> None:
+    """One lower-triangular map per head, logarithmic."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    panels = figure.subplots(1, len(places), squeeze=False, sharey=True)[0]
+    colours = colormaps[COLOURS].with_extremes(bad="white")
+    for panel, place, weights in zip(panels, places, scores, strict=True):
+        shown = weights[:tokens, :tokens].clamp_min(_FAINTEST)
+        shown = shown.masked_fill(torch.ones_like(shown, dtype=torch.bool).triu(1), float("nan"))
+        image = panel.imshow(shown.numpy(), cmap=colours, norm=LogNorm(_FAINTEST, 1.0), aspect="equal")
+        panel.set_title(f"query head {capture.info.heads[place]}", fontsize=10)
+        panel.set_xlabel("key token")
+    panels[0].set_ylabel("query token")
+    figure.colorbar(image, ax=list(panels), aspect=25, pad=0.01).set_label("attention weight")
+
+
+def draw_received(panel, capture: Capture, layer: int, scores: torch.Tensor) -> None:
+    """Mean attention a token receives from all later queries and the drawn heads; the protected ones as dots."""
+    received = mean_received(scores)
+    panel.plot(received.numpy(), color=PALETTE[0], linewidth=0.6)
+    sinks = capture.get(layer, "sinks").long()
+    panel.plot(sinks.numpy(), received[sinks].numpy(), "o", color=SINK_COLOUR, markersize=4, label="protected token")
+    for rank, token in enumerate(received[:-1].topk(min(_NAMED, len(received) - 1)).indices.tolist()):
+        panel.annotate(
+            f"{token_label(capture.info.token_texts[token])} at {token}", (token, received[token].item()),
+            xytext=(14, -2 - 11 * (rank % 2)), textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    panel.set_yscale("log")
+    panel.set_xlabel("token")
+    panel.set_ylabel("mean attention received")
+    panel.legend(fontsize=8, loc="upper right")
+
+
+def mean_received(scores: torch.Tensor) -> torch.Tensor:
+    """(heads, T, T) weights → (T,): the mean over heads and over the queries after the token that can see it."""
+    length = scores.shape[-1]
+    own = scores.diagonal(dim1=1, dim2=2)  # a token's attention to itself is no sign of a sink
+    later = torch.arange(length - 1, -1, -1).clamp_min(1)
+    return ((scores.sum(dim=1) - own) / later).mean(dim=0)
+
+
+if __name__ == "__main__":
+    main()

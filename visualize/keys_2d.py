@@ -1,0 +1,72 @@
+"""Magnitude of the cached keys, channel × token, several heads side by side (as the paper's figures of K).
+
+python PPL_evaluation.py --save_k_pre_rope True --save_k_post_rope True
+python visualize/keys_2d.py --input save_tensors/smollm2-135m --output keys_2d.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
+
+from rotatekv.cli import check_positive, exit_on_user_error
+from visualize.common import (
+    COLOURS,
+    Figure,
+    add_layer_argument,
+    figure_parser,
+    pick_heads,
+    pick_layer,
+    read_kinds,
+    save_png,
+)
+
+_ROWS = {"k_pre_rope": "before RoPE", "k_post_rope": "after RoPE"}
+_MOST_HEADS = 4
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = figure_parser(__doc__, "keys_2d.png")
+    add_layer_argument(parser)
+    parser.add_argument("--heads", help="key heads, 0,2 (default: the first 4)")
+    parser.add_argument("--max_tokens", type=int, default=512, help="first tokens drawn (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_positive(args, "max_tokens")
+    captures = read_kinds(args.input, tuple(_ROWS))
+    info = captures[0].info
+    layer = pick_layer(captures[0], args.layer)
+    heads = pick_heads(captures[0], args.heads, _MOST_HEADS, info.num_key_value_heads)
+    rows = {capture.info.kind: capture.get(layer, "keys")[heads, : args.max_tokens].abs() for capture in captures}
+
+    figure = Figure(figsize=(2.9 * len(heads) + 1.2, 2.9 * len(rows) + 0.7), layout="constrained")
+    panels = figure.subplots(len(rows), len(heads), squeeze=False, sharex=True, sharey=True)
+    top = max(keys.max().item() for keys in rows.values())
+    for line, (kind, keys) in zip(panels, rows.items(), strict=True):
+        for panel, head, magnitudes in zip(line, heads, keys.float(), strict=True):
+            image = panel.imshow(
+                magnitudes.T.numpy(), aspect="auto", origin="lower", cmap=COLOURS, vmin=0, vmax=top,
+                interpolation="antialiased",
+            )  # fmt: skip
+            panel.set_title(f"key head {head}, {_ROWS[kind]}", fontsize=10)
+    for panel in panels[-1]:
+        panel.set_xlabel("token")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("channel of the head")
+    figure.colorbar(image, ax=panels, aspect=35, pad=0.02).set_label("|key|")
+    figure.suptitle(f"Keys of layer {layer}: {info.where}", fontsize=11)
+    save_png(
+        figure, args.output,
+        f"Magnitude of the keys of layer {layer}, {info.where}: outlier channels are lines along the tokens.",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

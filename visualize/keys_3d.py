@@ -1,0 +1,105 @@
+"""Keys of one layer as surfaces: before and after RoPE, after grouped-head rotation, after reordering.
+
+python PPL_evaluation.py --save_k_pre_rope True --save_k_post_rope True --save_k_rotated True
+python visualize/keys_3d.py --input save_tensors/smollm2-135m --output keys_3d.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
+
+import torch
+
+from rotatekv.capture_files import Capture
+from rotatekv.cli import check_positive, exit_on_user_error
+from rotatekv.transforms import heads_to_channels
+from visualize.common import (
+    COLOURS,
+    Figure,
+    add_layer_argument,
+    figure_parser,
+    pick_layer,
+    read_kinds,
+    save_png,
+)
+
+_KINDS = ("k_pre_rope", "k_post_rope", "k_rotated")
+_PER_ROW = 2
+_MOST_POINTS = 96  # along each axis of a surface; more are joined by their maximum
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = figure_parser(__doc__, "keys_3d.png")
+    add_layer_argument(parser)
+    parser.add_argument("--max_tokens", type=int, default=256, help="first tokens drawn (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_positive(args, "max_tokens")
+    captures = read_kinds(args.input, _KINDS)
+    info = captures[0].info
+    layer = pick_layer(captures[0], args.layer)
+    stages = {name: keys for capture in captures for name, keys in stages_of(capture, layer, args.max_tokens).items()}
+
+    rows = -(-len(stages) // _PER_ROW)
+    columns = min(len(stages), _PER_ROW)
+    figure = Figure(figsize=(4.6 * columns + 0.9, 3.9 * rows + 0.5), layout="constrained")
+    top = max(keys.max().item() for keys in stages.values())
+    panels = []
+    for number, (name, magnitudes) in enumerate(stages.items()):
+        panel = figure.add_subplot(rows, columns, number + 1, projection="3d")
+        surface = draw_surface(panel, magnitudes, top)
+        panel.set_title(f"{name}\nlargest {magnitudes.max():.1f}", fontsize=10)
+        panels.append(panel)
+    figure.colorbar(surface, ax=panels, aspect=30, pad=0.06, shrink=0.8).set_label("|key|")
+    figure.suptitle(f"Keys of layer {layer}, all heads: {info.where}", fontsize=11)
+    save_png(
+        figure, args.output,
+        f"Keys of layer {layer}, {info.where}: the ridges are outlier channels; the rotation flattens them.",
+    )  # fmt: skip
+
+
+def stages_of(capture: Capture, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Title → (T, H_kv·D) magnitudes of one file."""
+    kind = capture.info.kind
+    if kind != "k_rotated":
+        channels = heads_to_channels(capture.get(layer, "keys").unsqueeze(0))[0]  # (T, H_kv·D)
+        return {"before RoPE" if kind == "k_pre_rope" else "after RoPE": channels[:tokens].float().abs()}
+    stages = {}
+    group = capture.info.heads_per_group
+    stages[f"before RoPE, rotated in groups of {group} heads"] = capture.get(layer, "rotated")
+    if f"layers.{layer}.reordered" in capture.tensors:
+        stages["rotated and reordered"] = capture.get(layer, "reordered")
+    return {name: keys[:tokens].float().abs() for name, keys in stages.items()}
+
+
+def draw_surface(panel, magnitudes: torch.Tensor, top: float):
+    """One surface over tokens and channels; of many points the maximum of each patch, so that no outlier is lost."""
+    tokens, channels = magnitudes.shape
+    steps = max(1, -(-tokens // _MOST_POINTS)), max(1, -(-channels // _MOST_POINTS))
+    patches = torch.nn.functional.max_pool2d(magnitudes[None, None], steps, steps, ceil_mode=True)[0, 0]
+    along_tokens = torch.arange(patches.shape[0]) * steps[0]
+    along_channels = torch.arange(patches.shape[1]) * steps[1]
+    grid = torch.meshgrid(along_tokens, along_channels, indexing="ij")
+    surface = panel.plot_surface(
+        grid[0].numpy(), grid[1].numpy(), patches.numpy(), cmap=COLOURS, vmin=0, vmax=top,
+        rcount=_MOST_POINTS, ccount=_MOST_POINTS, linewidth=0, antialiased=False,
+    )  # fmt: skip
+    panel.set_xlabel("token")
+    panel.set_ylabel("channel (all heads)")
+    panel.set_zlabel("|key|")
+    panel.set_zlim(0, top)
+    panel.view_init(elev=32, azim=-55)
+    panel.set_box_aspect(None, zoom=0.88)
+    return surface
+
+
+if __name__ == "__main__":
+    main()

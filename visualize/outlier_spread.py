@@ -1,0 +1,82 @@
+"""Largest magnitude of each key channel: no rotation, per-head rotation, grouped-head rotation, then reordered.
+
+python PPL_evaluation.py --save_k_rotated True
+python visualize/outlier_spread.py --input save_tensors/smollm2-135m --output outlier_spread.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
+
+import torch
+
+from rotatekv.capture_files import Capture, read_capture
+from rotatekv.cli import exit_on_user_error
+from rotatekv.transforms import rotate_channels
+from visualize.common import PALETTE, Figure, add_layer_argument, figure_parser, pick_layer, save_png
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = figure_parser(__doc__, "outlier_spread.png")
+    add_layer_argument(parser)
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    capture = read_capture(args.input, "k_rotated")
+    info = capture.info
+    layer = pick_layer(capture, args.layer)
+    stages = stages_of(capture, layer)
+
+    figure = Figure(figsize=(10.5, 2.1 * len(stages) + 0.8), layout="constrained")
+    panels = figure.subplots(len(stages), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for panel, (name, keys), colour in zip(panels, stages.items(), PALETTE, strict=False):
+        maxima = keys.abs().amax(dim=0)
+        panel.bar(range(len(maxima)), maxima.numpy(), width=1.0, color=colour)
+        spread = group_range(keys, info.head_dim)
+        panel.set_title(
+            f"{name}: largest {maxima.max():.1f}, mean range of a {info.head_dim}-channel group {spread:.2f}",
+            fontsize=10, loc="left",
+        )  # fmt: skip
+        panel.set_ylabel("max |key|\nover tokens")
+        for head in range(1, info.num_key_value_heads):
+            panel.axvline(head * info.head_dim - 0.5, color="grey", linewidth=0.6, linestyle=":")
+    panels[-1].set_xlabel(f"channel (dotted: every {info.head_dim} channels, a head or a quantization group)")
+    panels[-1].set_xlim(-0.5, len(maxima) - 0.5)
+    figure.suptitle(f"Keys of layer {layer} before RoPE, all heads: {info.where}", fontsize=11)
+    save_png(
+        figure, args.output,
+        f"Channel maxima of the keys of layer {layer}, {info.where}: rotation over grouped heads shares the outliers "
+        "out, reordering puts channels of like mean into one group, which narrows the range a scale must cover.",
+    )  # fmt: skip
+
+
+def stages_of(capture: Capture, layer: int) -> dict[str, torch.Tensor]:
+    """Title → (T, H_kv·D) keys. The rotation is orthonormal: undoing it gives the keys as they were."""
+    info = capture.info
+    grouped = capture.get(layer, "rotated").float()
+    plain = rotate_channels(grouped, info.heads_per_group * info.head_dim, inverse=True)
+    stages = {
+        "no rotation": plain,
+        "rotated per head": rotate_channels(plain, info.head_dim),
+        f"rotated in groups of {info.heads_per_group} heads": grouped,
+    }
+    if f"layers.{layer}.reordered" in capture.tensors:
+        stages["rotated and reordered"] = capture.get(layer, "reordered").float()
+    return stages
+
+
+def group_range(keys: torch.Tensor, group_size: int) -> float:
+    """Mean over tokens and groups of max − min within a group: what the quantization scale must cover."""
+    groups = keys.unflatten(-1, (-1, group_size))  # (T, C / g, g)
+    return (groups.amax(-1) - groups.amin(-1)).mean().item()
+
+
+if __name__ == "__main__":
+    main()
