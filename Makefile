@@ -1,5 +1,7 @@
 # make demo   the main job on the embedded model: a table of perplexity, bits and bytes
 # make test   the tests
+# make figures  the figures of visualize/gallery/, from one captured window
+# make report   report.html, from results/ and the gallery
 # make lint   ruff
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +9,7 @@ DATA_DIR ?= ../shared/data
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint clean figures report
 
 install: $(VENV)/.installed
 
@@ -26,8 +28,20 @@ test: install
 	$(BIN)/python -m ruff check .
 	HF_HUB_OFFLINE=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest tests -q
 
+FIGURES := keys_2d keys_3d massive_activations attention_sinks quantization_error outlier_spread
+CAPTURES := k_pre_rope k_post_rope k_rotated massive_activations attention_scores quantization_error
+
+figures: install
+	$(BIN)/python PPL_evaluation.py --dataset essays --save_dir save_tensors $(CAPTURES:%=--save_% True)
+	for figure in $(FIGURES); do \
+	  $(BIN)/python visualize/$$figure.py --input save_tensors/smollm2-135m --output visualize/gallery/$$figure.png || exit; \
+	done
+
+report: install
+	$(BIN)/python visualize/report.py
+
 lint: install
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info results
+	rm -rf $(VENV) build *.egg-info results save_tensors report.html

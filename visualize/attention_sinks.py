@@ -31,7 +31,8 @@ from visualize.common import (
 
 _MOST_HEADS = 4
 _FAINTEST = 1e-4  # weights below share the darkest colour
-_NAMED = 4  # tokens named by their text in the lower panel
+_NAMED = 3  # tokens named by their text in the lower panel
+_FEWEST_QUERIES = 64  # a mean over fewer later queries is noise and is not drawn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     figure.suptitle(f"Attention of layer {layer}: {capture.info.where}", fontsize=11)
     save_png(
         figure, args.output,
-        f"Attention of layer {layer}, {capture.info.where}: all queries look at the first tokens, which are among "
-        "those the sink detector protects.",
+        f"Attention of layer {layer}, {capture.info.where}: bright columns are attention sinks; "
+        "dots are the tokens that the sink detector protects.",
     )  # fmt: skip
 
 
@@ -83,22 +84,26 @@ def draw_maps(figure, capture: Capture, scores: torch.Tensor, places: list[int],
 def draw_received(panel, capture: Capture, layer: int, scores: torch.Tensor) -> None:
     """Mean attention a token receives from all later queries and the drawn heads; the protected ones as dots."""
     received = mean_received(scores)
-    panel.plot(received.numpy(), color=PALETTE[0], linewidth=0.6)
+    drawn = max(1, len(received) - _FEWEST_QUERIES)
+    panel.plot(received[:drawn].numpy(), color=PALETTE[0], linewidth=0.6)
     sinks = capture.get(layer, "sinks").long()
+    sinks = sinks[sinks < drawn]
     panel.plot(sinks.numpy(), received[sinks].numpy(), "o", color=SINK_COLOUR, markersize=4, label="protected token")
-    for rank, token in enumerate(received[:-1].topk(min(_NAMED, len(received) - 1)).indices.tolist()):
+    for rank, token in enumerate(received[:drawn].topk(min(_NAMED, drawn)).indices.tolist()):
+        is_right = token > drawn // 2
         panel.annotate(
             f"{token_label(capture.info.token_texts[token])} at {token}", (token, received[token].item()),
-            xytext=(14, -2 - 11 * (rank % 2)), textcoords="offset points", fontsize=8,
+            xytext=(-8 if is_right else 8, 10 * rank - 4), ha="right" if is_right else "left",
+            textcoords="offset points", fontsize=8,
         )  # fmt: skip
     panel.set_yscale("log")
     panel.set_xlabel("token")
-    panel.set_ylabel("mean attention received")
+    panel.set_ylabel("mean attention received\nfrom later queries")
     panel.legend(fontsize=8, loc="upper right")
 
 
 def mean_received(scores: torch.Tensor) -> torch.Tensor:
-    """(heads, T, T) weights → (T,): the mean over heads and over the queries after the token that can see it."""
+    """(heads, T, T) weights → (T,): the mean over heads and over all later queries."""
     length = scores.shape[-1]
     own = scores.diagonal(dim1=1, dim2=2)  # a token's attention to itself is no sign of a sink
     later = torch.arange(length - 1, -1, -1).clamp_min(1)

@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = figure_parser(__doc__, "keys_2d.png")
     add_layer_argument(parser)
     parser.add_argument("--heads", help="key heads, 0,2 (default: the first 4)")
-    parser.add_argument("--max_tokens", type=int, default=512, help="first tokens drawn (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, default=256, help="first tokens drawn (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     figure.suptitle(f"Keys of layer {layer}: {info.where}", fontsize=11)
     save_png(
         figure, args.output,
-        f"Magnitude of the keys of layer {layer}, {info.where}: outlier channels are lines along the tokens.",
+        f"Magnitude of the keys of layer {layer}, {info.where}: outlier channels show as lines along the tokens.",
     )  # fmt: skip
 
 

@@ -50,19 +50,18 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = -(-len(stages) // _PER_ROW)
     columns = min(len(stages), _PER_ROW)
-    figure = Figure(figsize=(4.6 * columns + 0.9, 3.9 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(4.7 * columns + 1.0, 3.5 * rows + 0.8))
+    figure.subplots_adjust(left=0.0, right=0.88, bottom=0.04, top=0.88, wspace=0.0, hspace=0.3)
     top = max(keys.max().item() for keys in stages.values())
-    panels = []
     for number, (name, magnitudes) in enumerate(stages.items()):
         panel = figure.add_subplot(rows, columns, number + 1, projection="3d")
         surface = draw_surface(panel, magnitudes, top)
         panel.set_title(f"{name}\nlargest {magnitudes.max():.1f}", fontsize=10)
-        panels.append(panel)
-    figure.colorbar(surface, ax=panels, aspect=30, pad=0.06, shrink=0.8).set_label("|key|")
+    figure.colorbar(surface, cax=figure.add_axes((0.92, 0.15, 0.018, 0.65))).set_label("|key|")
     figure.suptitle(f"Keys of layer {layer}, all heads: {info.where}", fontsize=11)
     save_png(
         figure, args.output,
-        f"Keys of layer {layer}, {info.where}: the ridges are outlier channels; the rotation flattens them.",
+        f"Keys of layer {layer}, {info.where}: outlier channels are ridges; compare them after the rotation.",
     )  # fmt: skip
 
 
@@ -90,14 +89,14 @@ def draw_surface(panel, magnitudes: torch.Tensor, top: float):
     grid = torch.meshgrid(along_tokens, along_channels, indexing="ij")
     surface = panel.plot_surface(
         grid[0].numpy(), grid[1].numpy(), patches.numpy(), cmap=COLOURS, vmin=0, vmax=top,
-        rcount=_MOST_POINTS, ccount=_MOST_POINTS, linewidth=0, antialiased=False,
+        rcount=_MOST_POINTS, ccount=_MOST_POINTS, linewidth=0, shade=False, antialiased=False,
     )  # fmt: skip
     panel.set_xlabel("token")
     panel.set_ylabel("channel (all heads)")
     panel.set_zlabel("|key|")
     panel.set_zlim(0, top)
     panel.view_init(elev=32, azim=-55)
-    panel.set_box_aspect(None, zoom=0.88)
+    panel.set_box_aspect((4, 4, 2.6), zoom=1.0)
     return surface
 
 

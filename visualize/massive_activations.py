@@ -45,16 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     layers = list(capture.info.layers) if args.layer is None else [args.layer]
     tokens = carriers(capture, layers)
 
-    figure = Figure(figsize=(10.5, 3.0 + 0.6 + max(2.2, 0.2 * len(layers) + 1.3)), layout="constrained")
-    heights = [3.0, max(2.2, 0.2 * len(layers) + 1.3)]
+    heights = [2.4, 1.6 + 0.11 * len(layers)]  # inches
+    figure = Figure(figsize=(10.5, sum(heights) + 0.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
     draw_magnitudes(upper, capture, layers)
     draw_tokens(figure, lower, capture, layers, tokens)
     figure.suptitle(f"Massive activations: {capture.info.where}", fontsize=11)
     save_png(
         figure, args.output,
-        f"The largest layer inputs of {capture.info.where}: a few tokens stand far above the median, "
-        "and they are the ones RotateKV leaves unquantized (dots).",
+        f"The largest layer inputs of {capture.info.where}: tokens far above the median, "
+        "and with dots those that RotateKV leaves unquantized.",
     )  # fmt: skip
 
 
@@ -74,7 +74,8 @@ def draw_magnitudes(panel, capture: Capture, layers: list[int]) -> None:
     panel.set_yscale("log")
     panel.set_xlabel("layer")
     panel.set_ylabel("|layer input|")
-    panel.legend(ncols=4, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.18), frameon=False)
+    panel.legend(ncols=4, fontsize=8, loc="upper left")
+    panel.set_ylim(top=panel.get_ylim()[1] * 10)  # room for the legend
     panel.grid(axis="y", linewidth=0.3)
 
 
@@ -93,7 +94,8 @@ def draw_tokens(figure, panel, capture: Capture, layers: list[int], tokens: list
         for column, token in enumerate(tokens)
         if token in set(capture.get(layer, "sinks").tolist())
     ]
-    panel.scatter(*zip(*dots, strict=True), s=12, color=SINK_COLOUR, edgecolors="white", linewidths=0.4)
+    places = [list(axis) for axis in zip(*dots, strict=True)] or [[], []]
+    panel.scatter(*places, s=12, color=SINK_COLOUR, edgecolors="white", linewidths=0.4)
     texts = capture.info.token_texts
     panel.set_xticks(range(len(tokens)), [f"{token_label(texts[token])}\n{token}" for token in tokens], fontsize=8)
     rows = list(range(0, len(layers), max(1, len(layers) // 10)))

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     figure.suptitle(f"Keys of layer {layer} before RoPE, all heads: {info.where}", fontsize=11)
     save_png(
         figure, args.output,
-        f"Channel maxima of the keys of layer {layer}, {info.where}: rotation over grouped heads shares the outliers "
-        "out, reordering puts channels of like mean into one group, which narrows the range a scale must cover.",
+        f"Channel maxima of the keys of layer {layer}, {info.where}: rotation shares outliers out, reordering "
+        "puts channels of like mean into one group; compare the range that a group's scale must cover.",
     )  # fmt: skip
 
 

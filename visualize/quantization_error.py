@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
+from matplotlib.ticker import PercentFormatter
+
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
 from rotatekv.errors import UserError
@@ -41,7 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         panel.set_title(f"{title}, all heads", fontsize=10)
         panel.set_xlabel("layer")
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        panel.yaxis.set_minor_formatter(PercentFormatter(1.0, decimals=0))
         panel.grid(axis="y", linewidth=0.3, which="both")
+        panel.tick_params(which="minor", labelsize=8)
     panels[0].set_ylabel("relative error |x̂ − x| / |x| per token\nmedian, band: quartiles")
     figure.legend(
         *panels[0].get_legend_handles_labels(), ncols=len(methods), fontsize=9, loc="outside lower center",
@@ -50,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     figure.suptitle(f"Quantization error: {capture.info.where}", fontsize=11)
     save_png(
         figure, args.output,
-        f"Relative error of keys and values by layer, {capture.info.where}: at equal bits RotateKV's keys are nearer "
-        "to the exact ones than plain rounding's.",
+        f"Relative error of keys and values by layer, {capture.info.where}: compare RTN and "
+        "RotateKV at equal bits.",
     )  # fmt: skip
 
 

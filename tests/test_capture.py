@@ -1,0 +1,293 @@
+"""Captures against a direct forward of the model, and what their files refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import save_tiny_folder, tiny_model, tiny_text
+from safetensors.torch import load_file, save_file
+
+import PPL_evaluation
+from rotatekv import QuantConfig, RotateKVCache, patch_model
+from rotatekv.calibration import save_reorder_indices
+from rotatekv.capture import KINDS, CaptureRequest, capture_bytes, capture_window, relative_error
+from rotatekv.capture_files import CaptureInfo, read_capture, write_capture
+from rotatekv.config import PRESETS
+from rotatekv.errors import UserError
+from rotatekv.patch import build_methods, find_text_model
+
+TOKENS = 40
+PLAIN = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
+
+
+def capture(model, *kinds: str, layers=(0, 1), heads=(0, 3, 5), window=None, **options):
+    text_model = find_text_model(model)
+    window = (
+        torch.randint(8, 128, (1, TOKENS), generator=torch.Generator().manual_seed(1)) if window is None else window
+    )
+    request = CaptureRequest(kinds, layers, (0, 1), heads, **options)
+    return window, capture_window(text_model, window, request)
+
+
+def test_keys_equal_those_of_the_models_own_cache_and_projection(any_family):
+    window, found = capture(any_family, "k_pre_rope", "k_post_rope")
+    cache = any_family(window, use_cache=True).past_key_values
+    for number in (0, 1):
+        own = cache.layers[number].keys[0]
+        assert found["k_post_rope"][f"layers.{number}.keys"].shape == own.shape == (3, TOKENS, 16)
+        torch.testing.assert_close(found["k_post_rope"][f"layers.{number}.keys"], own)
+        # RoPE turns pairs of channels and keeps each pair's length.
+        pre, post = (found[kind][f"layers.{number}.keys"] for kind in ("k_pre_rope", "k_post_rope"))
+        assert not torch.allclose(pre, post)
+        lengths = [keys.unflatten(-1, (2, 8)).norm(dim=-2) for keys in (pre, post)]
+        torch.testing.assert_close(*lengths)
+
+
+def test_keys_before_rope_are_k_proj_of_the_normed_input(tiny):
+    window, found = capture(tiny, "k_pre_rope", layers=(1,))
+    assert list(found["k_pre_rope"]) == ["layers.1.keys"]
+    hidden = tiny(window, output_hidden_states=True).hidden_states[1]
+    layer = tiny.model.layers[1]
+    expected = layer.self_attn.k_proj(layer.input_layernorm(hidden))[0].unflatten(-1, (3, 16)).transpose(0, 1)
+    torch.testing.assert_close(found["k_pre_rope"]["layers.1.keys"], expected)
+
+
+def test_rotated_keys_are_one_dense_matrix_away_and_reordered_ones_a_permutation(tiny, tmp_path):
+    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (0, 1)])
+    path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
+    tiny.name_or_path = "tiny"
+    rotation = build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path, fold=False)
+    _, found = capture(tiny, "k_pre_rope", "k_rotated", rotation=rotation)
+    from rotatekv.transforms import hadamard_matrix
+
+    for number in (0, 1):
+        plain = found["k_pre_rope"][f"layers.{number}.keys"].transpose(0, 1).flatten(1).double()  # (T, 48)
+        rotated = plain @ hadamard_matrix(48).T
+        torch.testing.assert_close(
+            found["k_rotated"][f"layers.{number}.rotated"].double(), rotated, atol=1e-5, rtol=1e-5
+        )
+        reordered = found["k_rotated"][f"layers.{number}.reordered"]
+        torch.testing.assert_close(reordered.double(), rotated[:, order[number]], atol=1e-5, rtol=1e-5)
+
+
+def test_massive_activations_are_those_of_the_hidden_states(any_family):
+    window, found = capture(any_family, "massive_activations")
+    hidden = any_family(window, output_hidden_states=True).hidden_states
+    for number in (0, 1):
+        magnitudes = hidden[number][0].abs()
+        layer = {
+            name.split(".")[2]: value for name, value in found["massive_activations"].items() if f".{number}." in name
+        }
+        torch.testing.assert_close(layer["token_maximum"], magnitudes.amax(-1))
+        torch.testing.assert_close(
+            layer["median"][0], magnitudes.flatten().sort().values[(magnitudes.numel() - 1) // 2]
+        )
+        torch.testing.assert_close(layer["top_values"], magnitudes.flatten().sort(descending=True).values[:20])
+        at = magnitudes[layer["top_tokens"].long(), layer["top_channels"].long()]
+        torch.testing.assert_close(at, layer["top_values"])
+        assert layer["sinks"].tolist() == sorted(set(layer["top_tokens"].tolist()))
+
+
+def test_attention_scores_are_eager_attentions_own(any_family):
+    window, found = capture(any_family, "attention_scores", heads=(1, 4))
+    any_family.set_attn_implementation("eager")
+    own = any_family(window, output_attentions=True).attentions
+    for number in (0, 1):
+        scores = found["attention_scores"][f"layers.{number}.scores"]
+        assert scores.shape == (2, TOKENS, TOKENS) and scores.dtype == torch.float16
+        torch.testing.assert_close(scores.float(), own[number][0, [1, 4]].detach(), atol=1e-3, rtol=1e-3)
+    assert scores.triu(1).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("length", (513, 1100))
+def test_attention_scores_of_several_query_chunks_sum_to_one(length):
+    model = tiny_model(max_position_embeddings=2048)
+    window = torch.randint(8, 128, (1, length))
+    _, found = capture(model, "attention_scores", layers=(0,), heads=(2,), window=window)
+    model.set_attn_implementation("eager")
+    own = model(window, output_attentions=True).attentions[0][0, [2]].detach()
+    torch.testing.assert_close(found["attention_scores"]["layers.0.scores"].float(), own, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("config", [PRESETS["RTN3"], PLAIN], ids=["RTN3", "RotateKV2"])
+def test_errors_are_those_of_the_real_cache_in_the_first_layer(tiny, config: QuantConfig):
+    """Layer 0 sees the same input in both models, so a patched forward stores what the capture measured."""
+    codecs = {"it": build_methods(tiny, tiny.model, config, fold=False)}
+    window, found = capture(tiny, "k_post_rope", "quantization_error", codecs=codecs)
+    seen = {}
+
+    def spy(attention, query, key, value, *args, **kwargs):
+        seen.setdefault("keys", key)
+        return plain(attention, query, key, value, *args, **kwargs)
+
+    from rotatekv import attention as module
+
+    plain = module.ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+    with patch_model(tiny, replace(config, fuse_weights=False)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(module.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *args: spy)
+        tiny(window, past_key_values=RotateKVCache.for_model(tiny))
+    exact = found["k_post_rope"]["layers.0.keys"]
+    expected = (seen["keys"][0] - exact).pow(2).sum((0, 2)).sqrt() / exact.pow(2).sum((0, 2)).sqrt()
+    torch.testing.assert_close(found["quantization_error"]["layers.0.it.keys"], expected, atol=1e-4, rtol=1e-3)
+    assert found["quantization_error"]["layers.0.it.values"].max() > 0.05
+
+
+def test_relative_error_of_a_zero_token_is_finite():
+    exact = torch.zeros(1, 2, 3, 4)
+    assert relative_error(exact, exact).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_capture_leaves_no_hook_and_no_trace(tiny):
+    window = torch.randint(8, 128, (1, TOKENS))
+    before = tiny(window).logits
+    capture(tiny, *KINDS[:2], "massive_activations", "attention_scores")
+    assert not any(module._forward_pre_hooks for module in tiny.modules())
+    assert torch.equal(tiny(window).logits, before)
+
+
+def test_announced_bytes_are_the_bytes_written(tiny):
+    kinds = ("k_pre_rope", "k_post_rope", "k_rotated", "attention_scores", "quantization_error")
+    options = {"rotation": build_methods(tiny, tiny.model, PLAIN, fold=False)}
+    options["codecs"] = {"RTN2": build_methods(tiny, tiny.model, PRESETS["RTN2"])}
+    _, found = capture(tiny, *kinds, layers=(1,), **options)
+    request = CaptureRequest(kinds, (1,), (0, 1), (0, 3, 5), **options)
+    announced = capture_bytes(tiny.model, TOKENS, request)
+    for kind, tensors in found.items():
+        sizes = [tensor.nbytes for name, tensor in tensors.items() if not name.endswith("sinks")]
+        assert sum(sizes) == announced[kind], kind
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+    (folder.parent / "text.txt").write_text(tiny_text(300))
+    return folder
+
+
+def run(folder, *flags: str) -> None:
+    PPL_evaluation.main(
+        ["--model", str(folder), "--dataset", str(folder.parent / "text.txt"), "--PPL_seq_length", "40", *flags]
+    )
+
+
+def test_the_script_saves_what_was_asked_and_no_more(folder, tmp_path, capsys):
+    flags = ["--save_k_pre_rope", "True", "--save_massive_activations", "--save_attention_scores", "True"]
+    run(folder, *flags, "--save_dir", str(tmp_path), "--save_sample", "2", "--save_heads", "1,4")
+    made = tmp_path / "tiny-llama"
+    assert sorted(path.name for path in made.iterdir()) == [
+        "attention_scores.safetensors", "k_pre_rope.safetensors", "massive_activations.safetensors",
+    ]  # fmt: skip
+    keys, scores = read_capture(made, "k_pre_rope"), read_capture(made / "attention_scores.safetensors")
+    assert keys.info.layers == (1,) and scores.info.heads == (1, 4) and keys.info.window == 2
+    assert read_capture(made, "massive_activations").info.layers == (0, 1)
+    words = tiny_text(300).split()
+    assert [text.strip() for text in keys.info.token_texts] == words[80:120]
+    assert json.loads(keys.info.metadata(keys.tensors)["shapes"]) == {"layers.1.keys": [3, 40, 16]}
+    assert "k_pre_rope.safetensors" in capsys.readouterr().out
+
+
+def test_all_layers_and_the_second_window_differ_from_the_first(folder, tmp_path):
+    for sample in ("0", "1"):
+        flags = ["--save_k_post_rope", "--save_layers", "all", "--save_sample", sample]
+        run(folder, *flags, "--save_dir", str(tmp_path / sample))
+    first, second = (read_capture(tmp_path / sample / "tiny-llama", "k_post_rope") for sample in ("0", "1"))
+    assert first.info.layers == (0, 1) and not torch.equal(first.get(0, "keys"), second.get(0, "keys"))
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--save_layers", "2"], "0 … 1"),
+        (["--save_layers", "one"], "numbers separated by commas"),
+        (["--save_heads", "6"], "0 … 5"),
+        (["--save_sample", "9"], "windows of 40 tokens"),
+        (["--save_sample", "-1"], "at least 0"),
+        (["--method", "RTN2"], "full-precision"),
+        (["--RotateKV4", "True"], "full-precision"),
+    ],
+)
+def test_a_wrong_request_is_one_line(folder, tmp_path, capsys, flags, says):
+    with pytest.raises(SystemExit) as end:
+        run(folder, "--save_attention_scores", "--save_dir", str(tmp_path), *flags)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.startswith("error: ") and says in error and not list(tmp_path.iterdir())
+
+
+def test_over_2_gb_is_refused_with_its_size_unless_forced(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rotatekv.capture_flags._LARGEST", 10_000)
+    flags = ["--save_attention_scores", "--save_heads", "all", "--save_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        run(folder, *flags)
+    assert end.value.code == 2 and "GB" in capsys.readouterr().err
+    run(folder, *flags, "--force")
+    assert (tmp_path / "tiny-llama" / "attention_scores.safetensors").is_file()
+
+
+def test_the_essays_stand_in_for_a_dataset_out_of_reach_and_it_says_so(embedded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rotatekv.capture_flags.load_model", lambda **flags: embedded)
+    PPL_evaluation.main(["--save_massive_activations", "True", "--PPL_seq_length", "64", "--save_dir", str(tmp_path)])
+    assert "WikiText-2 is out of reach" in capsys.readouterr().err
+    found = read_capture(tmp_path / "smollm2-135m", "massive_activations")
+    assert found.info.text == "essays/even" and found.info.layers == tuple(range(30))
+    # The paper's premise, on the real model: in deep layers the first token towers over all others.
+    assert found.get(20, "token_maximum").argmax() == 0 and 0 in found.get(20, "sinks")
+    assert found.get(20, "token_maximum")[0] > 100 * found.get(20, "median")
+
+
+def info_of(tensors: dict, **changes) -> CaptureInfo:
+    values = {
+        "kind": "k_pre_rope", "model": "tiny", "text": "text.txt", "text_sha256": "0", "window": 0, "tokens": 4,
+        "layers": (0,), "heads": (0, 1), "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "heads_per_group": 1, "token_texts": ("a", "b", "c", "é"),
+    }  # fmt: skip
+    return CaptureInfo(**{**values, **changes})
+
+
+@pytest.fixture
+def written(tmp_path):
+    tensors = {"layers.0.keys": torch.randn(1, 4, 8)}
+    return write_capture(tmp_path, info_of(tensors), tensors)
+
+
+def test_a_capture_comes_back_as_it_was(written):
+    found = read_capture(written)
+    assert found.info == info_of({}) and list(found.tensors) == ["layers.0.keys"]
+
+
+def header_of(path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        lambda path: path.write_bytes(b"not a safetensors file"),
+        lambda path: path.write_bytes(b""),
+        lambda path: save_file({"weights": torch.zeros(3)}, path),
+        lambda path: save_file(load_file(path), path, metadata={**header_of(path), "version": "9"}),
+        lambda path: save_file(load_file(path), path, metadata={**header_of(path), "layers": "none"}),
+        lambda path: save_file(load_file(path), path, metadata={**header_of(path), "tokens": "[1]"}),
+        lambda path: save_file(load_file(path), path, metadata={**header_of(path), "token_texts": '["a"]'}),
+        lambda path: save_file({"layers.0.keys": torch.zeros(1, 4, 9)}, path, metadata=header_of(path)),
+        lambda path: save_file({"layers.0.keys": torch.full((1, 4, 8), torch.nan)}, path, metadata=header_of(path)),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused(written, damage):
+    damage(written)
+    with pytest.raises(UserError):
+        read_capture(written, "k_pre_rope")
+
+
+def test_another_kind_or_layer_is_refused(written):
+    with pytest.raises(UserError, match="holds k_pre_rope, not attention_scores"):
+        read_capture(written, "attention_scores")
+    with pytest.raises(UserError, match="layer 3"):
+        read_capture(written).get(3, "keys")

@@ -1,0 +1,143 @@
+"""Every figure from captures of a tiny model; what they compute against a few lines of their own; bad files."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_folder, tiny_text
+from PIL import Image
+
+import PPL_evaluation
+from rotatekv.calibration import save_reorder_indices
+from rotatekv.capture_files import read_capture
+from visualize.attention_sinks import mean_received
+from visualize.common import token_label
+from visualize.massive_activations import carriers
+from visualize.outlier_spread import group_range, stages_of
+
+ROOT = Path(__file__).parents[1]
+FIGURES = ("keys_2d", "keys_3d", "massive_activations", "attention_sinks", "quantization_error", "outlier_spread")
+SOURCE = {
+    "keys_2d": "k_pre_rope", "keys_3d": "k_rotated", "massive_activations": "massive_activations",
+    "attention_sinks": "attention_scores", "quantization_error": "quantization_error", "outlier_spread": "k_rotated",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def captures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("captures")
+    model = save_tiny_folder(folder / "tiny")
+    (folder / "text.txt").write_text(tiny_text(300))
+    order = torch.stack([torch.arange(48).flip(0), torch.arange(48)])
+    indices = save_reorder_indices(folder / "order.safetensors", order, {"head_group_num": 3})
+    kinds = ("k_pre_rope", "k_post_rope", "k_rotated", "massive_activations", "attention_scores", "quantization_error")
+    PPL_evaluation.main([
+        "--model", str(model), "--dataset", str(folder / "text.txt"), "--PPL_seq_length", "100", "--save_layers", "all",
+        "--calibration_file", str(indices), "--save_dir", str(folder / "saved"),
+        *(f"--save_{kind}" for kind in kinds),
+    ])  # fmt: skip
+    return folder / "saved" / "tiny"
+
+
+def draw(name: str, *flags: str) -> None:
+    importlib.import_module(f"visualize.{name}").main(list(flags))
+
+
+def fails(name: str, capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        draw(name, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_drawn_with_more_than_one_colour_and_a_description(name, captures, tmp_path):
+    for source in (captures, captures / f"{SOURCE[name]}.safetensors"):
+        output = tmp_path / f"{source.stem}" / f"{name}.png"
+        draw(name, "--input", str(source), "--output", str(output))
+        with Image.open(output) as picture:
+            assert picture.width > 600 and "tiny, text.txt (window 0, 100 tokens)" in picture.text["Description"]
+            assert len(picture.convert("RGB").resize((200, 200)).getcolors(40000)) > 20
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "quantization_error"])
+def test_a_layer_that_is_not_there_is_one_line(name, captures, capsys, tmp_path):
+    error = fails(name, capsys, "--input", str(captures), "--layer", "7", "--output", str(tmp_path / "x.png"))
+    assert "7" in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_damaged_foreign_or_missing_file_is_one_line(name, captures, capsys, tmp_path):
+    whole = (captures / f"{SOURCE[name]}.safetensors").read_bytes()
+    damaged = tmp_path / f"{SOURCE[name]}.safetensors"
+    for content in (whole[: len(whole) // 2], b"", b"\x89PNG\r\n\x1a\n" + bytes(60)):
+        damaged.write_bytes(content)
+        for given in (damaged, tmp_path):
+            assert "damaged" in fails(name, capsys, "--input", str(given), "--output", str(tmp_path / "x.png"))
+    damaged.unlink()
+    assert "--save_" in fails(name, capsys, "--input", str(tmp_path), "--output", str(tmp_path / "x.png"))
+    assert "--save_" in fails(name, capsys, "--input", str(tmp_path / "none"), "--output", str(tmp_path / "x.png"))
+    other = "attention_scores" if name != "attention_sinks" else "k_pre_rope"
+    error = fails(name, capsys, "--input", str(captures / f"{other}.safetensors"), "--output", str(tmp_path / "x.png"))
+    assert other in error and not (tmp_path / "x.png").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(captures, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = str(tmp_path / "file" / "x.png")
+    assert "--output" in fails("keys_2d", capsys, "--input", str(captures), "--output", output)
+
+
+@pytest.mark.parametrize("heads", ("3", "a", "-1"))
+def test_a_head_that_is_not_there_is_one_line(heads, captures, capsys):
+    assert "heads" in fails("keys_2d", capsys, "--input", str(captures), f"--heads={heads}")
+
+
+def test_unknown_methods_are_one_line(captures, capsys):
+    assert "KIVI2" in fails("quantization_error", capsys, "--input", str(captures), "--methods", "RTN2,KIVI2")
+
+
+def test_outlier_spread_shows_the_keys_before_per_head_grouped_and_reordered(captures):
+    from rotatekv.transforms import hadamard_matrix
+
+    plain = read_capture(captures, "k_pre_rope").get(1, "keys").transpose(0, 1).flatten(1)  # (T, 48)
+    stages = list(stages_of(read_capture(captures, "k_rotated"), 0 + 1).values())
+    per_head = torch.block_diag(*[hadamard_matrix(16)] * 3).float()
+    for stage, expected in zip(
+        stages, (plain, plain @ per_head.T, plain @ hadamard_matrix(48).T.float()), strict=False
+    ):
+        torch.testing.assert_close(stage, expected, atol=1e-5, rtol=1e-4)
+    assert len(stages) == 4 and group_range(torch.tensor([[1.0, 4.0, -2.0, -2.5]]), 2) == pytest.approx(1.75)
+
+
+def test_attention_received_leaves_out_a_tokens_own_and_counts_later_queries():
+    weights = torch.tensor([[[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.5, 0.4, 0.1]]])
+    torch.testing.assert_close(mean_received(weights), torch.tensor([0.6, 0.4, 0.0]))
+
+
+def test_the_named_tokens_are_the_protected_ones(captures):
+    capture = read_capture(captures, "massive_activations")
+    protected = set(capture.get(0, "sinks").tolist())
+    assert set(carriers(capture, [0])) <= protected and len(carriers(capture, [0])) == min(14, len(protected))
+
+
+def test_token_labels_show_white_space_and_no_mathematics():
+    assert token_label(" a\n") == "“·a↵”" and token_label("$x$") == r"“\$x\$”" and token_label("\x00") == "“�”"
+    assert len(token_label("x" * 40)) == 14
+
+
+def test_a_figure_starts_as_a_script_from_anywhere_and_opens_no_window(captures, tmp_path):
+    script = str(ROOT / "visualize" / "attention_sinks.py")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, script, "--input", str(captures), "--output", "a.png"],
+        cwd=tmp_path, capture_output=True, text=True, env=environment | {"MPLBACKEND": "tkagg"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "a.png").is_file(), done.stderr
