@@ -264,6 +264,14 @@ def header_of(path) -> dict:
         return dict(file.metadata())
 
 
+def rewrite(path, tensors: dict | None = None, **metadata) -> None:
+    """Damage that the shapes in the header do not give away."""
+    tensors = load_file(path) if tensors is None else tensors
+    header = header_of(path) | {name: json.dumps(value) for name, value in metadata.items()}
+    header["shapes"] = json.dumps({name: list(tensor.shape) for name, tensor in tensors.items()})
+    save_file(tensors, path, metadata=header)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -277,6 +285,17 @@ def header_of(path) -> dict:
         lambda path: save_file(load_file(path), path, metadata={**header_of(path), "token_texts": '["a"]'}),
         lambda path: save_file({"layers.0.keys": torch.zeros(1, 4, 9)}, path, metadata=header_of(path)),
         lambda path: save_file({"layers.0.keys": torch.full((1, 4, 8), torch.nan)}, path, metadata=header_of(path)),
+        lambda path: rewrite(path, {"layers.0.keys": torch.zeros(1, 4, 9)}),
+        lambda path: rewrite(path, {"layers.0.keys": torch.zeros(32)}),
+        lambda path: rewrite(path, {"layers.1.keys": torch.zeros(1, 4, 8)}),
+        lambda path: rewrite(path, {"layers.0.keys": torch.zeros(1, 4, 8), "more": torch.zeros(1)}),
+        lambda path: rewrite(path, head_dim=0),
+        lambda path: rewrite(path, heads=[]),
+        lambda path: rewrite(path, heads_per_group=0),
+        lambda path: rewrite(path, heads_per_group=2),
+        lambda path: rewrite(path, num_key_value_heads=2),
+        lambda path: rewrite(path, token_texts="abcd"),
+        lambda path: rewrite(path, model="\ud800"),
         lambda path: path.unlink(),
     ],
 )
@@ -284,6 +303,38 @@ def test_a_damaged_or_foreign_file_is_refused(written, damage):
     damage(written)
     with pytest.raises(UserError):
         read_capture(written, "k_pre_rope")
+
+
+def test_tensors_must_be_those_of_the_kind_and_name_tokens_of_the_window(tmp_path):
+    some = {f"layers.0.{name}": torch.ones(3) for name in ("top_values", "top_tokens", "top_channels", "sinks")}
+    massive = {"layers.0.token_maximum": torch.ones(4), "layers.0.median": torch.ones(1), **some}
+    scores = {"layers.0.scores": torch.ones(2, 4, 4), "layers.0.sinks": torch.ones(1)}
+    errors = {"layers.0.RTN2.keys": torch.ones(4), "layers.0.RTN2.values": torch.ones(4)}
+    rotated = {"layers.0.rotated": torch.ones(4, 8), "layers.0.reordered": torch.ones(4, 8)}
+    good = {
+        "massive_activations": massive, "attention_scores": scores, "quantization_error": errors, "k_rotated": rotated,
+    }  # fmt: skip
+    for kind, tensors in good.items():
+        assert read_capture(write_capture(tmp_path, info_of(tensors, kind=kind), tensors)).info.kind == kind
+        for name in tensors:
+            damages = [tensors | {name: torch.ones(0)}, tensors | {name: torch.ones(1, 1, 1, 1)}]
+            if name.endswith(("sinks", "top_tokens")):
+                damages += [tensors | {name: torch.tensor([4])}, tensors | {name: torch.tensor([-1])}]
+            if not name.endswith("reordered"):
+                damages += [{other: tensor for other, tensor in tensors.items() if other != name}]
+            for broken in damages:
+                with pytest.raises(UserError, match="damaged"):
+                    read_capture(write_capture(tmp_path, info_of(broken, kind=kind), broken))
+
+
+def test_names_that_are_no_utf8_are_written_with_a_question_mark(tmp_path):
+    path = write_capture(tmp_path, info_of({}, text="\udcff.txt"), {"layers.0.keys": torch.zeros(1, 4, 8)})
+    assert read_capture(path).info.text == "?.txt"
+
+
+def test_titles_name_a_local_model_without_its_folders():
+    assert info_of({}, model="/home/me/models/tiny").where.startswith("tiny, text.txt")
+    assert info_of({}, model="org/tiny").where.startswith("org/tiny, text.txt")
 
 
 def test_another_kind_or_layer_is_refused(written):
