@@ -6,18 +6,23 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import save_tiny_folder, tiny_text
+from matplotlib.figure import Figure
 from PIL import Image
 
 import PPL_evaluation
 from rotatekv.calibration import save_reorder_indices
-from rotatekv.capture_files import read_capture
-from visualize.attention_sinks import mean_received
-from visualize.common import token_label
+from rotatekv.capture_files import read_capture, write_capture
+from visualize.attention_sinks import draw_received, mean_received
+from visualize.common import set_title, token_label
+from visualize.keys_3d import draw_surface
 from visualize.massive_activations import carriers
 from visualize.outlier_spread import group_range, stages_of
 
@@ -126,6 +131,61 @@ def test_the_named_tokens_are_the_protected_ones(captures):
     capture = read_capture(captures, "massive_activations")
     protected = set(capture.get(0, "sinks").tolist())
     assert set(carriers(capture, [0])) <= protected and len(carriers(capture, [0])) == min(14, len(protected))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["日本 😀 नम.txt", r"$\bad$ $a_b$", "\u202e\x00\u0301", "long " * 40, "x" * 300])
+def test_any_name_and_token_can_be_drawn_without_mathematics_or_a_missing_glyph(text, captures, tmp_path):
+    for kind, name in (("massive_activations", "massive_activations"), ("k_pre_rope", "keys_2d")):
+        found = read_capture(captures, kind)
+        info = replace(found.info, text=text, token_texts=(text,) * found.info.tokens)
+        path = write_capture(tmp_path, info, found.tensors)
+        draw(name, "--input", str(path), "--output", str(tmp_path / "x.png"))
+
+
+def test_a_title_fits_its_figure():
+    figure = Figure(figsize=(5, 3))
+    set_title(figure, "Keys of layer 15: some-organisation/some-model, " + "a_very_long_file_name" * 5)
+    figure.draw_without_rendering()
+    extent = figure._suptitle.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
+
+
+def test_two_windows_are_not_drawn_under_one_title(captures, capsys, tmp_path):
+    for kind, window in (("k_pre_rope", 0), ("k_post_rope", 3)):
+        found = read_capture(captures, kind)
+        write_capture(tmp_path, replace(found.info, window=window), found.tensors)
+    for name in ("keys_2d", "keys_3d"):
+        assert "window 3" in fails(name, capsys, "--input", str(tmp_path), "--output", str(tmp_path / "x.png"))
+
+
+def test_a_ridge_of_one_channel_has_the_colour_of_its_height():
+    magnitudes = torch.zeros(5, 6)
+    magnitudes[:, 2] = 10.0
+    panel = Figure().add_subplot(projection="3d")
+    colours = draw_surface(panel, magnitudes, 10.0)
+    drawn = {tuple(colour) for colour in panel.collections[0].get_facecolor().round(3).tolist()}
+    expected = {tuple(round(float(part), 3) for part in colours.to_rgba(height)) for height in (0.0, 10.0)}
+    assert drawn == expected
+
+
+@pytest.mark.parametrize("tokens", ("1", "2"))
+def test_few_tokens_make_a_surface(tokens, captures, tmp_path):
+    draw("keys_3d", "--input", str(captures), "--max_tokens", tokens, "--output", str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("length, drawn", ((2, 1), (10, 5), (100, 50), (200, 136)))
+def test_a_short_window_shows_its_first_half(length, drawn):
+    found = torch.full((1, length, length), 1.0 / length).tril()
+    info = SimpleNamespace(token_texts=("a",) * length)
+    figure = Figure(figsize=(8, 2.7))
+    panel = figure.subplots()
+    draw_received(panel, SimpleNamespace(info=info, get=lambda layer, what: torch.tensor([0])), 0, found)
+    assert len(panel.lines[0].get_xdata()) == drawn
+    figure.draw_without_rendering()
+    names = sorted((text.get_window_extent() for text in panel.texts), key=lambda extent: extent.y0)
+    assert len(names) == min(3, drawn) and names[-1].y1 < panel.bbox.y1
+    assert all(one.y1 <= other.y0 or one.x1 <= other.x0 or other.x1 <= one.x0 for one, other in pairwise(names))
 
 
 def test_token_labels_show_white_space_and_no_mathematics():

@@ -26,13 +26,14 @@ from visualize.common import (
     pick_heads,
     pick_layer,
     save_png,
+    set_title,
     token_label,
 )
 
 _MOST_HEADS = 4
 _FAINTEST = 1e-4  # weights below share the darkest colour
 _NAMED = 3  # tokens named by their text in the lower panel
-_FEWEST_QUERIES = 64  # a mean over fewer later queries is noise and is not drawn
+_FEWEST_QUERIES = 64  # a mean over fewer later queries is noise and is not drawn, of short windows over fewer than half
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     maps, received = figure.subfigures(2, 1, height_ratios=[1.25, 1])
     draw_maps(maps, capture, scores, places, args.max_tokens)
     draw_received(received.subplots(), capture, layer, scores)
-    figure.suptitle(f"Attention of layer {layer}: {capture.info.where}", fontsize=11)
+    set_title(figure, f"Attention of layer {layer}: {capture.info.where}")
     save_png(
         figure, args.output,
         f"Attention of layer {layer}, {capture.info.where}: bright columns are attention sinks; "
@@ -84,19 +85,22 @@ def draw_maps(figure, capture: Capture, scores: torch.Tensor, places: list[int],
 def draw_received(panel, capture: Capture, layer: int, scores: torch.Tensor) -> None:
     """Mean attention a token receives from all later queries and the drawn heads; the protected ones as dots."""
     received = mean_received(scores)
-    drawn = max(1, len(received) - _FEWEST_QUERIES)
+    drawn = len(received) - min(_FEWEST_QUERIES, len(received) // 2)
     panel.plot(received[:drawn].numpy(), color=PALETTE[0], linewidth=0.6)
     sinks = capture.get(layer, "sinks").long()
     sinks = sinks[sinks < drawn]
     panel.plot(sinks.numpy(), received[sinks].numpy(), "o", color=SINK_COLOUR, markersize=4, label="protected token")
-    for rank, token in enumerate(received[:drawn].topk(min(_NAMED, drawn)).indices.tolist()):
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high * max(3.0, (high / low) ** 0.2))  # room for the names
+    named = received[:drawn].topk(min(_NAMED, drawn)).indices.tolist()
+    for height, token in enumerate(reversed(named)):  # a larger value's name stands higher: none covers another
         is_right = token > drawn // 2
         panel.annotate(
             f"{token_label(capture.info.token_texts[token])} at {token}", (token, received[token].item()),
-            xytext=(-8 if is_right else 8, 10 * rank - 4), ha="right" if is_right else "left",
+            xytext=(-8 if is_right else 8, 11 * height - 4), ha="right" if is_right else "left",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
-    panel.set_yscale("log")
     panel.set_xlabel("token")
     panel.set_ylabel("mean attention received\nfrom later queries")
     panel.legend(fontsize=8, loc="upper right")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import textwrap
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import make_parser
@@ -73,7 +77,7 @@ def read_kinds(path: str, kinds: tuple[str, ...]) -> list[Capture]:
     """The captures of ``kinds`` in a folder, or the one file given, which must be of one of them.
 
     Raises:
-        UserError: none of them there, or a damaged or foreign file.
+        UserError: none of them there, a damaged or foreign file, or files of different windows.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -82,7 +86,35 @@ def read_kinds(path: str, kinds: tuple[str, ...]) -> list[Capture]:
             raise UserError(f"{path} holds {capture.info.kind}: this figure draws {' or '.join(kinds)}")
         return [capture]
     present = [kind for kind in kinds if (folder / f"{kind}.safetensors").is_file()]
-    return [read_capture(folder, kind) for kind in present or kinds[:1]]
+    captures = [read_capture(folder, kind) for kind in present or kinds[:1]]
+    first = captures[0]
+    for capture in captures[1:]:  # one title stands over all of them
+        if _window_of(capture) != _window_of(first):
+            raise UserError(
+                f"{capture.path} is of {capture.info.where}, {first.path} of {first.info.where}: "
+                "pass one of the files, or save both again in one call"
+            )
+    return captures
+
+
+def _window_of(capture: Capture) -> tuple:
+    info = capture.info
+    return info.model, info.text_sha256, info.window, info.token_texts
+
+
+def set_title(figure: Figure, text: str) -> None:
+    """The figure's title, broken into lines where it is wider than the figure."""
+    lines = textwrap.wrap(plain_text(text), width=int(10.5 * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=11)
+
+
+def layer_axis(panel, layers: Sequence[int]) -> None:
+    """Layers on the x axis: whole numbers."""
+    if len(layers) > 1:
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        panel.set_xticks(layers)
+    panel.set_xlabel("layer")
 
 
 def save_png(figure: Figure, output: str, description: str) -> None:
@@ -105,6 +137,16 @@ def save_png(figure: Figure, output: str, description: str) -> None:
 def token_label(text: str, longest: int = 12) -> str:
     """A token's text as a label: visible white space, cut to ``longest`` characters, no mathematics."""
     shown = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "↵").replace(" ", "·")
-    shown = "".join(char if char.isprintable() else "�" for char in shown)
+    shown = plain_text(shown)
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return f"“{shown}”".replace("$", r"\$")
+
+
+def plain_text(text: str) -> str:
+    """``text`` with a replacement character where the figures' font has none (CJK, most emoji) or it does not print."""
+    return "".join(char if char.isprintable() and ord(char) in _glyphs() else "�" for char in text)
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())

@@ -22,6 +22,7 @@ from visualize.common import (
     pick_layer,
     read_kinds,
     save_png,
+    set_title,
 )
 
 _ROWS = {"k_pre_rope": "before RoPE", "k_post_rope": "after RoPE"}
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     heads = pick_heads(captures[0], args.heads, _MOST_HEADS, info.num_key_value_heads)
     rows = {capture.info.kind: capture.get(layer, "keys")[heads, : args.max_tokens].abs() for capture in captures}
 
-    figure = Figure(figsize=(2.9 * len(heads) + 1.2, 2.9 * len(rows) + 0.7), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 2.9 * len(heads) + 1.2), 2.9 * len(rows) + 0.7), layout="constrained")
     panels = figure.subplots(len(rows), len(heads), squeeze=False, sharex=True, sharey=True)
     top = max(keys.max().item() for keys in rows.values())
     for line, (kind, keys) in zip(panels, rows.items(), strict=True):
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel("channel of the head")
     figure.colorbar(image, ax=panels, aspect=35, pad=0.02).set_label("|key|")
-    figure.suptitle(f"Keys of layer {layer}: {info.where}", fontsize=11)
+    set_title(figure, f"Keys of layer {layer}: {info.where}")
     save_png(
         figure, args.output,
         f"Magnitude of the keys of layer {layer}, {info.where}: outlier channels show as lines along the tokens.",

@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from rotatekv.capture_files import Capture
 from rotatekv.cli import check_positive, exit_on_user_error
@@ -25,6 +27,7 @@ from visualize.common import (
     pick_layer,
     read_kinds,
     save_png,
+    set_title,
 )
 
 _KINDS = ("k_pre_rope", "k_post_rope", "k_rotated")
@@ -55,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     top = max(keys.max().item() for keys in stages.values())
     for number, (name, magnitudes) in enumerate(stages.items()):
         panel = figure.add_subplot(rows, columns, number + 1, projection="3d")
-        surface = draw_surface(panel, magnitudes, top)
+        colours = draw_surface(panel, magnitudes, top)
         panel.set_title(f"{name}\nlargest {magnitudes.max():.1f}", fontsize=10)
-    figure.colorbar(surface, cax=figure.add_axes((0.92, 0.15, 0.018, 0.65))).set_label("|key|")
-    figure.suptitle(f"Keys of layer {layer}, all heads: {info.where}", fontsize=11)
+    figure.colorbar(colours, cax=figure.add_axes((0.92, 0.15, 0.018, 0.65))).set_label("|key|")
+    set_title(figure, f"Keys of layer {layer}, all heads: {info.where}")
     save_png(
         figure, args.output,
         f"Keys of layer {layer}, {info.where}: outlier channels are ridges; compare them after the rotation.",
@@ -84,11 +87,15 @@ def draw_surface(panel, magnitudes: torch.Tensor, top: float):
     tokens, channels = magnitudes.shape
     steps = max(1, -(-tokens // _MOST_POINTS)), max(1, -(-channels // _MOST_POINTS))
     patches = torch.nn.functional.max_pool2d(magnitudes[None, None], steps, steps, ceil_mode=True)[0, 0]
+    patches = patches.repeat([2 if length == 1 else 1 for length in patches.shape])  # one line is no surface
     along_tokens = torch.arange(patches.shape[0]) * steps[0]
     along_channels = torch.arange(patches.shape[1]) * steps[1]
     grid = torch.meshgrid(along_tokens, along_channels, indexing="ij")
-    surface = panel.plot_surface(
-        grid[0].numpy(), grid[1].numpy(), patches.numpy(), cmap=COLOURS, vmin=0, vmax=top,
+    # A facet has the colour of its highest corner, not of the mean: a ridge one channel wide keeps its height's colour.
+    highest = torch.nn.functional.max_pool2d(patches[None, None], 2, 1)[0, 0]
+    colours = ScalarMappable(Normalize(0, top), COLOURS)
+    panel.plot_surface(
+        grid[0].numpy(), grid[1].numpy(), patches.numpy(), facecolors=colours.to_rgba(highest.numpy()),
         rcount=_MOST_POINTS, ccount=_MOST_POINTS, linewidth=0, shade=False, antialiased=False,
     )  # fmt: skip
     panel.set_xlabel("token")
@@ -97,7 +104,7 @@ def draw_surface(panel, magnitudes: torch.Tensor, top: float):
     panel.set_zlim(0, top)
     panel.view_init(elev=32, azim=-55)
     panel.set_box_aspect((4, 4, 2.6), zoom=1.0)
-    return surface
+    return colours
 
 
 if __name__ == "__main__":

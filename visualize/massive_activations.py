@@ -23,11 +23,14 @@ from visualize.common import (
     Figure,
     add_layer_argument,
     figure_parser,
+    layer_axis,
     save_png,
+    set_title,
     token_label,
 )
 
 _MOST_TOKENS = 14  # columns of the lower panel
+_TINY = 1e-9  # a median of 0 would leave no ratio
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
     draw_magnitudes(upper, capture, layers)
     draw_tokens(figure, lower, capture, layers, tokens)
-    figure.suptitle(f"Massive activations: {capture.info.where}", fontsize=11)
+    set_title(figure, f"Massive activations: {capture.info.where}")
     save_png(
         figure, args.output,
         f"The largest layer inputs of {capture.info.where}: tokens far above the median, "
@@ -66,13 +69,14 @@ def carriers(capture: Capture, layers: list[int]) -> list[int]:
 
 def draw_magnitudes(panel, capture: Capture, layers: list[int]) -> None:
     """The three largest magnitudes and the median of each layer, on a logarithmic scale."""
-    for rank, marker in enumerate("osv"):
+    entries = min(len(capture.get(layer, "top_values")) for layer in layers)
+    for rank, marker in zip(range(entries), "osv", strict=False):
         values = [capture.get(layer, "top_values")[rank].item() for layer in layers]
         panel.plot(layers, values, marker=marker, markersize=4, color=PALETTE[rank], label=f"largest {rank + 1}")
     medians = [capture.get(layer, "median").item() for layer in layers]
-    panel.plot(layers, medians, color=PALETTE[6], linestyle="--", label="median")
+    panel.plot(layers, medians, color=PALETTE[6], linestyle="--", marker=".", markersize=4, label="median")
     panel.set_yscale("log")
-    panel.set_xlabel("layer")
+    layer_axis(panel, layers)
     panel.set_ylabel("|layer input|")
     panel.legend(ncols=4, fontsize=8, loc="upper left")
     panel.set_ylim(top=panel.get_ylim()[1] * 10)  # room for the legend
@@ -84,7 +88,10 @@ def draw_tokens(figure, panel, capture: Capture, layers: list[int], tokens: list
     from matplotlib.colors import LogNorm
 
     ratios = [
-        [(capture.get(layer, "token_maximum")[token] / capture.get(layer, "median")).item() for token in tokens]
+        [
+            (capture.get(layer, "token_maximum")[token] / capture.get(layer, "median").clamp_min(_TINY)).item()
+            for token in tokens
+        ]
         for layer in layers
     ]
     image = panel.imshow(ratios, aspect="auto", cmap=COLOURS, norm=LogNorm(), origin="lower")
@@ -101,7 +108,9 @@ def draw_tokens(figure, panel, capture: Capture, layers: list[int], tokens: list
     rows = list(range(0, len(layers), max(1, len(layers) // 10)))
     panel.set_yticks(rows, [str(layers[row]) for row in rows])
     panel.set_ylabel("layer")
-    panel.set_xlabel("token: its text and its place; orange dots: protected by the sink detector")
+    panel.set_xlabel(
+        f"the {len(tokens)} tokens the sink detector protects most often, text and place; dots: in these layers"
+    )
     figure.colorbar(image, ax=panel, pad=0.01).set_label("token's max ÷ median")
 
 

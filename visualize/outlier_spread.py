@@ -17,7 +17,7 @@ import torch
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
 from rotatekv.transforms import rotate_channels
-from visualize.common import PALETTE, Figure, add_layer_argument, figure_parser, pick_layer, save_png
+from visualize.common import PALETTE, Figure, add_layer_argument, figure_parser, pick_layer, save_png, set_title
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             panel.axvline(head * info.head_dim - 0.5, color="grey", linewidth=0.6, linestyle=":")
     panels[-1].set_xlabel(f"channel (dotted: every {info.head_dim} channels, a head or a quantization group)")
     panels[-1].set_xlim(-0.5, len(maxima) - 0.5)
-    figure.suptitle(f"Keys of layer {layer} before RoPE, all heads: {info.where}", fontsize=11)
+    set_title(figure, f"Keys of layer {layer} before RoPE, all heads: {info.where}")
     save_png(
         figure, args.output,
         f"Channel maxima of the keys of layer {layer}, {info.where}: rotation shares outliers out, reordering "

@@ -12,15 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
 from rotatekv.errors import UserError
-from visualize.common import PALETTE, Figure, figure_parser, save_png
+from visualize.common import PALETTE, Figure, figure_parser, layer_axis, save_png, set_title
 
 _TITLES = {"keys": "keys, after RoPE", "values": "values"}
 _MARKERS = "osv^D*P"
+_NARROW = 50  # on an axis from x to less than 50 x, the ticks between powers of ten are named too
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,10 +42,12 @@ def main(argv: list[str] | None = None) -> None:
         for number, method in enumerate(methods):
             draw_method(panel, capture, f"{method}.{what}", method, number)
         panel.set_title(f"{title}, all heads", fontsize=10)
-        panel.set_xlabel("layer")
+        layer_axis(panel, capture.info.layers)
         panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        panel.yaxis.set_minor_formatter(PercentFormatter(1.0, decimals=0))
+        percent = FuncFormatter(lambda value, place: f"{100 * value:g}%")
+        low, high = panel.get_ylim()
+        panel.yaxis.set_major_formatter(percent)
+        panel.yaxis.set_minor_formatter(percent if high < _NARROW * low else NullFormatter())
         panel.grid(axis="y", linewidth=0.3, which="both")
         panel.tick_params(which="minor", labelsize=8)
     panels[0].set_ylabel("relative error |x̂ − x| / |x| per token\nmedian, band: quartiles")
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         *panels[0].get_legend_handles_labels(), ncols=len(methods), fontsize=9, loc="outside lower center",
         frameon=False,
     )  # fmt: skip
-    figure.suptitle(f"Quantization error: {capture.info.where}", fontsize=11)
+    set_title(figure, f"Quantization error: {capture.info.where}")
     save_png(
         figure, args.output,
         f"Relative error of keys and values by layer, {capture.info.where}: compare RTN and "
