@@ -22,7 +22,7 @@ from rotatekv.cli import (
 from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
-from rotatekv.evals.texts import Text, load_text, tokenize, windows_of
+from rotatekv.evals.texts import cut_windows, load_text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -82,16 +82,6 @@ def report(metrics: dict, folder: str | Path) -> None:
     config = metrics["config"]
     print(f"{metrics['n']} windows of {config['PPL_seq_length']} tokens, {Path(folder) / 'metrics.json'}")
     print(f"{config['dataset']} perplexity: {metrics['metric']['ppl']:.4f}  {summary(metrics)}")
-
-
-def cut_windows(tokenizer, text: Text, length: int) -> list:
-    ids = tokenize(tokenizer, text)
-    windows = list(windows_of(ids, length))
-    if not windows:
-        have = ids.shape[1]
-        mend = f"pass --PPL_seq_length {have} or less" if have > 1 else "pass a longer text"
-        raise UserError(f"{text.name} has {have} tokens, less than one window: {mend}")
-    return windows
 
 
 def calibration_flags(args: argparse.Namespace) -> list[str]:

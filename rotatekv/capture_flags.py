@@ -12,9 +12,9 @@ from rotatekv.calibration import model_slug
 from rotatekv.capture import KINDS, CaptureRequest, capture_bytes, capture_window
 from rotatekv.capture_files import CaptureInfo, write_capture
 from rotatekv.cli import add_switch, method_from_args, model_flags
-from rotatekv.config import PRESETS
+from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.evals.texts import Text, load_text, tokenize, windows_of
+from rotatekv.evals.texts import Text, cut_windows, load_text
 from rotatekv.models import load_model
 from rotatekv.patch import build_methods, check_supported, find_text_model, layer_geometry
 
@@ -85,7 +85,7 @@ def _text_within_reach(args: argparse.Namespace) -> Text:
 
 
 def _window(tokenizer, text: Text, args: argparse.Namespace) -> torch.Tensor:
-    windows = list(windows_of(tokenize(tokenizer, text), args.PPL_seq_length))
+    windows = cut_windows(tokenizer, text, args.PPL_seq_length)
     if args.save_sample >= len(windows):
         raise UserError(
             f"{text.name} has {len(windows)} windows of {args.PPL_seq_length} tokens: "
@@ -103,19 +103,28 @@ def _request(args: argparse.Namespace, model, text_model) -> CaptureRequest:
     everywhere = tuple(range(len(text_model.layers))) if args.save_layers is None else layers
     rotation, codecs = (), {}
     if "k_rotated" in kinds:
-        rotation = build_methods(model, text_model, _rotation_config(args), args.calibration_file, fold=False)
+        config = _config(args, "RotateKV2")[1]
+        if not config.Grouped_Head_Key_Rotation:
+            raise UserError(
+                "--save_k_rotated saves keys that are rotated before RoPE, which --Grouped_Head_Key_Rotation False "
+                "does not do: pass --head_group_num 1 for single heads"
+            )
+        rotation = build_methods(model, text_model, config, args.calibration_file, fold=False)
     if "quantization_error" in kinds:
-        codecs = {
-            name: build_methods(model, text_model, preset, args.calibration_file, fold=False)
-            for name, preset in PRESETS.items()
-            if name != "FP16"
-        }
+        for preset in PRESETS:
+            if preset != "FP16":
+                name, config = _config(args, preset)
+                codecs[name] = build_methods(model, text_model, config, args.calibration_file, fold=False)
     return CaptureRequest(kinds, layers, everywhere, heads, rotation, codecs)
 
 
-def _rotation_config(args: argparse.Namespace):
-    rest = {name: None for name in PRESETS} | {"method": "RotateKV2"}
-    return method_from_args(argparse.Namespace(**{**vars(args), **rest}))[1]
+def _config(args: argparse.Namespace, preset: str) -> tuple[str, QuantConfig]:
+    """A preset with the flags that override it, but its own bits; its name has a ``*`` where a flag changed it."""
+    rest = {name: None for name in PRESETS} | {"method": preset, "k_bits": None, "v_bits": None}
+    rest["num_sink_entries"] = None  # the sinks are found once, for all methods
+    if not PRESETS[preset].needs_reorder_indices:  # the plain presets rotate nothing
+        rest |= {name: None for name in ("head_group_num", "Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")}
+    return method_from_args(argparse.Namespace(**{**vars(args), **rest}))
 
 
 def _numbers(flag: str, asked: str | None, count: int, default) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from rotatekv.errors import UserError
 from rotatekv.patch import build_methods, find_text_model
 
 TOKENS = 40
+NO_ORDER = ("--Outlier_Aware_Key_Rotation", "False")
 PLAIN = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
 
 
@@ -207,6 +208,9 @@ def test_all_layers_and_the_second_window_differ_from_the_first(folder, tmp_path
         (["--save_sample", "-1"], "at least 0"),
         (["--method", "RTN2"], "full-precision"),
         (["--RotateKV4", "True"], "full-precision"),
+        (["--PPL_seq_length", "301"], "pass --PPL_seq_length 300 or less"),
+        (["--save_k_rotated", "--Grouped_Head_Key_Rotation", "False", *NO_ORDER], "--head_group_num 1"),
+        (["--save_quantization_error"], "--Outlier_Aware_Key_Rotation False"),
     ],
 )
 def test_a_wrong_request_is_one_line(folder, tmp_path, capsys, flags, says):
@@ -214,6 +218,19 @@ def test_a_wrong_request_is_one_line(folder, tmp_path, capsys, flags, says):
         run(folder, "--save_attention_scores", "--save_dir", str(tmp_path), *flags)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and error.startswith("error: ") and says in error and not list(tmp_path.iterdir())
+
+
+def test_errors_of_a_model_without_indices_are_those_of_the_flags(folder, tmp_path, tiny):
+    """The flag that the error line for a model without reorder indices names must help."""
+    run(folder, "--save_quantization_error", "--save_k_rotated", *NO_ORDER, "--save_dir", str(tmp_path))
+    found = read_capture(tmp_path / "tiny-llama", "quantization_error")
+    names = ("RTN2", "RTN3", "RTN4", "RotateKV2*", "RotateKV3*", "RotateKV4*")
+    assert set(found.tensors) == {
+        f"layers.{layer}.{name}.{what}" for layer in (0, 1) for name in names for what in ("keys", "values")
+    }
+    errors = [found.get(0, f"{name}.keys").median() for name in names]
+    assert errors[0] > errors[1] > errors[2] and errors[3] > errors[4] > errors[5]
+    assert list(read_capture(tmp_path / "tiny-llama", "k_rotated").tensors) == ["layers.1.rotated"]
 
 
 def test_over_2_gb_is_refused_with_its_size_unless_forced(folder, tmp_path, capsys, monkeypatch):

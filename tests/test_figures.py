@@ -25,6 +25,7 @@ from visualize.common import set_title, token_label
 from visualize.keys_3d import draw_surface
 from visualize.massive_activations import carriers
 from visualize.outlier_spread import group_range, stages_of
+from visualize.quantization_error import pick_methods
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ("keys_2d", "keys_3d", "massive_activations", "attention_sinks", "quantization_error", "outlier_spread")
@@ -107,6 +108,11 @@ def test_a_head_that_is_not_there_is_one_line(heads, captures, capsys):
 
 def test_unknown_methods_are_one_line(captures, capsys):
     assert "KIVI2" in fails("quantization_error", capsys, "--input", str(captures), "--methods", "RTN2,KIVI2")
+
+
+def test_methods_are_ordered_by_bits_whatever_flags_changed():
+    held = {f"layers.0.{name}.keys": None for name in ("RTN2", "RTN4", "RotateKV2*", "RotateKV4*")}
+    assert pick_methods(SimpleNamespace(tensors=held), None) == ["RTN2", "RotateKV2*", "RTN4", "RotateKV4*"]
 
 
 def test_outlier_spread_shows_the_keys_before_per_head_grouped_and_reordered(captures):

@@ -71,7 +71,7 @@ def pick_methods(capture: Capture, asked: str | None) -> list[str]:
     """
     held = [name.split(".")[2] for name in capture.tensors if name.endswith(".keys")]
     held = list(dict.fromkeys(held))
-    wanted = asked.split(",") if asked else sorted(held, key=lambda name: (name[-1], name))
+    wanted = asked.split(",") if asked else sorted(held, key=lambda name: (name.rstrip("*")[-1], name))
     for method in wanted:
         if method not in held:
             raise UserError(f"{capture.path} holds {', '.join(held)}, not {method}")

@@ -69,6 +69,21 @@ def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
         yield ids[:, start : start + length]
 
 
+def cut_windows(tokenizer, text: Text, length: int) -> list[torch.Tensor]:
+    """The windows of a text.
+
+    Raises:
+        UserError: it has fewer tokens than one.
+    """
+    ids = tokenize(tokenizer, text)
+    windows = list(windows_of(ids, length))
+    if not windows:
+        have = ids.shape[1]
+        mend = f"pass --PPL_seq_length {have} or less" if have > 1 else "pass a longer text"
+        raise UserError(f"{text.name} has {have} tokens, less than one window: {mend}")
+    return windows
+
+
 def _wikitext2(split: str, data_dir: str | None) -> Text:
     if data_dir is not None:
         path = Path(data_dir) / "wikitext2" / _WIKITEXT_FILES[split]
