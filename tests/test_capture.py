@@ -11,7 +11,7 @@ from conftest import save_tiny_folder, tiny_model, tiny_text
 from safetensors.torch import load_file, save_file
 
 import PPL_evaluation
-from rotatekv import QuantConfig, RotateKVCache, patch_model
+from rotatekv import QuantConfig, RotateKVCache, capture_flags, patch_model
 from rotatekv.calibration import save_reorder_indices
 from rotatekv.capture import KINDS, CaptureRequest, capture_bytes, capture_window, relative_error
 from rotatekv.capture_files import CaptureInfo, read_capture, write_capture
@@ -93,13 +93,15 @@ def test_massive_activations_are_those_of_the_hidden_states(any_family):
 
 
 def test_attention_scores_are_eager_attentions_own(any_family):
-    window, found = capture(any_family, "attention_scores", heads=(1, 4))
+    window, found = capture(any_family, "attention_scores", "massive_activations", heads=(1, 4))
     any_family.set_attn_implementation("eager")
     own = any_family(window, output_attentions=True).attentions
     for number in (0, 1):
         scores = found["attention_scores"][f"layers.{number}.scores"]
         assert scores.shape == (2, TOKENS, TOKENS) and scores.dtype == torch.float16
         torch.testing.assert_close(scores.float(), own[number][0, [1, 4]].detach(), atol=1e-3, rtol=1e-3)
+        sinks = [found[kind][f"layers.{number}.sinks"].tolist() for kind in found]
+        assert sinks[0] == sinks[1] and len(sinks[0]) > 1
     assert scores.triu(1).count_nonzero() == 0
 
 
@@ -133,7 +135,33 @@ def test_errors_are_those_of_the_real_cache_in_the_first_layer(tiny, config: Qua
     exact = found["k_post_rope"]["layers.0.keys"]
     expected = (seen["keys"][0] - exact).pow(2).sum((0, 2)).sqrt() / exact.pow(2).sum((0, 2)).sqrt()
     torch.testing.assert_close(found["quantization_error"]["layers.0.it.keys"], expected, atol=1e-4, rtol=1e-3)
-    assert found["quantization_error"]["layers.0.it.values"].max() > 0.05
+    values = found["quantization_error"]["layers.0.it.values"]
+    assert values.max() > 0.05 and not torch.allclose(values, expected, rtol=0.01)
+
+
+def test_value_errors_are_those_of_plain_rounding(tiny):
+    codecs = {"RTN2": build_methods(tiny, tiny.model, PRESETS["RTN2"], fold=False)}
+    window, found = capture(tiny, "quantization_error", codecs=codecs)
+    hidden = tiny.model.layers[0].input_layernorm(tiny.model.embed_tokens(window))
+    values = tiny.model.layers[0].self_attn.v_proj(hidden)[0].detach().unflatten(-1, (3, 16))  # (T, H_kv, D)
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    scale = (high - low) / 3
+    rounded = ((values - low) / scale).round() * scale + low
+    expected = (rounded - values).flatten(1).norm(dim=1) / values.flatten(1).norm(dim=1)
+    # The codec rounds its zero point to a whole number, so single tokens differ from this.
+    assert found["quantization_error"]["layers.0.RTN2.values"].mean() == pytest.approx(expected.mean().item(), rel=0.06)
+
+
+def test_each_layer_is_measured_with_its_own_order(tiny, tmp_path):
+    orders = [torch.stack([torch.arange(48), torch.randperm(48, generator=torch.Generator().manual_seed(n))])
+              for n in (1, 2)]  # fmt: skip
+    errors = []
+    for number, order in enumerate(orders):
+        path = save_reorder_indices(tmp_path / f"{number}.safetensors", order, {"head_group_num": 3})
+        codecs = {"it": build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path, fold=False)}
+        errors.append(capture(tiny, "quantization_error", codecs=codecs)[1]["quantization_error"])
+    assert torch.equal(errors[0]["layers.0.it.keys"], errors[1]["layers.0.it.keys"])
+    assert not torch.equal(errors[0]["layers.1.it.keys"], errors[1]["layers.1.it.keys"])
 
 
 def test_relative_error_of_a_zero_token_is_finite():
@@ -190,6 +218,13 @@ def test_the_script_saves_what_was_asked_and_no_more(folder, tmp_path, capsys):
     assert "k_pre_rope.safetensors" in capsys.readouterr().out
 
 
+def test_unasked_heads_are_the_first_of_each_key_head_and_the_group_is_written(folder, tmp_path):
+    run(folder, "--save_attention_scores", "--save_k_rotated", *NO_ORDER, "--save_dir", str(tmp_path))
+    found = read_capture(tmp_path / "tiny-llama", "attention_scores")
+    assert found.info.heads == (0, 2, 4) and found.get(1, "scores").shape == (3, 40, 40)
+    assert read_capture(tmp_path / "tiny-llama", "k_rotated").info.heads_per_group == 3
+
+
 def test_all_layers_and_the_second_window_differ_from_the_first(folder, tmp_path):
     for sample in ("0", "1"):
         flags = ["--save_k_post_rope", "--save_layers", "all", "--save_sample", sample]
@@ -234,6 +269,7 @@ def test_errors_of_a_model_without_indices_are_those_of_the_flags(folder, tmp_pa
 
 
 def test_over_2_gb_is_refused_with_its_size_unless_forced(folder, tmp_path, capsys, monkeypatch):
+    assert capture_flags._LARGEST == 2_000_000_000
     monkeypatch.setattr("rotatekv.capture_flags._LARGEST", 10_000)
     flags = ["--save_attention_scores", "--save_heads", "all", "--save_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as end:

@@ -20,9 +20,11 @@ from PIL import Image
 import PPL_evaluation
 from rotatekv.calibration import save_reorder_indices
 from rotatekv.capture_files import read_capture, write_capture
+from rotatekv.transforms import heads_to_channels
 from visualize.attention_sinks import draw_received, mean_received
 from visualize.common import set_title, token_label
 from visualize.keys_3d import draw_surface
+from visualize.keys_3d import stages_of as stages_3d
 from visualize.massive_activations import carriers
 from visualize.outlier_spread import group_range, stages_of
 from visualize.quantization_error import pick_methods
@@ -53,6 +55,18 @@ def captures(tmp_path_factory) -> Path:
 
 def draw(name: str, *flags: str) -> None:
     importlib.import_module(f"visualize.{name}").main(list(flags))
+
+
+def drawn(name: str, monkeypatch, *flags: str) -> dict[str, list]:
+    """Titles of the figure's panels → the panels, as a reader would be shown them."""
+    kept = []
+    module = importlib.import_module(f"visualize.{name}")
+    monkeypatch.setattr(module, "save_png", lambda figure, output, description: kept.append(figure))
+    module.main(list(flags))
+    panels = {}
+    for panel in kept[0].axes:
+        panels.setdefault(panel.get_title() or panel.get_title(loc="left") or panel.get_ylabel(), []).append(panel)
+    return panels
 
 
 def fails(name: str, capsys, *flags: str) -> str:
@@ -108,6 +122,88 @@ def test_a_head_that_is_not_there_is_one_line(heads, captures, capsys):
 
 def test_unknown_methods_are_one_line(captures, capsys):
     assert "KIVI2" in fails("quantization_error", capsys, "--input", str(captures), "--methods", "RTN2,KIVI2")
+
+
+def test_keys_2d_shows_each_head_under_its_title_on_one_scale(captures, monkeypatch):
+    panels = drawn("keys_2d", monkeypatch, "--input", str(captures), "--heads", "2,0", "--layer", "1")
+    limits = set()
+    for kind, when in (("k_pre_rope", "before RoPE"), ("k_post_rope", "after RoPE")):
+        for head in (2, 0):
+            image = panels[f"key head {head}, {when}"][0].images[0]
+            expected = read_capture(captures, kind).get(1, "keys")[head].abs().T
+            torch.testing.assert_close(torch.tensor(image.get_array().data), expected)
+            limits.add(image.get_clim())
+    both = torch.stack([read_capture(captures, kind).get(1, "keys")[[0, 2]] for kind in ("k_pre_rope", "k_post_rope")])
+    assert limits == {(0.0, both.abs().max().item())}
+
+
+def test_keys_3d_names_its_stages(captures, monkeypatch):
+    panels = drawn("keys_3d", monkeypatch, "--input", str(captures), "--max_tokens", "40")
+    names = ("before RoPE", "after RoPE", "before RoPE, rotated in groups of 3 heads", "rotated and reordered")
+    tensors = [
+        read_capture(captures, "k_pre_rope").get(0, "keys")[:, :40],
+        read_capture(captures, "k_post_rope").get(0, "keys")[:, :40],
+        read_capture(captures, "k_rotated").get(0, "rotated")[:40],
+        read_capture(captures, "k_rotated").get(0, "reordered")[:40],
+    ]
+    titles = {f"{name}\nlargest {keys.abs().max():.1f}" for name, keys in zip(names, tensors, strict=True)}
+    assert titles < set(panels)
+    pre = heads_to_channels(tensors[0].unsqueeze(0))[0]
+    torch.testing.assert_close(stages_3d(read_capture(captures, "k_pre_rope"), 0, 40), {"before RoPE": pre.abs()})
+    post = heads_to_channels(tensors[1].unsqueeze(0))[0]
+    torch.testing.assert_close(stages_3d(read_capture(captures, "k_post_rope"), 0, 40), {"after RoPE": post.abs()})
+
+
+def test_massive_activations_have_the_dots_and_the_field_of_their_own_layer(captures, monkeypatch):
+    capture = read_capture(captures, "massive_activations")
+    panels = drawn("massive_activations", monkeypatch, "--input", str(captures))
+    (lines,), (field,) = panels["|layer input|"], panels["layer"]
+    tokens = carriers(capture, [0, 1])
+    dots = {tuple(place) for place in field.collections[0].get_offsets().data.astype(int).tolist()}
+    sinks = [set(capture.get(layer, "sinks").tolist()) for layer in (0, 1)]
+    assert sinks[0] != sinks[1]
+    assert dots == {(tokens.index(token), layer) for layer in (0, 1) for token in sinks[layer] & set(tokens)}
+    ratios = torch.stack([capture.get(n, "token_maximum")[tokens] / capture.get(n, "median") for n in (0, 1)])
+    torch.testing.assert_close(torch.tensor(field.images[0].get_array().data), ratios, check_dtype=False)
+    for rank in range(3):
+        shown = [capture.get(layer, "top_values")[rank].item() for layer in (0, 1)]
+        assert lines.lines[rank].get_ydata().tolist() == shown
+
+
+def test_attention_maps_stand_upright_under_the_heads_they_are_of(captures, monkeypatch):
+    capture = read_capture(captures, "attention_scores")
+    assert capture.info.heads == (0, 2, 4)
+    panels = drawn("attention_sinks", monkeypatch, "--input", str(captures), "--heads", "1,2", "--layer", "1")
+    for place, head in ((1, 2), (2, 4)):
+        shown = torch.tensor(panels[f"query head {head}"][0].images[0].get_array().filled(0.0))
+        expected = capture.get(1, "scores")[place, :64, :64].float().clamp_min(1e-4).tril()
+        torch.testing.assert_close(shown, expected)  # a query's row holds its weights
+    ((received, sinks),) = [panel.lines for name, (panel, *_) in panels.items() if name.startswith("mean attention")]
+    torch.testing.assert_close(
+        torch.tensor(received.get_ydata()), mean_received(capture.get(1, "scores")[[1, 2]].float())[:50]
+    )
+    assert sinks.get_xdata().tolist() == [token for token in capture.get(1, "sinks").tolist() if token < 50]
+
+
+def test_each_methods_line_is_its_own_error(captures, monkeypatch):
+    capture = read_capture(captures, "quantization_error")
+    panels = drawn("quantization_error", monkeypatch, "--input", str(captures))
+    for what, title in (("keys", "keys, after RoPE, all heads"), ("values", "values, all heads")):
+        lines = {line.get_label(): line for line in panels[title][0].lines}
+        assert list(lines) == ["RTN2", "RotateKV2", "RTN3", "RotateKV3", "RTN4", "RotateKV4"]
+        for method, line in lines.items():
+            middle = [capture.get(layer, f"{method}.{what}").quantile(0.5).item() for layer in (0, 1)]
+            assert line.get_ydata() == pytest.approx(middle)
+        assert len({line.get_color() for line in lines.values()}) == len(lines)
+
+
+def test_outlier_spread_draws_the_largest_magnitudes(captures, monkeypatch):
+    panels = drawn("outlier_spread", monkeypatch, "--input", str(captures))
+    stages = stages_of(read_capture(captures, "k_rotated"), 0)
+    for (title, (panel,)), (name, keys) in zip(panels.items(), stages.items(), strict=True):
+        assert title.startswith(f"{name}: largest {keys.abs().max():.1f}")
+        heights = torch.tensor([bar.get_height() for bar in panel.patches])
+        torch.testing.assert_close(heights, keys.abs().amax(dim=0), check_dtype=False)
 
 
 def test_methods_are_ordered_by_bits_whatever_flags_changed():
