@@ -9,13 +9,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rotatekv.kernels import Packed
 from rotatekv.methods import KVMethod
+from rotatekv.stores import Store
 
 
 class RotateKVLayer(CacheLayerMixin):
     """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
 
     Tensors, each cut and joined along B and T by the cache's operations:
-        packed_keys, packed_values: what the method's ``encode_*`` made of the first tokens, (B, T_packed, ...) each.
+        packed_keys, packed_values: the stores of what the method's ``encode_*`` made of the first tokens.
         window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D).
         sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
         sink_keys, sink_values: (S, H_kv·D) in 16 bits; they replace the decoded tokens.
@@ -30,8 +31,7 @@ class RotateKVLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self.packed_keys: Packed = {}
-        self.packed_values: Packed = {}
+        self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
         self.window_keys = self.window_values = None
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self.is_initialized = False
@@ -84,8 +84,8 @@ class RotateKVLayer(CacheLayerMixin):
         keys, self.window_keys = self._split_window(self.window_keys, keys)
         values, self.window_values = self._split_window(self.window_values, values)
         if keys.shape[1]:
-            self.packed_keys = _append(self.packed_keys, self.method.encode_keys(keys))
-            self.packed_values = _append(self.packed_values, self.method.encode_values(values))
+            self.packed_keys.append(self.method.encode_keys(keys))
+            self.packed_values.append(self.method.encode_values(values))
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
@@ -102,8 +102,8 @@ class RotateKVLayer(CacheLayerMixin):
         values = self._restore(self.packed_values, self.window_values, self.sink_values, self.method.decode_values)
         return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
 
-    def _restore(self, packed: Packed, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
-        parts = [decode(packed)] if packed else []
+    def _restore(self, packed: Store, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
+        parts = [decode(packed.tokens())] if packed.length else []
         if window is not None:
             parts.append(window.to(parts[0].dtype) if parts else window.float())
         channels = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, T, H_kv·D)
@@ -116,8 +116,7 @@ class RotateKVLayer(CacheLayerMixin):
         return x.clamp(-limit, limit).to(self.storage_dtype)
 
     def get_seq_length(self) -> int:
-        packed = next(iter(self.packed_keys.values())).shape[1] if self.packed_keys else 0
-        return packed + (0 if self.window_keys is None else self.window_keys.shape[1])
+        return self.packed_keys.length + (0 if self.window_keys is None else self.window_keys.shape[1])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -139,11 +138,10 @@ class RotateKVLayer(CacheLayerMixin):
             return self.reset()
         window = 0 if self.window_keys is None else self.window_keys.shape[1]
         packed = self.get_seq_length() - window
-        # A clone, not a view: a view would keep the dropped tokens' bytes alive.
         if length < packed:
-            self.packed_keys = {name: x[:, :length].clone() for name, x in self.packed_keys.items()}
-            self.packed_values = {name: x[:, :length].clone() for name, x in self.packed_values.items()}
-        if window:
+            self.packed_keys.crop(length)
+            self.packed_values.crop(length)
+        if window:  # a clone, not a view: a view would keep the dropped tokens' bytes alive
             left = max(length - packed, 0)
             self.window_keys = self.window_keys[:, :left].clone()
             self.window_values = self.window_values[:, :left].clone()
@@ -155,8 +153,8 @@ class RotateKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         rows = rows.to(self.device)
-        self.packed_keys = {name: x.index_select(0, rows) for name, x in self.packed_keys.items()}
-        self.packed_values = {name: x.index_select(0, rows) for name, x in self.packed_values.items()}
+        self.packed_keys.select_rows(rows)
+        self.packed_values.select_rows(rows)
         if self.window_keys is not None:
             self.window_keys = self.window_keys.index_select(0, rows)
             self.window_values = self.window_values.index_select(0, rows)
@@ -177,13 +175,13 @@ class RotateKVLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            rows = next(iter((self.packed_keys or {"window": self.window_keys}).values())).shape[0]
+            rows = next(self.tensors("keys")).shape[0]
             self.select_rows(torch.arange(rows, device=self.device).repeat_interleave(repeats))
 
     def tensors(self, kind: str) -> Iterator[torch.Tensor]:
         """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
         packed, names = getattr(self, f"packed_{kind}"), [f"window_{kind}", f"sink_{kind}"]
-        yield from packed.values()
+        yield from packed
         for name in names + (["sink_rows", "sink_columns"] if kind == "keys" else []):
             if (tensor := getattr(self, name)) is not None:
                 yield tensor
@@ -196,16 +194,8 @@ class RotateKVLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        for kind in ("keys", "values"):
-            moved = {name: x.to(device, non_blocking=True) for name, x in getattr(self, f"packed_{kind}").items()}
-            setattr(self, f"packed_{kind}", moved)
+        self.packed_keys.move(device)
+        self.packed_values.move(device)
         for name in ("window_keys", "window_values", "sink_rows", "sink_columns", "sink_keys", "sink_values"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device, non_blocking=True))
-
-
-def _append(packed: Packed, new: Packed) -> Packed:
-    if not packed:
-        # A copy: FP16's tensors may be views of a whole projection's output.
-        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in new.items()}
-    return {name: torch.cat([packed[name], x], dim=1) for name, x in new.items()}

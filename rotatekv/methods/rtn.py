@@ -6,8 +6,9 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.kernels import quantize_and_pack, unpack_and_dequantize
+from rotatekv.kernels import dequantize, quantize
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
+from rotatekv.stores import BlockStore
 
 _ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
 
@@ -24,13 +25,19 @@ class RTN(KVMethod):
             raise UserError(f"RTN rotates nothing: leave out {', '.join(unused)}, or take a RotateKV method")
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
-        return quantize_and_pack(channels, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)
+        return quantize(channels, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)
 
-    def decode_keys(self, packed: Packed) -> torch.Tensor:
-        return unpack_and_dequantize(packed, self.config.k_bits)
+    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+        return dequantize(tokens)
 
     def encode_values(self, channels: torch.Tensor) -> Packed:
-        return quantize_and_pack(channels, self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
+        return quantize(channels, self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
 
-    def decode_values(self, packed: Packed) -> torch.Tensor:
-        return unpack_and_dequantize(packed, self.config.v_bits)
+    def decode_values(self, tokens: Packed) -> torch.Tensor:
+        return dequantize(tokens)
+
+    def key_store(self) -> BlockStore:
+        return BlockStore(self.config.k_bits)
+
+    def value_store(self) -> BlockStore:
+        return BlockStore(self.config.v_bits)
