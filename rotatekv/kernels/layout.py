@@ -21,14 +21,14 @@ import torch
 from rotatekv.kernels.reference import Packed
 
 BLOCK = 16  # tokens
-_HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token
+HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token
 
 
 def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Packed:
     """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
     packed = {"low": torch.zeros(batch, blocks, channels, dtype=torch.int32, device=device)}
-    if bits in _HIGH_PLANE:
-        packed["high"] = torch.zeros(batch, blocks, channels, dtype=_HIGH_PLANE[bits][0], device=device)
+    if bits in HIGH_PLANE:
+        packed["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
     packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
     return packed
@@ -46,8 +46,8 @@ def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bi
 def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
     codes = _unpack_plane(packed["low"], 2)
-    if bits in _HIGH_PLANE:
-        codes = codes | _unpack_plane(packed["high"], _HIGH_PLANE[bits][1]) << 2
+    if bits in HIGH_PLANE:
+        codes = codes | _unpack_plane(packed["high"], HIGH_PLANE[bits][1]) << 2
     scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
     return codes[:, :tokens], scale[:, :tokens], zero[:, :tokens]
 
@@ -75,8 +75,8 @@ def write_blocks(
     for stored, new in zip(old, (codes, scale, zero), strict=True):
         stored[:, where] = new
     touched["low"].copy_(_pack_plane(old[0] & 3, 2))
-    if bits in _HIGH_PLANE:
-        dtype, width = _HIGH_PLANE[bits]
+    if bits in HIGH_PLANE:
+        dtype, width = HIGH_PLANE[bits]
         touched["high"].copy_(_pack_plane(old[0] >> 2, width).to(dtype))
     for name, stored in (("scale", old[1]), ("zero", old[2])):
         touched[name].copy_(stored.unflatten(1, (-1, BLOCK)).transpose(2, 3))
@@ -93,6 +93,6 @@ def _pack_plane(bits_of_tokens: torch.Tensor, width: int) -> torch.Tensor:
 
 def _unpack_plane(words: torch.Tensor, width: int) -> torch.Tensor:
     """(B, N, C) → (B, N·16, C) uint8."""
-    shifts = torch.arange(0, BLOCK * width, width, device=words.device).view(BLOCK, 1)
-    lanes = (words.long().unsqueeze(2) >> shifts) & (2**width - 1)  # (B, N, 16, C)
+    shifts = torch.arange(0, BLOCK * width, width, dtype=words.dtype, device=words.device).view(BLOCK, 1)
+    lanes = (words.unsqueeze(2) >> shifts) & (2**width - 1)  # (B, N, 16, C)
     return lanes.to(torch.uint8).flatten(1, 2)
