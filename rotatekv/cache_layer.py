@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from rotatekv.kernels import Packed
+from rotatekv.decode import FusedCall
+from rotatekv.kernels import Packed, cpu
+from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
 from rotatekv.stores import Store
 
@@ -75,6 +77,62 @@ class RotateKVLayer(CacheLayerMixin):
             keys = keys.to(self.dtype)
             return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
 
+    def can_attend(self) -> bool:
+        """Whether ``attend`` works: the method has a fused form and codes lie in blocks already."""
+        return self.method.can_fuse and self.packed_keys.length > 0
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        scaling: float,
+        rope_new: Callable[[torch.Tensor], torch.Tensor],
+        call: FusedCall,
+    ) -> torch.Tensor:
+        """Store T new tokens and attend to all of them in one kernel; what ``update`` and attention give together.
+
+        Args:
+            query: (B, H, T, D), after RoPE. key_states, value_states: as in ``update``.
+            scaling: factor on the scores.
+
+        Returns:
+            (B, H, T, D) in the dtype of the inputs; folded weights: still in the values' rotated space.
+        """
+        with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
+            self._write(key_states if self.method.keys_before_rope else rope_new(key_states), value_states)
+            output = cpu.decode_attention(
+                query.float().contiguous(),
+                self.packed_keys.tensors,
+                self.packed_values.tensors,
+                self.method.group_of_channel,
+                call.first,
+                self.packed_keys.length,
+                self.get_seq_length(),
+                self.method.decode_options(scaling, call.rope),
+                self._exact_tokens(),
+            )
+            return output.to(query.dtype)
+
+    def _exact_tokens(self) -> ExactTokens | None:
+        """Sinks and recent window, sorted by sequence, their keys in the order the blocks have."""
+        parts = []
+        if self.sink_keys is not None:
+            parts.append((self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values))
+        if self.window_keys is not None and self.window_keys.shape[1]:
+            batch, tokens = self.window_keys.shape[:2]
+            columns = torch.arange(self.packed_keys.length, self.get_seq_length(), dtype=torch.int32)
+            rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(tokens)
+            keys, values = self.window_keys.flatten(0, 1), self.window_values.flatten(0, 1)  # (B·T_window, H_kv·D)
+            parts.append((rows, columns.repeat(batch), keys, values))
+        if not parts:
+            return None
+        rows, columns, keys, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if len(parts) > 1 and len(rows) and rows[-1] > 0:
+            order = torch.argsort(rows, stable=True)
+            rows, columns, keys, values = rows[order], columns[order], keys[order], values[order]
+        return ExactTokens(rows, columns, self.packed_keys.to_stored_order(keys), values)
+
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
         if self.sink_rows is not None and self.sink_keys is None:
@@ -84,8 +142,8 @@ class RotateKVLayer(CacheLayerMixin):
         keys, self.window_keys = self._split_window(self.window_keys, keys)
         values, self.window_values = self._split_window(self.window_values, values)
         if keys.shape[1]:
-            self.packed_keys.append(self.method.encode_keys(keys))
-            self.packed_values.append(self.method.encode_values(values))
+            self.method.write_keys(self.packed_keys, keys)
+            self.method.write_values(self.packed_values, values)
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from rotatekv.kernels import Packed
+from rotatekv.decode import fuses_on
+from rotatekv.kernels import Packed, cpu, quantize
 from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks, write_blocks
 
 
@@ -70,16 +71,32 @@ class BlockStore(Store):
     def __init__(self, bits: int, position_of_channel: torch.Tensor | None = None):
         super().__init__()
         self.bits, self.position_of_channel = bits, position_of_channel
+        self.channel_at_position = self._position32 = None
+        if position_of_channel is not None:
+            self.channel_at_position = torch.argsort(position_of_channel)
+            self._position32 = position_of_channel.to(torch.int32)
 
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)
         self.reserve(codes.shape[0], codes.shape[1], codes.shape[2], new["scale"].shape[-1], codes.device)
         if self.position_of_channel is not None:
-            stored = torch.empty_like(codes)
-            stored[..., self.position_of_channel.to(codes.device)] = codes
-            codes = stored
+            codes = codes.index_select(-1, self.channel_at_position.to(codes.device))
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
         self.length += codes.shape[1]
+
+    def quantize(self, x: torch.Tensor, group_size: int, clip_ratio: float) -> None:
+        """Quantize (B, T, C) and append it, in one kernel where there is one."""
+        if not fuses_on(x.device):
+            return self.append(quantize(x, self.bits, group_size, clip_ratio))
+        batch, tokens, channels = x.shape
+        self.reserve(batch, tokens, channels, channels // group_size, x.device)
+        x = x.float().contiguous()
+        cpu.quantize_into_blocks(x, self.tensors, self.length, self.bits, group_size, clip_ratio, self._position32)
+        self.length += tokens
+
+    def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) in the quantized order → in the order of the blocks."""
+        return x if self.channel_at_position is None else x.index_select(-1, self.channel_at_position)
 
     def reserve(self, batch: int, tokens: int, channels: int, groups: int, device: torch.device) -> None:
         """Make room for ``tokens`` more tokens."""

@@ -47,6 +47,7 @@ class KVMethod(ABC):
 
     keys_before_rope = False
     quantizes = True
+    can_fuse = False  # decode attention has a fused kernel: RTN.decode_options
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         self.config, self.layer = config, layer
@@ -84,6 +85,12 @@ class KVMethod(ABC):
 
     def value_store(self) -> Store:
         return TokenStore()
+
+    def write_keys(self, store: Store, channels: torch.Tensor) -> None:
+        store.append(self.encode_keys(channels))
+
+    def write_values(self, store: Store, channels: torch.Tensor) -> None:
+        store.append(self.encode_values(channels))
 
     @abstractmethod
     def encode_keys(self, channels: torch.Tensor) -> Packed: ...

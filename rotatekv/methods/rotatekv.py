@@ -44,6 +44,8 @@ class RotateKV(RTN):
                 raise UserError("Outlier_Aware_Key_Rotation needs the reorder indices of a calibration")
             self.order = reorder_index
             self.inverse_order = torch.argsort(reorder_index)
+            # Blocks hold keys in Hadamard order, so a stored channel's group is that of its reordered place.
+            self.group_of_channel = self.group_of_channel[self.inverse_order].contiguous()
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         channels = heads_to_channels(keys)  # (B, T, H_kv·D)
