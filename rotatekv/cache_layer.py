@@ -118,7 +118,11 @@ class RotateKVLayer(CacheLayerMixin):
         """Sinks and recent window, sorted by sequence, their keys in the order the blocks have."""
         parts = []
         if self.sink_keys is not None:
-            parts.append((self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values))
+            sinks = (self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values)
+            if self.window_keys is not None:  # a sink still in the window is exact already
+                packed = self.sink_columns < self.packed_keys.length
+                sinks = tuple(tensor[packed] for tensor in sinks)
+            parts.append(sinks)
         if self.window_keys is not None and self.window_keys.shape[1]:
             batch, tokens = self.window_keys.shape[:2]
             columns = torch.arange(self.packed_keys.length, self.get_seq_length(), dtype=torch.int32)
