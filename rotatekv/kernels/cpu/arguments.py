@@ -11,8 +11,14 @@ class PackedPointers(ctypes.Structure):
     ]
 
 
-_DECODE_SIZES = ["structure_bytes", "batch", "query_heads", "kv_heads", "head_dim", "query_tokens", "packed_tokens", "total_tokens", "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values", "threads"]
-_DECODE_POINTERS = ["group_of_channel", "queries", "first", "coarse_cos", "coarse_sin", "fine_cos", "fine_sin", "exact_rows", "exact_columns", "exact_keys", "exact_values", "output"]
+_DECODE_SIZES = (
+    "structure_bytes batch query_heads kv_heads head_dim query_tokens packed_tokens total_tokens rotation_width "
+    "rotary_dim coarse_rows exact_tokens exact_is_bfloat16 unrotate_values threads"
+).split()
+_DECODE_POINTERS = (
+    "group_of_channel queries first coarse_cos coarse_sin fine_cos fine_sin exact_rows exact_columns exact_keys "
+    "exact_values output"
+).split()
 
 
 class DecodeArguments(ctypes.Structure):
@@ -28,7 +34,7 @@ class DecodeArguments(ctypes.Structure):
 
 class QuantizeArguments(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ["structure_bytes", "batch", "tokens", "channels", "start", "threads"]),
+        *((name, ctypes.c_int64) for name in "structure_bytes batch tokens channels start threads".split()),
         ("clip_ratio", ctypes.c_float),
         ("blocks", PackedPointers),
         ("x", ctypes.c_void_p),
