@@ -70,7 +70,7 @@ def write_blocks(
         return
     first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
     touched = {name: plane[:, first:last] for name, plane in packed.items()}
-    old = [tensor.clone() for tensor in unpack_blocks(touched, (last - first) * BLOCK, bits)]
+    old = [x.clone() for x in unpack_blocks(touched, (last - first) * BLOCK, bits)]  # may be views of the storage
     where = slice(start - first * BLOCK, start - first * BLOCK + tokens)
     for stored, new in zip(old, (codes, scale, zero), strict=True):
         stored[:, where] = new

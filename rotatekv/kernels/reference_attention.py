@@ -64,7 +64,7 @@ def decode_attention_reference(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The arguments of ``rotatekv.kernels.cpu.decode_attention``, computed in ``dtype`` → (B, H, T_q, D)."""
-    batch, heads, query_tokens, dim = queries.shape
+    _, heads, query_tokens, dim = queries.shape
     channels = keys["low"].shape[-1]
     value_group = torch.arange(channels) // (channels // values["scale"].shape[2])
     k = _restore(keys, packed_tokens, total_tokens, options.key_bits, group_of_channel.long(), exact, "keys", dtype)

@@ -12,7 +12,7 @@ import torch
 
 from rotatekv.kernels.cpu.arguments import DecodeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, load_library
-from rotatekv.kernels.cpu.checks import packed_pointers, pointer
+from rotatekv.kernels.cpu.checks import packed_pointers, pointer, shape_of
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
@@ -58,8 +58,8 @@ def decode_attention(
         ValueError: a shape, dtype, stride or index is wrong.
         RuntimeError: the kernel is not available, see ``available``.
     """
-    batch, heads, query_tokens, dim = _shape_of(queries, 4, "queries")
-    channels = _shape_of(keys.get("low"), 3, "keys' plane of low bits")[2]
+    batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")
+    channels = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2]
     if dim != options.head_dim or channels % dim:
         raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {options.head_dim}")
     arguments = DecodeArguments(
@@ -104,7 +104,7 @@ def quantize_into_blocks(
         ValueError: a shape, dtype, stride or index is wrong.
         RuntimeError: the kernel is not available, see ``available``.
     """
-    batch, tokens, channels = _shape_of(x, 3, "x")
+    batch, tokens, channels = shape_of(x, 3, "x")
     blocks = packed_pointers(packed, bits, batch, channels, "packed")
     if group_size * blocks.groups != channels:
         raise ValueError(f"groups of {group_size} do not cut {channels} channels into {blocks.groups}")
@@ -117,16 +117,10 @@ def quantize_into_blocks(
     _call("quantize", "rotatekv_quantize", arguments, instruction_set)
 
 
-def _shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
-    if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
-        raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
-    return tuple(x.shape)
-
-
 def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
     if (rope := options.rope) is None:
         return
-    half, rows = rope.rotary_dim // 2, rope.coarse_cos.shape[0]
+    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
     arguments.rotary_dim, arguments.coarse_rows = 2 * half, rows
     arguments.attention_scaling = rope.attention_scaling
     for name in ("coarse_cos", "coarse_sin"):
@@ -136,9 +130,9 @@ def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
 
 
 def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, channels: int) -> None:
-    if exact is None or not len(exact.rows):
+    if exact is None:
         return
-    count, dtype = len(exact.rows), exact.keys.dtype
+    count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
     arguments.exact_tokens, arguments.exact_is_bfloat16 = count, dtype == torch.bfloat16

@@ -26,6 +26,13 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
     return x.data_ptr()
 
 
+def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
+    """The shape of a tensor of so many dimensions."""
+    if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
+        raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
+    return tuple(x.shape)
+
+
 def packed_pointers(packed: Packed, bits: int, batch: int, channels: int, name: str) -> PackedPointers:
     """The addresses of one cache tensor's planes, scales and zeros, (B, N, ...) each."""
     if bits not in (2, 3, 4):
@@ -33,9 +40,8 @@ def packed_pointers(packed: Packed, bits: int, batch: int, channels: int, name: 
     planes = {"low", "scale", "zero"} | ({"high"} if bits in HIGH_PLANE else set())
     if set(packed) != planes:
         raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
-    if packed["low"].dim() != 3 or packed["scale"].dim() != 4:
-        raise ValueError(f"{name}: low (B, N, C) and scale (B, N, groups, {BLOCK}) are needed")
-    blocks, groups = packed["low"].shape[1], packed["scale"].shape[2]
+    blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
+    groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
     pointers = PackedPointers(blocks=blocks, groups=groups, bits=bits)
     shapes = {"low": (torch.int32, (batch, blocks, channels)),
               "scale": (torch.float16, (batch, blocks, groups, BLOCK)),

@@ -30,11 +30,12 @@ struct Part {
     }
 };
 
-// kLanes tokens from `token` on, dequantized and un-rotated. Past the last block it repeats; the mask hides that.
+// kLanes tokens from `token` on, dequantized and un-rotated. Past the last block that one repeats; the mask hides it.
 static void read_keys(const Part& part, int64_t token, int plane) {
     const DecodeArguments& a = part.a;
     const int64_t last = (a.packed_tokens - 1) / kBlock;
-    const int64_t block = part.row * a.keys.blocks + (token / kBlock < last ? token / kBlock : last);
+    if (token / kBlock > last) token = last * kBlock;
+    const int64_t block = part.row * a.keys.blocks + token / kBlock;
     const int lane = int(token % kBlock), channels = int(part.g.group_channels);
     const int64_t channel = part.group * channels;
     float* table = part.memory.key_scales.data();

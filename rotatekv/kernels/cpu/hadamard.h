@@ -9,7 +9,7 @@
 
 // Sylvester's order N on N vectors held in registers: log2(N)·N additions.
 template <int N>
-static ROTATEKV_INLINE void sylvester(Vec* x) {
+static ROTATEKV_INLINE void sylvester(Vec* x, Vec one) {
 #pragma GCC unroll 8
     for (int half = 1; half < N; half *= 2) {
 #pragma GCC unroll 32
@@ -17,7 +17,7 @@ static ROTATEKV_INLINE void sylvester(Vec* x) {
             if (i & half) continue;
             const Vec a = x[i], b = x[i + half];
             x[i] = a + b;
-            x[i + half] = a - b;
+            x[i + half] = a - b * one;
         }
     }
 }
@@ -25,12 +25,13 @@ static ROTATEKV_INLINE void sylvester(Vec* x) {
 // Sylvester's order N over vectors `stride` apart, for each of `stride` columns of each run of N·stride vectors.
 template <int N>
 static void sylvester_pass(float* x, int width, int stride) {
+    const Vec one = hidden_one();
     for (int start = 0; start < width; start += N * stride) {
         for (int column = start; column < start + stride; ++column) {
             Vec held[N];
 #pragma GCC unroll 32
             for (int i = 0; i < N; ++i) held[i] = load(x + (column + i * stride) * kLanes);
-            sylvester<N>(held);
+            sylvester<N>(held, one);
 #pragma GCC unroll 32
             for (int i = 0; i < N; ++i) store(x + (column + i * stride) * kLanes, held[i]);
         }
@@ -71,35 +72,36 @@ constexpr std::array<PaleyTerm, P * P / 4> paley_terms() {
 }
 
 // a ± b ± c ± d for the 8 choices of signs: 12 additions.
-static ROTATEKV_INLINE void signed_sums(Vec a, Vec b, Vec c, Vec d, Vec* sums) {
-    const Vec plus = a + b, minus = a - b, sum = c + d, difference = c - d;
+static ROTATEKV_INLINE void signed_sums(Vec a, Vec b, Vec c, Vec d, Vec one, Vec* sums) {
+    const Vec plus = a + b, minus = a - b * one, sum = c + d, difference = c - d * one;
     sums[0] = plus + sum;
     sums[1] = plus + difference;
-    sums[2] = plus - difference;
-    sums[3] = plus - sum;
+    sums[2] = plus - difference * one;
+    sums[3] = plus - sum * one;
     sums[4] = minus + sum;
     sums[5] = minus + difference;
-    sums[6] = minus - difference;
-    sums[7] = minus - sum;
+    sums[6] = minus - difference * one;
+    sums[7] = minus - sum * one;
 }
 
 template <int P, int Column, int Four = 1>
-static ROTATEKV_INLINE Vec paley_sum(const Vec (*sums)[8], Vec partial) {
+static ROTATEKV_INLINE Vec paley_sum(const Vec (*sums)[8], Vec one, Vec partial) {
     if constexpr (Four == P / 4) {
         return partial;
     } else {
         constexpr PaleyTerm term = paley_terms<P>()[Column * (P / 4) + Four];
-        if constexpr (term.sign > 0) return paley_sum<P, Column, Four + 1>(sums, partial + sums[Four][term.pattern]);
-        return paley_sum<P, Column, Four + 1>(sums, partial - sums[Four][term.pattern]);
+        const Vec next = sums[Four][term.pattern];
+        if constexpr (term.sign > 0) return paley_sum<P, Column, Four + 1>(sums, one, partial + next);
+        return paley_sum<P, Column, Four + 1>(sums, one, partial - next * one);
     }
 }
 
 template <int P, int... Columns>
-static ROTATEKV_INLINE void store_paley(float* x, int stride, const Vec (*sums)[8],
+static ROTATEKV_INLINE void store_paley(float* x, int stride, const Vec (*sums)[8], Vec one,
                                         std::integer_sequence<int, Columns...>) {
     // The matrix's first row is all ones, so the first input enters every output with a plus.
     (store(x + Columns * stride * kLanes,
-           paley_sum<P, Columns>(sums, sums[0][paley_terms<P>()[Columns * (P / 4)].pattern])),
+           paley_sum<P, Columns>(sums, one, sums[0][paley_terms<P>()[Columns * (P / 4)].pattern])),
      ...);
 }
 
@@ -107,6 +109,7 @@ static ROTATEKV_INLINE void store_paley(float* x, int stride, const Vec (*sums)[
 // all outputs (order 12: 60 additions instead of 132).
 template <int P>
 static void paley_pass(float* x, int stride) {
+    const Vec one = hidden_one();
     for (int column = 0; column < stride; ++column) {
         float* at = x + column * kLanes;
         Vec sums[P / 4][8];
@@ -114,9 +117,9 @@ static void paley_pass(float* x, int stride) {
         for (int four = 0; four < P / 4; ++four) {
             const float* from = at + 4 * four * stride * kLanes;
             signed_sums(load(from), load(from + stride * kLanes), load(from + 2 * stride * kLanes),
-                        load(from + 3 * stride * kLanes), sums[four]);
+                        load(from + 3 * stride * kLanes), one, sums[four]);
         }
-        store_paley<P>(at, stride, sums, std::make_integer_sequence<int, P>{});
+        store_paley<P>(at, stride, sums, one, std::make_integer_sequence<int, P>{});
     }
 }
 
@@ -144,7 +147,8 @@ static bool plan_hadamard(int64_t width, HadamardPlan* plan) {
 
 static void sylvester_passes(float* x, int width, int stride, int order) {
     while (order > 1) {
-        const int radix = order == 32 ? 8 : order < 16 ? order : 16;
+        const int radix = order <= 32 ? order : 16;
+        if (radix == 32) sylvester_pass<32>(x, width, stride);
         if (radix == 16) sylvester_pass<16>(x, width, stride);
         if (radix == 8) sylvester_pass<8>(x, width, stride);
         if (radix == 4) sylvester_pass<4>(x, width, stride);
@@ -156,11 +160,12 @@ static void sylvester_passes(float* x, int width, int stride, int order) {
 
 template <int Inner, class Loader>
 static void inner_pass(float* x, int width, const Loader& loader) {
+    const Vec one = hidden_one();
     for (int start = 0; start < width; start += Inner) {
         Vec held[Inner];
 #pragma GCC unroll 16
         for (int i = 0; i < Inner; ++i) held[i] = loader(start + i);
-        sylvester<Inner>(held);
+        sylvester<Inner>(held, one);
 #pragma GCC unroll 16
         for (int i = 0; i < Inner; ++i) store(x + (start + i) * kLanes, held[i]);
     }
