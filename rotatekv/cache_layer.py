@@ -11,7 +11,7 @@ from rotatekv.decode import FusedCall
 from rotatekv.kernels import Packed, cpu
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
-from rotatekv.stores import Store
+from rotatekv.stores import BlockStore, Store
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -79,7 +79,8 @@ class RotateKVLayer(CacheLayerMixin):
 
     def can_attend(self) -> bool:
         """Whether ``attend`` works: the method has a fused form and codes lie in blocks already."""
-        return self.method.can_fuse and self.packed_keys.length > 0
+        in_blocks = isinstance(self.packed_keys, BlockStore) and isinstance(self.packed_values, BlockStore)
+        return self.method.can_fuse and in_blocks and self.packed_keys.length > 0
 
     def attend(
         self,
