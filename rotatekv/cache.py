@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from rotatekv.cache_layer import RotateKVLayer
 from rotatekv.config import QuantConfig
+from rotatekv.decode import FusedCall
 from rotatekv.methods import KVMethod
 
 
@@ -33,6 +34,7 @@ class RotateKVCache(Cache):
     Attributes:
         positions: (B, T) int32, the position of every cached token, kept once for all layers.
         token_mask: (B, T) bool of the running first call, False at padding; None when there is none.
+        fused_call: what a fused kernel needs for the running call; None where the general path is taken.
     """
 
     def __init__(self, spec: CacheSpec):
@@ -40,6 +42,8 @@ class RotateKVCache(Cache):
         self.config, self.fingerprint = spec.config, spec.fingerprint
         self.positions: torch.Tensor | None = None
         self.token_mask: torch.Tensor | None = None
+        self.fused_call: FusedCall | None = None
+        self._make_rope_table: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
         self._rope_table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
@@ -74,19 +78,32 @@ class RotateKVCache(Cache):
             self.positions = torch.cat([self.positions[:, :cached], new.to(self.positions.device)], dim=1)
         self.token_mask = _token_mask(attention_mask, self.positions.shape) if cached == 0 else None
 
-    def set_rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """cos and sin at every cached and new position, (B, T_cached + T, rotary_dim), for the running call only."""
-        self._rope_table = (cos, sin)
+    def set_rope_table(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """How to make cos and sin at all positions, (B, T_cached + T, rotary_dim), if the call needs them."""
+        self._make_rope_table, self._rope_table = make, None
 
     def end_forward(self) -> None:
-        self._rope_table = self.token_mask = None
+        self._make_rope_table = self._rope_table = self.token_mask = self.fused_call = None
+
+    def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
+        """Whether a fused kernel attends for this layer in the running call; not under gradients."""
+        needs_gradient = torch.is_grad_enabled() and query.requires_grad
+        return self.fused_call is not None and not needs_gradient and self.layers[layer_idx].can_attend()
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer_idx: int, scaling: float, rope_new
+    ) -> torch.Tensor:
+        """Store the new tokens and attend to all, without ever unpacking the cache; see ``RotateKVLayer.attend``."""
+        return self.layers[layer_idx].attend(query, key, value, scaling, rope_new, self.fused_call)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, rope=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RotateKVLayer.update``; ``rope`` is the family's function of a tensor, cos and sin."""
-        if rope is None or self._rope_table is None:
+        if rope is None or self._make_rope_table is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
+        if self._rope_table is None:
+            self._rope_table = self._make_rope_table()
         cos, sin = (table.to(key_states.device) for table in self._rope_table)
         new = key_states.shape[-2]
         keys, values = self.layers[layer_idx].update(

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from rotatekv.kernels import Packed
+from rotatekv.decode import FusedCall
+from rotatekv.kernels import Packed, cpu
+from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
+from rotatekv.stores import BlockStore, Store
 
 
 class RotateKVLayer(CacheLayerMixin):
     """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
 
     Tensors, each cut and joined along B and T by the cache's operations:
-        packed_keys, packed_values: what the method's ``encode_*`` made of the first tokens, (B, T_packed, ...) each.
+        packed_keys, packed_values: the stores of what the method's ``encode_*`` made of the first tokens.
         window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D).
         sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
         sink_keys, sink_values: (S, H_kv·D) in 16 bits; they replace the decoded tokens.
@@ -30,8 +33,7 @@ class RotateKVLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self.packed_keys: Packed = {}
-        self.packed_values: Packed = {}
+        self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
         self.window_keys = self.window_values = None
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self.is_initialized = False
@@ -75,6 +77,67 @@ class RotateKVLayer(CacheLayerMixin):
             keys = keys.to(self.dtype)
             return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
 
+    def can_attend(self) -> bool:
+        """Whether ``attend`` works: the method has a fused form and codes lie in blocks already."""
+        in_blocks = isinstance(self.packed_keys, BlockStore) and isinstance(self.packed_values, BlockStore)
+        return self.method.can_fuse and in_blocks and self.packed_keys.length > 0
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        scaling: float,
+        rope_new: Callable[[torch.Tensor], torch.Tensor],
+        call: FusedCall,
+    ) -> torch.Tensor:
+        """Store T new tokens and attend to all of them in one kernel; what ``update`` and attention give together.
+
+        Args:
+            query: (B, H, T, D), after RoPE. key_states, value_states: as in ``update``.
+            scaling: factor on the scores.
+
+        Returns:
+            (B, H, T, D) in the dtype of the inputs; folded weights: still in the values' rotated space.
+        """
+        with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
+            self._write(key_states if self.method.keys_before_rope else rope_new(key_states), value_states)
+            output = cpu.decode_attention(
+                query.float().contiguous(),
+                self.packed_keys.tensors,
+                self.packed_values.tensors,
+                self.method.group_of_channel,
+                call.first,
+                self.packed_keys.length,
+                self.get_seq_length(),
+                self.method.decode_options(scaling, call.rope),
+                self._exact_tokens(),
+            )
+            return output.to(query.dtype)
+
+    def _exact_tokens(self) -> ExactTokens | None:
+        """Sinks and recent window, sorted by sequence, their keys in the order the blocks have."""
+        parts = []
+        if self.sink_keys is not None:
+            sinks = (self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values)
+            if self.window_keys is not None:  # a sink still in the window is exact already
+                packed = self.sink_columns < self.packed_keys.length
+                sinks = tuple(tensor[packed] for tensor in sinks)
+            parts.append(sinks)
+        if self.window_keys is not None and self.window_keys.shape[1]:
+            batch, tokens = self.window_keys.shape[:2]
+            columns = torch.arange(self.packed_keys.length, self.get_seq_length(), dtype=torch.int32)
+            rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(tokens)
+            keys, values = self.window_keys.flatten(0, 1), self.window_values.flatten(0, 1)  # (B·T_window, H_kv·D)
+            parts.append((rows, columns.repeat(batch), keys, values))
+        if not parts:
+            return None
+        rows, columns, keys, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if len(parts) > 1 and len(rows) and rows[-1] > 0:
+            order = torch.argsort(rows, stable=True)
+            rows, columns, keys, values = rows[order], columns[order], keys[order], values[order]
+        return ExactTokens(rows, columns, self.packed_keys.to_stored_order(keys), values)
+
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
         if self.sink_rows is not None and self.sink_keys is None:
@@ -84,8 +147,8 @@ class RotateKVLayer(CacheLayerMixin):
         keys, self.window_keys = self._split_window(self.window_keys, keys)
         values, self.window_values = self._split_window(self.window_values, values)
         if keys.shape[1]:
-            self.packed_keys = _append(self.packed_keys, self.method.encode_keys(keys))
-            self.packed_values = _append(self.packed_values, self.method.encode_values(values))
+            self.method.write_keys(self.packed_keys, keys)
+            self.method.write_values(self.packed_values, values)
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
@@ -102,8 +165,8 @@ class RotateKVLayer(CacheLayerMixin):
         values = self._restore(self.packed_values, self.window_values, self.sink_values, self.method.decode_values)
         return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
 
-    def _restore(self, packed: Packed, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
-        parts = [decode(packed)] if packed else []
+    def _restore(self, packed: Store, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
+        parts = [decode(packed.tokens())] if packed.length else []
         if window is not None:
             parts.append(window.to(parts[0].dtype) if parts else window.float())
         channels = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, T, H_kv·D)
@@ -116,8 +179,7 @@ class RotateKVLayer(CacheLayerMixin):
         return x.clamp(-limit, limit).to(self.storage_dtype)
 
     def get_seq_length(self) -> int:
-        packed = next(iter(self.packed_keys.values())).shape[1] if self.packed_keys else 0
-        return packed + (0 if self.window_keys is None else self.window_keys.shape[1])
+        return self.packed_keys.length + (0 if self.window_keys is None else self.window_keys.shape[1])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -139,11 +201,10 @@ class RotateKVLayer(CacheLayerMixin):
             return self.reset()
         window = 0 if self.window_keys is None else self.window_keys.shape[1]
         packed = self.get_seq_length() - window
-        # A clone, not a view: a view would keep the dropped tokens' bytes alive.
         if length < packed:
-            self.packed_keys = {name: x[:, :length].clone() for name, x in self.packed_keys.items()}
-            self.packed_values = {name: x[:, :length].clone() for name, x in self.packed_values.items()}
-        if window:
+            self.packed_keys.crop(length)
+            self.packed_values.crop(length)
+        if window:  # a clone, not a view: a view would keep the dropped tokens' bytes alive
             left = max(length - packed, 0)
             self.window_keys = self.window_keys[:, :left].clone()
             self.window_values = self.window_values[:, :left].clone()
@@ -155,8 +216,8 @@ class RotateKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         rows = rows.to(self.device)
-        self.packed_keys = {name: x.index_select(0, rows) for name, x in self.packed_keys.items()}
-        self.packed_values = {name: x.index_select(0, rows) for name, x in self.packed_values.items()}
+        self.packed_keys.select_rows(rows)
+        self.packed_values.select_rows(rows)
         if self.window_keys is not None:
             self.window_keys = self.window_keys.index_select(0, rows)
             self.window_values = self.window_values.index_select(0, rows)
@@ -177,13 +238,13 @@ class RotateKVLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            rows = next(iter((self.packed_keys or {"window": self.window_keys}).values())).shape[0]
+            rows = next(self.tensors("keys")).shape[0]
             self.select_rows(torch.arange(rows, device=self.device).repeat_interleave(repeats))
 
     def tensors(self, kind: str) -> Iterator[torch.Tensor]:
         """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
         packed, names = getattr(self, f"packed_{kind}"), [f"window_{kind}", f"sink_{kind}"]
-        yield from packed.values()
+        yield from packed
         for name in names + (["sink_rows", "sink_columns"] if kind == "keys" else []):
             if (tensor := getattr(self, name)) is not None:
                 yield tensor
@@ -196,16 +257,8 @@ class RotateKVLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        for kind in ("keys", "values"):
-            moved = {name: x.to(device, non_blocking=True) for name, x in getattr(self, f"packed_{kind}").items()}
-            setattr(self, f"packed_{kind}", moved)
+        self.packed_keys.move(device)
+        self.packed_values.move(device)
         for name in ("window_keys", "window_values", "sink_rows", "sink_columns", "sink_keys", "sink_values"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device, non_blocking=True))
-
-
-def _append(packed: Packed, new: Packed) -> Packed:
-    if not packed:
-        # A copy: FP16's tensors may be views of a whole projection's output.
-        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in new.items()}
-    return {name: torch.cat([packed[name], x], dim=1) for name, x in new.items()}

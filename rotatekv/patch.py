@@ -17,6 +17,7 @@ from rotatekv.cache import CacheSpec, RotateKVCache
 from rotatekv.calibration import load_reorder_indices
 from rotatekv.compat import CACHE_NAME, CACHE_NAMES, check_transformers_version, find_cache
 from rotatekv.config import QuantConfig, resolve_config
+from rotatekv.decode import RopeSource, plan_fused_call
 from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
 from rotatekv.methods import KVMethod, LayerGeometry, build_method
@@ -34,6 +35,7 @@ class PatchHandle:
 
     model: nn.Module
     spec: CacheSpec
+    rope_source: RopeSource
     hooks: list = field(default_factory=list)
     rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     saved_weights: list = field(default_factory=list)
@@ -90,7 +92,7 @@ def patch_model(
     check_supported(text_model)
     methods = build_methods(model, text_model, config, calibration_file)
     fingerprint = _fingerprint(model, config, methods)
-    handle = PatchHandle(model, CacheSpec(config, methods, fingerprint))
+    handle = PatchHandle(model, CacheSpec(config, methods, fingerprint), RopeSource(text_model.rotary_emb))
     with torch.no_grad():
         for layer, method in zip(text_model.layers, methods, strict=True):
             handle.bind(layer.self_attn, "forward", attention_forward)
@@ -251,9 +253,10 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     mask = kwargs.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
     cache.begin_forward(position_ids, batch_size, mask)
+    cache.fused_call = plan_fused_call(cache.positions, length, mask, handle.rope_source)
     dtype = embeds.dtype if embeds is not None else text_model.get_input_embeddings().weight.dtype
     stub = torch.empty(0, dtype=dtype, device=tokens.device)  # rotary_emb only reads its dtype and device
-    cache.set_rope_table(*text_model.rotary_emb(stub, position_ids=cache.positions.to(tokens.device)))
+    cache.set_rope_table(lambda: text_model.rotary_emb(stub, position_ids=cache.positions.to(tokens.device)))
     return (), {**kwargs, "position_ids": position_ids, CACHE_NAME: cache}
 
 

@@ -157,13 +157,13 @@ def oracle_pair(family, preset, fuse, folder, **changes):
     return ours, oracle, stock
 
 
-def assert_equal_but_for_a_tie(got, want, stock):
+def assert_equal_but_for_a_tie(got, want, stock, typical=2e-5):
     """Ours decodes in float32 and the oracle in float64; a scale on a float16 boundary may fall the other way."""
     effect = (want - stock).abs()
     assert effect.mean() > 1e-2, "the oracle quantized nothing"
     difference = (got - want).abs()
-    assert difference.median() < 2e-5
-    assert difference.max() < 0.02 * effect.max()
+    assert difference.median() < typical
+    assert difference.max() < (0.02 if typical < 1e-4 else 0.05) * effect.max()
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -177,7 +177,11 @@ def test_phi3_with_fused_projection_and_partial_rope_equals_the_oracle(preset, f
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
-def test_chunks_and_decoded_tokens_of_a_left_padded_batch_equal_the_oracle(family, fuse, tmp_path):
+@pytest.mark.parametrize("backend, typical", [("reference", 2e-5), ("cpu", 2e-4)])
+def test_chunks_and_decoded_tokens_of_a_left_padded_batch_equal_the_oracle(
+    backend, typical, family, fuse, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ROTATEKV_BACKEND", backend)
     ours, oracle, stock = oracle_pair(family, "RotateKV2", fuse, tmp_path)
     ids, mask = token_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[0, :6] = 0
@@ -187,7 +191,7 @@ def test_chunks_and_decoded_tokens_of_a_left_padded_batch_equal_the_oracle(famil
     want = logits_in_chunks(oracle, ids, chunks, DynamicCache(config=oracle.config), **inputs)
     exact = logits_in_chunks(stock, ids, chunks, DynamicCache(config=stock.config), **inputs)
     real = mask.bool()
-    assert_equal_but_for_a_tie(got[real], want[real], exact[real])
+    assert_equal_but_for_a_tie(got[real], want[real], exact[real], typical)
 
 
 def test_calling_a_patched_attention_layer_with_no_cache_says_what_to_do():

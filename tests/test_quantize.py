@@ -1,4 +1,4 @@
-"""The group quantizer and the packing against independent numpy versions and bytes written by hand."""
+"""The group quantizer and the packing against independent numpy versions and words written by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotatekv.kernels import quantize_and_pack, unpack_and_dequantize
-from rotatekv.packing import pack_codes, unpack_codes
+from rotatekv.kernels import dequantize, quantize
+from rotatekv.kernels.layout import pack_blocks
 from rotatekv.quantize import dequantize_groups, quantize_groups
+from rotatekv.stores import BlockStore
 
 BITS = [2, 3, 4]
 
@@ -124,10 +125,10 @@ def test_huge_and_tiny_values_give_no_nan_or_inf(bits, clip_ratio, magnitude):
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 1, 16)])
 def test_one_token_and_a_batch_of_one_token_rows(shape, dtype):
     x = random(*shape).to(dtype)
-    whole = unpack_and_dequantize(quantize_and_pack(x, 2, 8, 0.8), 2)
+    whole = dequantize(quantize(x, 2, 8, 0.8))
     assert whole.shape == shape and torch.isfinite(whole).all()
     for row in range(shape[0]):
-        single = unpack_and_dequantize(quantize_and_pack(x[row : row + 1], 2, 8, 0.8), 2)
+        single = dequantize(quantize(x[row : row + 1], 2, 8, 0.8))
         assert torch.equal(single, whole[row : row + 1])
 
 
@@ -142,48 +143,48 @@ def test_quantizing_does_not_change_its_input(bits):
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.sampled_from(BITS),
-    lead=st.lists(st.integers(1, 5), min_size=0, max_size=3),
-    octets=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    tokens=st.lists(st.integers(1, 37), min_size=1, max_size=4),
+    channels=st.integers(1, 20),
     seed=st.integers(0, 10_000),
 )
-def test_packing_round_trips_and_takes_exactly_the_bits(bits, lead, octets, seed):
-    codes = torch.randint(0, 2**bits, (*lead, 8 * octets), generator=torch.Generator().manual_seed(seed))
-    codes = codes.to(torch.uint8)
-    packed = pack_codes(codes, bits)
-    assert packed.dtype == torch.uint8 and packed.shape == (*lead, bits * octets)
-    assert torch.equal(unpack_codes(packed, bits), codes)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_every_bit_of_the_bytes_carries_information(bits):
-    every_byte = torch.arange(256, dtype=torch.uint8).repeat(bits).reshape(bits, 256).T.flatten()  # multiple of bits
-    assert torch.equal(pack_codes(unpack_codes(every_byte, bits), bits), every_byte)
+def test_a_store_gives_back_what_was_appended_in_whatever_pieces(bits, batch, tokens, channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    store, pieces = BlockStore(bits, torch.randperm(channels, generator=generator)), []
+    for count in tokens:
+        codes = torch.randint(0, 2**bits, (batch, count, channels), generator=generator).to(torch.uint8)
+        scale = torch.rand(batch, count, 2, generator=generator).half()
+        zero = torch.randint(-127, 128, (batch, count, 2), generator=generator).to(torch.int8)
+        pieces.append({"codes": codes, "scale": scale, "zero": zero})
+        store.append(pieces[-1])
+    total = sum(tokens)
+    assert store.length == total
+    for name, tensor in store.tokens().items():
+        assert torch.equal(tensor, torch.cat([piece[name] for piece in pieces], dim=1))
+    blocks = -(-total // 16)
+    assert sum(x.nbytes for x in store) == batch * blocks * (2 * channels * bits + 16 * 2 * 3)
+    keep = max(1, total // 2)
+    shorter = BlockStore(bits, store.position_of_channel)
+    shorter.append({name: tensor[:, :keep] for name, tensor in store.tokens().items()})
+    store.crop(keep)
+    assert all(torch.equal(one, other) for one, other in zip(store, shorter, strict=True))
 
 
 @pytest.mark.parametrize(
-    "bits, codes, expected",
+    "bits, codes, low, high",
     [
-        (2, [0, 1, 2, 3, 3, 2, 1, 0], [0b11_10_01_00, 0b00_01_10_11]),
-        (2, [1, 0, 0, 0, 0, 0, 0, 2], [0b00_00_00_01, 0b10_00_00_00]),
-        (4, [0, 1, 2, 3, 4, 5, 14, 15], [0x10, 0x32, 0x54, 0xFE]),
-        # low two bits of four channels a byte, then the high bit of all eight
-        (3, [0, 1, 2, 3, 4, 5, 6, 7], [0b11_10_01_00, 0b11_10_01_00, 0b1111_0000]),
-        (3, [4, 0, 0, 0, 0, 0, 0, 3], [0b00_00_00_00, 0b11_00_00_00, 0b0000_0001]),
+        (2, [0, 1, 2, 3], 0b11_10_01_00, None),
+        (2, [0] * 15 + [2], -(2**31), None),  # token 15 in the sign bit
+        (3, [0, 1, 6, 7], 0b11_10_01_00, 0b1100),
+        (3, [0] * 15 + [4], 0, -(2**15)),
+        (4, [0, 1, 6, 15], 0b11_10_01_00, 0b11_01_00_00),
     ],
 )
-def test_byte_layout_is_the_documented_one(bits, codes, expected):
-    codes = torch.tensor(codes, dtype=torch.uint8)
-    assert pack_codes(codes, bits).tolist() == expected
-    assert unpack_codes(torch.tensor(expected, dtype=torch.uint8), bits).tolist() == codes.tolist()
-
-
-def test_planes_of_a_3_bit_row_follow_each_other():
-    codes = torch.tensor([1] * 8 + [6] * 8, dtype=torch.uint8)
-    low_plane, high_plane = [0b01_01_01_01] * 2 + [0b10_10_10_10] * 2, [0, 0xFF]
-    assert pack_codes(codes, 3).tolist() == low_plane + high_plane
-
-
-@pytest.mark.parametrize("channels", [1, 4, 12, 15])
-def test_channels_that_do_not_fill_bytes_are_refused(channels):
-    with pytest.raises(ValueError, match="multiple of 8"):
-        pack_codes(torch.zeros(2, channels, dtype=torch.uint8), 3)
+def test_the_words_are_the_documented_ones(bits, codes, low, high):
+    codes = torch.tensor(codes, dtype=torch.uint8).view(1, -1, 1)
+    scale = torch.ones(1, codes.shape[1], 1, dtype=torch.float16)
+    packed = pack_blocks(codes, scale, scale.to(torch.int8), bits)
+    assert packed["low"].tolist() == [[[low]]] and packed["low"].dtype == torch.int32
+    assert high is None or packed["high"].tolist() == [[[high]]]
+    ones = [1.0] * codes.shape[1] + [0.0] * (16 - codes.shape[1])  # lanes past the end are zero
+    assert packed["scale"].tolist() == [[[ones]]] and packed["zero"].tolist() == [[[ones]]]

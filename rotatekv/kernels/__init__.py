@@ -1,5 +1,5 @@
-"""Quantize-and-pack and its inverse. ``reference.py`` is the specification in plain torch."""
+"""Quantize and its inverse. ``reference.py`` is the specification in plain torch."""
 
-from rotatekv.kernels.reference import Packed, quantize_and_pack, unpack_and_dequantize
+from rotatekv.kernels.reference import Packed, dequantize, quantize
 
-__all__ = ["Packed", "quantize_and_pack", "unpack_and_dequantize"]
+__all__ = ["Packed", "dequantize", "quantize"]

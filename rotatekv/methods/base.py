@@ -10,6 +10,7 @@ import torch
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.kernels import Packed
+from rotatekv.stores import Store, TokenStore
 from rotatekv.transforms import channels_to_heads, heads_to_channels
 
 
@@ -36,15 +37,17 @@ class KVMethod(ABC):
     """Turns one layer's keys and values into what is stored, and back.
 
     Writing: ``keys_in`` moves (B, H_kv, T, D) heads to the space that is quantized, (B, T, H_kv·D) channels;
-    ``encode_*`` packs them. Reading: ``decode_*`` unpacks, ``keys_out`` moves back. Every packed tensor is
-    (B, T, ...), so the cache can cut, join and reorder it without knowing the method. Attention sinks and the recent
-    window are kept in the quantized space, in 16 bits. The default space is the keys and values as they are.
+    ``encode_*`` makes per-token tensors (B, T, ...) of them, and the ``*_store`` keeps those. Reading: ``decode_*``
+    takes the per-token tensors, ``keys_out`` moves back. So the cache can cut, join and reorder without knowing the
+    method. Attention sinks and the recent window are kept in the quantized space, in 16 bits. The default space is the
+    keys and values as they are.
 
     A codec is immutable and shared by all caches of a model.
     """
 
     keys_before_rope = False
     quantizes = True
+    can_fuse = False  # decode attention has a fused kernel: RTN.decode_options
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         self.config, self.layer = config, layer
@@ -77,17 +80,29 @@ class KVMethod(ABC):
     def values_out(self, channels: torch.Tensor) -> torch.Tensor:
         return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
 
+    def key_store(self) -> Store:
+        return TokenStore()
+
+    def value_store(self) -> Store:
+        return TokenStore()
+
+    def write_keys(self, store: Store, channels: torch.Tensor) -> None:
+        store.append(self.encode_keys(channels))
+
+    def write_values(self, store: Store, channels: torch.Tensor) -> None:
+        store.append(self.encode_values(channels))
+
     @abstractmethod
     def encode_keys(self, channels: torch.Tensor) -> Packed: ...
 
     @abstractmethod
-    def decode_keys(self, packed: Packed) -> torch.Tensor: ...
+    def decode_keys(self, tokens: Packed) -> torch.Tensor: ...
 
     @abstractmethod
     def encode_values(self, channels: torch.Tensor) -> Packed: ...
 
     @abstractmethod
-    def decode_values(self, packed: Packed) -> torch.Tensor: ...
+    def decode_values(self, tokens: Packed) -> torch.Tensor: ...
 
     def __deepcopy__(self, memo: dict) -> KVMethod:
         return self

@@ -26,7 +26,7 @@ class FP16(KVMethod):
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         return {"raw": channels}
 
-    def decode_keys(self, packed: Packed) -> torch.Tensor:
-        return packed["raw"]
+    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+        return tokens["raw"]
 
     encode_values, decode_values = encode_keys, decode_keys

@@ -6,8 +6,11 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.kernels import quantize_and_pack, unpack_and_dequantize
+from rotatekv.kernels import dequantize, quantize
+from rotatekv.kernels.reference_attention import DecodeOptions
+from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
+from rotatekv.stores import BlockStore, Store
 
 _ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
 
@@ -19,18 +22,52 @@ class RTN(KVMethod):
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         super().__init__(config, layer, reorder_index)
+        self.key_width = 0  # channels rotated together
+        self.group_of_channel = torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize
         unused = [name for name in _ROTATION_FLAGS if getattr(config, name)]
         if unused and not self.rotates:
             raise UserError(f"RTN rotates nothing: leave out {', '.join(unused)}, or take a RotateKV method")
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
-        return quantize_and_pack(channels, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)
+        return quantize(channels, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)
 
-    def decode_keys(self, packed: Packed) -> torch.Tensor:
-        return unpack_and_dequantize(packed, self.config.k_bits)
+    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+        return dequantize(tokens)
 
     def encode_values(self, channels: torch.Tensor) -> Packed:
-        return quantize_and_pack(channels, self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
+        return quantize(channels, self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
 
-    def decode_values(self, packed: Packed) -> torch.Tensor:
-        return unpack_and_dequantize(packed, self.config.v_bits)
+    def decode_values(self, tokens: Packed) -> torch.Tensor:
+        return dequantize(tokens)
+
+    def write_keys(self, store: Store, channels: torch.Tensor) -> None:
+        if not isinstance(store, BlockStore):
+            return super().write_keys(store, channels)
+        store.quantize(channels, self.k_groupsize, self.config.k_clip_ratio)
+
+    def write_values(self, store: Store, channels: torch.Tensor) -> None:
+        if not isinstance(store, BlockStore):
+            return super().write_values(store, channels)
+        store.quantize(channels, self.v_groupsize, self.config.v_clip_ratio)
+
+    @property
+    def can_fuse(self) -> bool:
+        return self.layer.head_dim % 16 == 0 and self.v_groupsize % 16 == 0
+
+    def decode_options(self, softmax_scale: float, rope: RopeTables) -> DecodeOptions:
+        """What the fused decode kernel must know of this layer."""
+        return DecodeOptions(
+            head_dim=self.layer.head_dim,
+            key_bits=self.config.k_bits,
+            value_bits=self.config.v_bits,
+            softmax_scale=softmax_scale,
+            rotation_width=self.key_width,
+            rope=rope if self.keys_before_rope else None,
+            unrotate_values=self.rotates and not self.layer.values_folded,
+        )
+
+    def key_store(self) -> BlockStore:
+        return BlockStore(self.config.k_bits)
+
+    def value_store(self) -> BlockStore:
+        return BlockStore(self.config.v_bits)

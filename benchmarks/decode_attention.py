@@ -1,0 +1,159 @@
+"""One decode step of one layer's attention: the fused kernel over a packed cache against torch over a full one.
+
+    python benchmarks/decode_attention.py --lengths 8192,32768,131072 --output results/decode_attention.csv
+
+All ways run in turn in one process on ``torch.get_num_threads()`` threads, so that whatever else the machine does
+hits them alike; a row gives the 20th, 50th and 80th percentile of milliseconds. ``bandwidth`` is a copy of 1 GiB in
+the same run (bytes read + written); a way's GB/s counts the bytes of K and V it must read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rotatekv.kernels import cpu
+from rotatekv.kernels.cpu.build import chosen_instruction_set
+from rotatekv.kernels.layout import BLOCK, allocate_blocks
+from rotatekv.kernels.reference_attention import DecodeOptions
+from rotatekv.kernels.rope_tables import RopeTables
+
+# name: query heads, key/value heads, head_dim, heads per rotation group
+SHAPES = {"smollm2": (9, 3, 64, 3), "llama-8x128": (32, 8, 128, 4)}
+
+
+def fused_step(shape: str, tokens: int, bits: int) -> tuple[Callable, int]:
+    """The packed decode step of random codes, and the bytes of its keys and values."""
+    heads, kv_heads, dim, group_heads = SHAPES[shape]
+    channels = kv_heads * dim
+    packed = []
+    for _ in range(2):
+        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits)
+        for name in ("low", "high"):
+            if name in blocks:
+                limit = torch.iinfo(blocks[name].dtype)
+                blocks[name].random_(limit.min, limit.max)
+        blocks["scale"].uniform_(0.5, 1.0)
+        blocks["zero"].random_(0, 2**bits)
+        packed.append(blocks)
+    rope = RopeTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), tokens)
+    options = DecodeOptions(dim, bits, bits, dim**-0.5, group_heads * dim, rope)
+    group_of_channel = (torch.randperm(channels) // dim).int()
+    queries, first = torch.randn(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32)
+    size = sum(x.nbytes for blocks in packed for x in blocks.values())
+    return lambda: cpu.decode_attention(queries, *packed, group_of_channel, first, tokens, tokens, options), size
+
+
+def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:
+    """Torch over post-RoPE keys and values in full: name → step, bytes."""
+    heads, kv_heads, dim, _ = SHAPES[shape]
+    q = torch.randn(1, heads, 1, dim, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, kv_heads, tokens, dim, dtype=torch.bfloat16) for _ in range(2))
+    wide = [x.float() for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    size = k.nbytes + v.nbytes
+    return {
+        "sdpa bf16": (lambda: sdpa(q, k, v, enable_gqa=True), size),
+        "sdpa fp32": (lambda: sdpa(*wide, enable_gqa=True), 2 * size),
+        "grouped bf16 matmul": (lambda: grouped_attention(q, k, v), size),
+    }
+
+
+def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The fastest way found in torch: the query heads of a key/value head are the rows of one matmul."""
+    dim = q.shape[-1]
+    rows = q[0, :, 0].view(k.shape[1], -1, dim)  # (H_kv, H / H_kv, D)
+    scores = rows @ k[0].transpose(1, 2) * dim**-0.5  # (H_kv, H / H_kv, T)
+    return (torch.softmax(scores.float(), -1).to(v.dtype) @ v[0]).view(q.shape)
+
+
+def milliseconds(steps: dict[str, Callable], seconds: float, least: int) -> dict[str, list[float]]:
+    """Sorted times of each step, run in turn until ``seconds`` are over and each ran ``least`` times."""
+    times = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
+def environment() -> dict[str, str | int]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "device": cpu_name(), "threads": torch.get_num_threads(), "instruction_set": chosen_instruction_set(),
+        "torch": torch.__version__, "python": platform.python_version(), "commit": commit.stdout.strip(),
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def row_of(shape: str, tokens: int, way: str, times: list[float], size: int) -> dict:
+    p20, p50, p80 = (percentile(times, share) for share in (0.2, 0.5, 0.8))
+    return {
+        "shape": shape, "tokens": tokens, "way": way, "p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}",
+        "p80_ms": f"{p80:.4f}", "runs": len(times), "megabytes": f"{size / 1e6:.2f}", "GB/s": f"{size / p50 / 1e6:.2f}",
+    }  # fmt: skip
+
+
+def bandwidth_row() -> dict:
+    source, target = torch.ones(2**28), torch.empty(2**28)  # 1 GiB each
+    times = milliseconds({"copy": lambda: target.copy_(source)}, 1.0, 5)["copy"]
+    return row_of("-", 0, "bandwidth", times, source.nbytes + target.nbytes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--lengths", default="8192,32768,131072", help="cached tokens")
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="per shape and length")
+    parser.add_argument("--output", default=None, help="csv file")
+    args = parser.parse_args(argv)
+    if not cpu.available():
+        return 2
+    rows = [bandwidth_row()]
+    for shape in args.shapes.split(","):
+        for tokens in map(int, args.lengths.split(",")):
+            steps = {f"fused {args.bits}-bit": fused_step(shape, tokens, args.bits), **torch_steps(shape, tokens)}
+            times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
+            fused = percentile(next(iter(times.values())), 0.5)
+            for name, ordered in times.items():
+                rows.append(row_of(shape, tokens, name, ordered, steps[name][1]))
+                ratio = percentile(ordered, 0.5) / fused
+                print(f"{shape:12} {tokens:7} {name:20} {percentile(ordered, 0.5):9.3f} ms  {ratio:6.2f}×", flush=True)
+    rows = [{**row, **environment()} for row in rows]
+    print(f"bandwidth of a copy: {rows[0]['GB/s']} GB/s; {environment()}")
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.output, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Fused CPU kernels in C++: decode attention over the packed cache, and quantize-and-pack into it.
+
+``decode_attention`` equals ``rotatekv.kernels.reference_attention``; ``quantize_into_blocks`` equals
+``rotatekv.quantize.quantize_groups`` followed by ``rotatekv.kernels.layout.write_blocks``, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from rotatekv.kernels.cpu.arguments import DecodeArguments, QuantizeArguments
+from rotatekv.kernels.cpu.build import available_instruction_sets, load_library
+from rotatekv.kernels.cpu.checks import packed_pointers, pointer, shape_of
+from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+
+__all__ = ["available", "available_instruction_sets", "decode_attention", "quantize_into_blocks"]
+
+
+def available(instruction_set: str | None = None) -> bool:
+    """Whether the kernels are built and can run here; builds them at the first call (seconds)."""
+    return all(load_library(name, instruction_set) is not None for name in ("attention", "quantize"))
+
+
+def decode_attention(
+    queries: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    group_of_channel: torch.Tensor,
+    first: torch.Tensor,
+    packed_tokens: int,
+    total_tokens: int,
+    options: DecodeOptions,
+    exact: ExactTokens | None = None,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+) -> torch.Tensor:
+    """Attention of the last T_q ≤ 16 tokens over a packed cache of ``total_tokens`` tokens, these included.
+
+    Letters: B batch, H query heads, H_kv key/value heads, D head_dim, C = H_kv·D, N blocks of 16 tokens (at least
+    ceil(packed_tokens / 16)). All tensors are contiguous, on the CPU.
+
+    Args:
+        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i.
+        keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
+            rotated per head, quantization groups of consecutive channels, a multiple of 16 of them.
+        group_of_channel: (C,) int32, the quantization group of each key channel.
+        first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
+        packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
+        threads: default ``torch.get_num_threads()``.
+
+    Returns:
+        (B, H, T_q, D) float32; zeros for a query that sees no token.
+
+    Raises:
+        ValueError: a shape, dtype, stride or index is wrong.
+        RuntimeError: the kernel is not available, see ``available``.
+    """
+    batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")
+    channels = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2]
+    if dim != options.head_dim or channels % dim:
+        raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {options.head_dim}")
+    arguments = DecodeArguments(
+        structure_bytes=ctypes.sizeof(DecodeArguments),
+        batch=batch, query_heads=heads, kv_heads=channels // dim, head_dim=dim, query_tokens=query_tokens,
+        packed_tokens=packed_tokens, total_tokens=total_tokens, rotation_width=options.rotation_width,
+        unrotate_values=options.unrotate_values, threads=threads or torch.get_num_threads(),
+        softmax_scale=options.softmax_scale, attention_scaling=1.0,
+        keys=packed_pointers(keys, options.key_bits, batch, channels, "keys"),
+        values=packed_pointers(values, options.value_bits, batch, channels, "values"),
+        queries=pointer(queries, torch.float32, (batch, heads, query_tokens, dim), "queries"),
+        group_of_channel=pointer(group_of_channel, torch.int32, (channels,), "group_of_channel"),
+        first=pointer(first, torch.int32, (batch,), "first"),
+    )  # fmt: skip
+    _set_rope(arguments, options)
+    _set_exact(arguments, exact, channels)
+    output = torch.empty(batch, heads, query_tokens, dim)
+    arguments.output = output.data_ptr()
+    _call("attention", "rotatekv_decode_attention", arguments, instruction_set)
+    return output
+
+
+def quantize_into_blocks(
+    x: torch.Tensor,
+    packed: Packed,
+    start: int,
+    bits: int,
+    group_size: int,
+    clip_ratio: float = 1.0,
+    order: torch.Tensor | None = None,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+) -> None:
+    """Quantize T tokens and write them in place into blocks, from token ``start`` on.
+
+    Args:
+        x: (B, T, C) float32, contiguous, in the space where ``group_size`` consecutive channels share a scale.
+        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; start + T ≤ 16·N.
+        order: (C,) int32, a permutation: channel j of ``x`` is stored as channel ``order[j]``. None: the same place.
+
+    Raises:
+        ValueError: a shape, dtype, stride or index is wrong.
+        RuntimeError: the kernel is not available, see ``available``.
+    """
+    batch, tokens, channels = shape_of(x, 3, "x")
+    blocks = packed_pointers(packed, bits, batch, channels, "packed")
+    if group_size * blocks.groups != channels:
+        raise ValueError(f"groups of {group_size} do not cut {channels} channels into {blocks.groups}")
+    arguments = QuantizeArguments(
+        structure_bytes=ctypes.sizeof(QuantizeArguments),
+        batch=batch, tokens=tokens, channels=channels, start=start, threads=threads or torch.get_num_threads(),
+        clip_ratio=clip_ratio, blocks=blocks, x=pointer(x, torch.float32, (batch, tokens, channels), "x"),
+        order=None if order is None else pointer(order, torch.int32, (channels,), "order"),
+    )  # fmt: skip
+    _call("quantize", "rotatekv_quantize", arguments, instruction_set)
+
+
+def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
+    if (rope := options.rope) is None:
+        return
+    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
+    arguments.rotary_dim, arguments.coarse_rows = 2 * half, rows
+    arguments.attention_scaling = rope.attention_scaling
+    for name in ("coarse_cos", "coarse_sin"):
+        setattr(arguments, name, pointer(getattr(rope, name), torch.float32, (rows, half), name))
+    for name in ("fine_cos", "fine_sin"):
+        setattr(arguments, name, pointer(getattr(rope, name), torch.float32, (half, 32), name))
+
+
+def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, channels: int) -> None:
+    if exact is None:
+        return
+    count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
+    arguments.exact_tokens, arguments.exact_is_bfloat16 = count, dtype == torch.bfloat16
+    for name in ("rows", "columns"):
+        setattr(arguments, f"exact_{name}", pointer(getattr(exact, name), torch.int32, (count,), f"exact {name}"))
+    for name in ("keys", "values"):
+        tensor = pointer(getattr(exact, name), dtype, (count, channels), f"exact {name}")
+        setattr(arguments, f"exact_{name}", tensor)
+
+
+def _call(library: str, function: str, arguments: ctypes.Structure, instruction_set: str | None) -> None:
+    loaded = load_library(library, instruction_set)
+    if loaded is None:
+        raise RuntimeError("RotateKV's CPU kernel is not available")
+    entry = getattr(loaded, function)
+    entry.argtypes, entry.restype = [ctypes.c_void_p], ctypes.c_char_p
+    if message := entry(ctypes.byref(arguments)):
+        raise ValueError(message.decode())

@@ -1,0 +1,55 @@
+// What the Python side hands over. Every array is dense in the order given; rotatekv/kernels/cpu/arguments.py mirrors
+// this field by field.
+#pragma once
+
+#include <cstdint>
+
+// Letters: B batch, H query heads, H_kv key/value heads, D head_dim, C = H_kv·D, N blocks of 16 tokens.
+struct PackedPointers {
+    const int32_t* low;     // (B, N, C)
+    const void* high;       // (B, N, C) int16 for 3 bits, int32 for 4, null for 2
+    const uint16_t* scale;  // (B, N, groups, 16) float16
+    const int8_t* zero;     // (B, N, groups, 16)
+    int64_t blocks;         // N, allocated
+    int64_t groups;
+    int64_t bits;  // 2, 3 or 4
+};
+
+struct DecodeArguments {
+    int64_t structure_bytes;  // sizeof(DecodeArguments): both sides must agree
+    int64_t batch, query_heads, kv_heads, head_dim, query_tokens;
+    int64_t packed_tokens;   // tokens 0 … packed_tokens − 1 are read from the blocks
+    int64_t total_tokens;    // length of the sequence, exact tokens included
+    int64_t rotation_width;  // W of the keys' grouped-head Hadamard; 0 = not rotated
+    int64_t rotary_dim;      // channels of a head that RoPE turns on read; 0 = keys are stored after RoPE
+    int64_t coarse_rows;     // rows of the coarse tables
+    int64_t exact_tokens;    // S
+    int64_t exact_is_bfloat16;
+    int64_t unrotate_values;  // 1: multiply the output heads by the inverse Hadamard of order D
+    int64_t threads;
+    float softmax_scale, attention_scaling;
+    PackedPointers keys, values;
+    const int32_t* group_of_channel;  // (C,) quantization group of each key channel
+    const float* queries;             // (B, H, query_tokens, D), after RoPE
+    const int32_t* first;             // (B,) first token that is not padding: position 0
+    const float* coarse_cos;          // (coarse_rows, rotary_dim / 2), row q is position 16·q
+    const float* coarse_sin;
+    const float* fine_cos;  // (rotary_dim / 2, 32), column p is position p
+    const float* fine_sin;
+    const int32_t* exact_rows;     // (S,) ascending: sequence of each exact token
+    const int32_t* exact_columns;  // (S,) its index in the sequence
+    const uint16_t* exact_keys;    // (S, C) float16 or bfloat16
+    const uint16_t* exact_values;
+    float* output;  // (B, H, query_tokens, D)
+};
+
+struct QuantizeArguments {
+    int64_t structure_bytes;
+    int64_t batch, tokens, channels;
+    int64_t start;  // token index of the first written token
+    int64_t threads;
+    float clip_ratio;
+    PackedPointers blocks;  // written in place
+    const float* x;         // (B, tokens, C)
+    const int32_t* order;   // (C,) destination channel of each channel of x
+};

@@ -1,0 +1,43 @@
+"""The structures of ``arguments.h``, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class PackedPointers(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("low", "high", "scale", "zero")] + [
+        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits")
+    ]
+
+
+_DECODE_SIZES = [
+    "structure_bytes", "batch", "query_heads", "kv_heads", "head_dim", "query_tokens", "packed_tokens", "total_tokens",
+    "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values", "threads",
+]  # fmt: skip
+_DECODE_POINTERS = [
+    "group_of_channel", "queries", "first", "coarse_cos", "coarse_sin", "fine_cos", "fine_sin", "exact_rows",
+    "exact_columns", "exact_keys", "exact_values", "output",
+]  # fmt: skip
+_QUANTIZE_SIZES = ["structure_bytes", "batch", "tokens", "channels", "start", "threads"]
+
+
+class DecodeArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _DECODE_SIZES),
+        ("softmax_scale", ctypes.c_float),
+        ("attention_scaling", ctypes.c_float),
+        ("keys", PackedPointers),
+        ("values", PackedPointers),
+        *((name, ctypes.c_void_p) for name in _DECODE_POINTERS),
+    ]
+
+
+class QuantizeArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _QUANTIZE_SIZES),
+        ("clip_ratio", ctypes.c_float),
+        ("blocks", PackedPointers),
+        ("x", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+    ]

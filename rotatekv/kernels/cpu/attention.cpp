@@ -1,0 +1,135 @@
+// Decode attention over a packed cache: for each sequence and rotation group of heads, the tokens are cut into parts
+// that threads take one by one (split-K); each leaves an unfinished softmax, and the last step joins them.
+
+#include <algorithm>
+#include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "checks.h"
+#include "exact.h"
+
+// (B, H, query_tokens, D) times all constant factors of a score: the softmax scale in log2 units, 1/sqrt(W) of the
+// Hadamard matrix, and RoPE's attention_scaling on the channels that turn.
+static void scale_queries(const DecodeArguments& a, float* out) {
+    const int64_t rows = a.batch * a.query_heads * a.query_tokens;
+    const float log2_e = 1.44269504088896341f;
+    const float norm = a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < a.head_dim; ++i)
+            out[row * a.head_dim + i] = a.queries[row * a.head_dim + i] * (a.softmax_scale * log2_e * norm) *
+                                        (i < a.rotary_dim ? a.attention_scaling : 1.0f);
+}
+
+// Multiplies kLanes rows of (rows, D) by the inverse Hadamard of order D, in place.
+static void unrotate_rows(float* rows, int64_t count, int64_t dim, const HadamardPlan& plan, float* room) {
+    for (int64_t row = 0; row < kLanes; ++row)
+        for (int64_t i = 0; i < dim; ++i) room[i * kLanes + row] = row < count ? rows[row * dim + i] : 0.0f;
+    inverse_hadamard(plan, int(dim), room, [&](int channel) { return load(room + channel * kLanes); });
+    const float norm = 1.0f / std::sqrt(float(dim));
+    for (int64_t row = 0; row < count; ++row)
+        for (int64_t i = 0; i < dim; ++i) rows[row * dim + i] = room[i * kLanes + row] * norm;
+}
+
+// Joins a row's parts, `step` floats apart; a row that sees no token at all gives zeros.
+static void join_row(const float* partials, int64_t parts, int64_t step, int64_t dim, float* out) {
+    float top = kNever, total = 0.0f;
+    for (int64_t i = 0; i < parts; ++i) top = std::fmax(top, partials[i * step]);
+    std::fill(out, out + dim, 0.0f);
+    if (top == kNever) return;
+    for (int64_t i = 0; i < parts; ++i) {
+        const float* part = partials + i * step;
+        const float weight = std::exp2(part[0] - top);
+        total += part[1] * weight;
+        for (int64_t k = 0; k < dim; ++k) out[k] += part[2 + k] * weight;
+    }
+    for (int64_t k = 0; k < dim; ++k) out[k] /= total;
+}
+
+class Decode {
+  public:
+    explicit Decode(const DecodeArguments& a)
+        : a_(a), g_(a), queries_(a.batch * a.query_heads * a.query_tokens * a.head_dim),
+          partials_(a.batch * g_.groups * g_.parts() * part_floats()), group_at_(size_t(g_.channels)) {
+        scale_queries(a, queries_.data());
+        for (int64_t i = 0; i < g_.channels; ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
+        for (int64_t i = 0; i < threads(); ++i) memory_.emplace_back(a, g_);
+    }
+
+    void run() {
+        const int64_t tasks = this->tasks();
+#pragma omp parallel num_threads(int(threads()))
+        {
+            ThreadMemory& memory = memory_[thread_number()];
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t task = 0; task < tasks; ++task) run_task(task, memory);
+        }
+        join();
+    }
+
+  private:
+    int64_t part_floats() const { return g_.group_rows * g_.row_floats(a_); }
+    int64_t tasks() const { return a_.batch * g_.groups * g_.parts(); }
+    int64_t threads() const { return std::max<int64_t>(1, std::min(a_.threads, tasks())); }
+    static int thread_number() {
+#ifdef _OPENMP
+        return omp_get_thread_num();
+#else
+        return 0;
+#endif
+    }
+
+    void run_task(int64_t task, ThreadMemory& memory) {
+        // The exact tokens come first: the longest parts should not be the last.
+        const int64_t pair = task % (a_.batch * g_.groups), split = g_.parts() - 1 - task / (a_.batch * g_.groups);
+        const int64_t row = pair / g_.groups, group = pair % g_.groups;
+        const int32_t *begin = a_.exact_rows, *end = begin + a_.exact_tokens;
+        const Part part{a_, g_, memory,
+                        queries_.data() + pair * g_.group_rows * a_.head_dim, group_at_.data(),
+                        partials_.data() + (pair * g_.parts() + split) * part_floats(), row, group,
+                        g_.exact ? std::lower_bound(begin, end, int32_t(row)) - begin : 0,
+                        g_.exact ? std::upper_bound(begin, end, int32_t(row)) - begin : 0};
+        for (int64_t i = 0; i < g_.group_rows; ++i) {
+            part.partial(i).top() = kNever;
+            part.partial(i).total() = 0.0f;
+            std::fill(part.partial(i).sums(), part.partial(i).sums() + a_.head_dim, 0.0f);
+        }
+        if (split == g_.splits) return attend_exact(part);
+        const int64_t from = g_.chunks * split / g_.splits, to = g_.chunks * (split + 1) / g_.splits;
+        for (int64_t chunk = from; chunk < to; ++chunk) attend_packed_chunk(part, chunk);
+    }
+
+    void join() {
+        const int64_t dim = a_.head_dim, rows = a_.batch * g_.groups * g_.group_rows;
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t pair = row / g_.group_rows, inner = row % g_.group_rows;
+            const float* partials = partials_.data() + pair * g_.parts() * part_floats() + inner * g_.row_floats(a_);
+            join_row(partials, g_.parts(), part_floats(), dim, a_.output + row * dim);
+        }
+        if (!a_.unrotate_values) return;
+        HadamardPlan plan;
+        plan_hadamard(dim, &plan);
+        Floats room(dim * kLanes);
+        for (int64_t row = 0; row < rows; row += kLanes)
+            unrotate_rows(a_.output + row * dim, std::min<int64_t>(kLanes, rows - row), dim, plan, room.data());
+    }
+
+    const DecodeArguments& a_;
+    const Geometry g_;
+    Floats queries_, partials_;
+    std::vector<int32_t> group_at_;
+    std::vector<ThreadMemory> memory_;
+};
+
+// Null, or one line that says what is wrong with the arguments.
+extern "C" __attribute__((visibility("default"))) const char* rotatekv_decode_attention(const DecodeArguments* a) {
+    if (!a) return "no arguments";
+    if (const char* wrong = check_decode(*a)) return wrong;
+    try {
+        Decode(*a).run();
+    } catch (const std::bad_alloc&) {
+        return "out of memory";
+    }
+    return nullptr;
+}

@@ -1,0 +1,84 @@
+// Checks of what the caller handed over: each returns null, or one line that says what is wrong.
+#pragma once
+
+#include "arguments.h"
+#include "hadamard.h"
+#include "rope.h"
+
+#define ROTATEKV_REQUIRE(condition, message) \
+    if (!(condition)) return message
+
+static const char* check_indices(const int32_t* indices, int64_t count, int64_t limit, const char* message) {
+    for (int64_t i = 0; i < count; ++i)
+        if (indices[i] < 0 || indices[i] >= limit) return message;
+    return nullptr;
+}
+
+static const char* check_packed(const PackedPointers& packed, int64_t tokens) {
+    ROTATEKV_REQUIRE(packed.bits == 2 || packed.bits == 3 || packed.bits == 4, "bits must be 2, 3 or 4");
+    ROTATEKV_REQUIRE(packed.groups >= 1, "there must be at least one quantization group");
+    ROTATEKV_REQUIRE(packed.blocks * kBlock >= tokens, "the packed tokens do not fit in the blocks");
+    if (tokens == 0) return nullptr;
+    ROTATEKV_REQUIRE(packed.low && packed.scale && packed.zero, "a packed tensor is missing");
+    ROTATEKV_REQUIRE(packed.bits == 2 || packed.high, "3 and 4 bits need the plane of high bits");
+    return nullptr;
+}
+
+static const char* check_sizes(const DecodeArguments& a) {
+    ROTATEKV_REQUIRE(a.structure_bytes == int64_t(sizeof(DecodeArguments)), "built from other sources: rebuild");
+    ROTATEKV_REQUIRE(a.batch >= 1 && a.kv_heads >= 1 && a.query_heads >= 1, "sizes must be positive");
+    ROTATEKV_REQUIRE(a.query_heads % a.kv_heads == 0, "kv_heads must divide query_heads");
+    ROTATEKV_REQUIRE(a.head_dim >= 16 && a.head_dim <= 1024 && a.head_dim % 16 == 0,
+                     "head_dim must be a multiple of 16 up to 1024");
+    ROTATEKV_REQUIRE(a.query_tokens >= 1 && a.query_tokens <= 16, "query_tokens must be 1 … 16");
+    ROTATEKV_REQUIRE(a.packed_tokens >= 0 && a.packed_tokens <= a.total_tokens, "packed_tokens must be 0 … total");
+    ROTATEKV_REQUIRE(a.query_tokens <= a.total_tokens, "more query tokens than tokens");
+    ROTATEKV_REQUIRE(a.total_tokens < (int64_t(1) << 31), "total_tokens must be below 2^31");
+    ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
+    return nullptr;
+}
+
+static const char* check_transforms(const DecodeArguments& a) {
+    HadamardPlan plan;
+    ROTATEKV_REQUIRE(a.rotation_width >= 0 && a.rotation_width <= 65536 && plan_hadamard(a.rotation_width, &plan),
+                     "rotation_width must be 0 or a Hadamard order: 2^n, 12·2^n or 20·2^n");
+    ROTATEKV_REQUIRE(a.rotation_width == 0 || (a.rotation_width % a.head_dim == 0 &&
+                                               a.kv_heads * a.head_dim % a.rotation_width == 0),
+                     "rotation_width must be a whole number of heads that divides kv_heads");
+    ROTATEKV_REQUIRE(!a.unrotate_values || plan_hadamard(a.head_dim, &plan), "head_dim has no Hadamard matrix");
+    ROTATEKV_REQUIRE(a.rotary_dim >= 0 && a.rotary_dim <= a.head_dim && a.rotary_dim % 2 == 0,
+                     "rotary_dim must be even and at most head_dim");
+    if (a.rotary_dim == 0) return nullptr;
+    ROTATEKV_REQUIRE(a.coarse_cos && a.coarse_sin && a.fine_cos && a.fine_sin, "a table of cos or sin is missing");
+    ROTATEKV_REQUIRE(a.coarse_rows * kCoarseStep >= a.total_tokens, "the tables of cos and sin are too short");
+    return nullptr;
+}
+
+static const char* check_exact(const DecodeArguments& a) {
+    ROTATEKV_REQUIRE(a.exact_tokens >= 0, "the number of exact tokens is negative");
+    if (a.exact_tokens == 0) return nullptr;
+    ROTATEKV_REQUIRE(a.exact_rows && a.exact_columns && a.exact_keys && a.exact_values, "an exact tensor is missing");
+    if (const char* wrong = check_indices(a.exact_rows, a.exact_tokens, a.batch, "an exact row is not in the batch"))
+        return wrong;
+    for (int64_t i = 1; i < a.exact_tokens; ++i)
+        ROTATEKV_REQUIRE(a.exact_rows[i - 1] <= a.exact_rows[i], "exact rows must ascend");
+    return check_indices(a.exact_columns, a.exact_tokens, a.total_tokens, "an exact column is past the last token");
+}
+
+static const char* check_decode(const DecodeArguments& a) {
+    if (const char* wrong = check_sizes(a)) return wrong;
+    if (const char* wrong = check_packed(a.keys, a.packed_tokens)) return wrong;
+    if (const char* wrong = check_packed(a.values, a.packed_tokens)) return wrong;
+    const int64_t channels = a.kv_heads * a.head_dim;
+    ROTATEKV_REQUIRE(channels <= (1 << 20), "too many channels");
+    ROTATEKV_REQUIRE(channels % a.values.groups == 0 && a.head_dim % (channels / a.values.groups) == 0 &&
+                         channels / a.values.groups % 16 == 0,
+                     "a values' group must be a multiple of 16 channels that divides head_dim");
+    ROTATEKV_REQUIRE(a.queries && a.first && a.output && a.group_of_channel, "a tensor is missing");
+    if (const char* wrong = check_indices(a.group_of_channel, channels, a.keys.groups, "a channel's group is not there"))
+        return wrong;
+    if (const char* wrong = check_indices(a.first, a.batch, a.total_tokens + 1, "first must be 0 … total_tokens"))
+        return wrong;
+    if (const char* wrong = check_transforms(a)) return wrong;
+    return check_exact(a);
+}

@@ -1,0 +1,188 @@
+// Inverse Hadamard transforms of vectors of kLanes tokens, un-normalised: y = sqrt(W)·Hᵀ·x with the matrix of
+// rotatekv/transforms.py, which is Sylvester's of order 2^n, or Paley's of order 12 or 20 ⊗ Sylvester's.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+// Sylvester's order N on N vectors held in registers: log2(N)·N additions.
+template <int N>
+static ROTATEKV_INLINE void sylvester(Vec* x, Vec one) {
+#pragma GCC unroll 8
+    for (int half = 1; half < N; half *= 2) {
+#pragma GCC unroll 32
+        for (int i = 0; i < N; ++i) {
+            if (i & half) continue;
+            const Vec a = x[i], b = x[i + half];
+            x[i] = a + b;
+            x[i + half] = a - b * one;
+        }
+    }
+}
+
+// Sylvester's order N over vectors `stride` apart, for each of `stride` columns of each run of N·stride vectors.
+template <int N>
+static void sylvester_pass(float* x, int width, int stride) {
+    const Vec one = hidden_one();
+    for (int start = 0; start < width; start += N * stride) {
+        for (int column = start; column < start + stride; ++column) {
+            Vec held[N];
+#pragma GCC unroll 32
+            for (int i = 0; i < N; ++i) held[i] = load(x + (column + i * stride) * kLanes);
+            sylvester<N>(held, one);
+#pragma GCC unroll 32
+            for (int i = 0; i < N; ++i) store(x + (column + i * stride) * kLanes, held[i]);
+        }
+    }
+}
+
+// Entry (row, column) of Paley's first construction of order P, ±1: a first row of ones, a first column of −1 below
+// it, and the quadratic characters of column − row modulo P − 1, with 1 on the diagonal.
+template <int P>
+constexpr int paley_entry(int row, int column) {
+    if (row == 0) return 1;
+    if (column == 0) return -1;
+    if (row == column) return 1;
+    const int prime = P - 1, difference = (column - row + prime) % prime;
+    for (int i = 1; i < prime; ++i)
+        if (i * i % prime == difference) return 1;
+    return -1;
+}
+
+// How output `column` of the inverse takes four inputs: the sign of the first, and the signs of the others relative
+// to it as a number of three bits.
+struct PaleyTerm {
+    int sign, pattern;
+};
+
+template <int P>
+constexpr std::array<PaleyTerm, P * P / 4> paley_terms() {
+    std::array<PaleyTerm, P * P / 4> terms{};
+    for (int column = 0; column < P; ++column) {
+        for (int four = 0; four < P / 4; ++four) {
+            const int sign = paley_entry<P>(4 * four, column);
+            int pattern = 0;
+            for (int i = 1; i < 4; ++i) pattern = 2 * pattern + (paley_entry<P>(4 * four + i, column) != sign);
+            terms[column * (P / 4) + four] = {sign, pattern};
+        }
+    }
+    return terms;
+}
+
+// a ± b ± c ± d for the 8 choices of signs: 12 additions.
+static ROTATEKV_INLINE void signed_sums(Vec a, Vec b, Vec c, Vec d, Vec one, Vec* sums) {
+    const Vec plus = a + b, minus = a - b * one, sum = c + d, difference = c - d * one;
+    sums[0] = plus + sum;
+    sums[1] = plus + difference;
+    sums[2] = plus - difference * one;
+    sums[3] = plus - sum * one;
+    sums[4] = minus + sum;
+    sums[5] = minus + difference;
+    sums[6] = minus - difference * one;
+    sums[7] = minus - sum * one;
+}
+
+template <int P, int Column, int Four = 1>
+static ROTATEKV_INLINE Vec paley_sum(const Vec (*sums)[8], Vec one, Vec partial) {
+    if constexpr (Four == P / 4) {
+        return partial;
+    } else {
+        constexpr PaleyTerm term = paley_terms<P>()[Column * (P / 4) + Four];
+        const Vec next = sums[Four][term.pattern];
+        if constexpr (term.sign > 0) return paley_sum<P, Column, Four + 1>(sums, one, partial + next);
+        return paley_sum<P, Column, Four + 1>(sums, one, partial - next * one);
+    }
+}
+
+template <int P, int... Columns>
+static ROTATEKV_INLINE void store_paley(float* x, int stride, const Vec (*sums)[8], Vec one,
+                                        std::integer_sequence<int, Columns...>) {
+    // The matrix's first row is all ones, so the first input enters every output with a plus.
+    (store(x + Columns * stride * kLanes,
+           paley_sum<P, Columns>(sums, one, sums[0][paley_terms<P>()[Columns * (P / 4)].pattern])),
+     ...);
+}
+
+// Paley's transposed order P over vectors `stride` apart: sums of four inputs with every choice of signs, shared by
+// all outputs (order 12: 60 additions instead of 132).
+template <int P>
+static void paley_pass(float* x, int stride) {
+    const Vec one = hidden_one();
+    for (int column = 0; column < stride; ++column) {
+        float* at = x + column * kLanes;
+        Vec sums[P / 4][8];
+#pragma GCC unroll 8
+        for (int four = 0; four < P / 4; ++four) {
+            const float* from = at + 4 * four * stride * kLanes;
+            signed_sums(load(from), load(from + stride * kLanes), load(from + 2 * stride * kLanes),
+                        load(from + 3 * stride * kLanes), one, sums[four]);
+        }
+        store_paley<P>(at, stride, sums, one, std::make_integer_sequence<int, P>{});
+    }
+}
+
+// width = inner · middle · paley: Sylvester's order `inner` on consecutive channels, then order `middle`, then Paley's.
+struct HadamardPlan {
+    int width = 0, inner = 1, middle = 1, paley = 1;
+};
+
+// False if there is no matrix of that order. Width 0 means no transform.
+static bool plan_hadamard(int64_t width, HadamardPlan* plan) {
+    *plan = HadamardPlan{};
+    plan->width = int(width);
+    if (width == 0) return true;
+    for (int paley : {1, 12, 20}) {
+        if (width % paley) continue;
+        const int64_t rest = width / paley;
+        if (rest & (rest - 1)) continue;
+        plan->paley = paley;
+        plan->inner = int(rest < 16 ? rest : 16);
+        plan->middle = int(rest / plan->inner);
+        return true;
+    }
+    return false;
+}
+
+static void sylvester_passes(float* x, int width, int stride, int order) {
+    while (order > 1) {
+        const int radix = order <= 32 ? order : 16;
+        if (radix == 32) sylvester_pass<32>(x, width, stride);
+        if (radix == 16) sylvester_pass<16>(x, width, stride);
+        if (radix == 8) sylvester_pass<8>(x, width, stride);
+        if (radix == 4) sylvester_pass<4>(x, width, stride);
+        if (radix == 2) sylvester_pass<2>(x, width, stride);
+        stride *= radix;
+        order /= radix;
+    }
+}
+
+template <int Inner, class Loader>
+static void inner_pass(float* x, int width, const Loader& loader) {
+    const Vec one = hidden_one();
+    for (int start = 0; start < width; start += Inner) {
+        Vec held[Inner];
+#pragma GCC unroll 16
+        for (int i = 0; i < Inner; ++i) held[i] = loader(start + i);
+        sylvester<Inner>(held, one);
+#pragma GCC unroll 16
+        for (int i = 0; i < Inner; ++i) store(x + (start + i) * kLanes, held[i]);
+    }
+}
+
+// x (channels, kLanes) ← sqrt(W)·Hᵀ·(loader(0), loader(1), …); `channels` is W, or any number when W = 0.
+template <class Loader>
+static void inverse_hadamard(const HadamardPlan& plan, int channels, float* x, const Loader& loader) {
+    switch (plan.inner) {
+        case 16: inner_pass<16>(x, channels, loader); break;
+        case 8: inner_pass<8>(x, channels, loader); break;
+        case 4: inner_pass<4>(x, channels, loader); break;
+        case 2: inner_pass<2>(x, channels, loader); break;
+        default: inner_pass<1>(x, channels, loader);
+    }
+    sylvester_passes(x, channels, plan.inner, plan.middle);
+    const int stride = plan.inner * plan.middle;
+    if (plan.paley == 12) paley_pass<12>(x, stride);
+    if (plan.paley == 20) paley_pass<20>(x, stride);
+}

@@ -1,0 +1,152 @@
+// Vectors of kLanes numbers by GCC's vector extension: the same source serves every instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+constexpr int kBlock = 16;  // tokens whose codes share a word
+
+#define ROTATEKV_INLINE inline __attribute__((always_inline))
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t WordVec __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t UnalignedWordVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+static ROTATEKV_INLINE Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
+static ROTATEKV_INLINE void store(float* to, Vec x) { *reinterpret_cast<UnalignedVec*>(to) = x; }
+static ROTATEKV_INLINE WordVec load_words(const int32_t* from) {
+    return *reinterpret_cast<const UnalignedWordVec*>(from);
+}
+static ROTATEKV_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x + 0 would cost an addition: −0 + 0 is not −0
+static ROTATEKV_INLINE WordVec broadcast_word(uint32_t x) { return WordVec{} + x; }
+
+// 1 that the compiler does not know of, so that a + b·one stays a fused multiply-add. AMD cores add on two pipes and
+// multiply-add on two others: sums that take turns between them run nearly twice as fast. The result is the same.
+static ROTATEKV_INLINE Vec hidden_one() {
+    Vec one = broadcast(1.0f);
+#if defined(__AVX512F__)
+    asm("" : "+v"(one));
+#elif defined(__FMA__)
+    asm("" : "+x"(one));
+#endif
+    return one;
+}
+
+static ROTATEKV_INLINE Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
+static ROTATEKV_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+static ROTATEKV_INLINE float sum_lanes(Vec x) {
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+    return total;
+}
+
+static ROTATEKV_INLINE float max_lanes(Vec x) {
+    float top = x[0];
+    for (int lane = 1; lane < kLanes; ++lane) top = x[lane] > top ? x[lane] : top;
+    return top;
+}
+
+// 0, 1, … kLanes − 1
+static ROTATEKV_INLINE WordVec lane_numbers() {
+    WordVec lanes;
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    return lanes;
+}
+
+// 2^x for x ≤ 0, relative error below 2e-7; exactly 0 below −126, for −infinity too.
+static ROTATEKV_INLINE Vec exp2_nonpositive(Vec x) {
+    const Vec lowest = broadcast(-126.0f), rounding = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds
+    const Vec clamped = max(x, lowest);
+    const Vec shifted = clamped + rounding;
+    const Vec f = clamped - (shifted - rounding);  // in [−0.5, 0.5]
+    Vec y = broadcast(1.5403530e-4f);              // ln(2)^n / n! for n = 6 … 0
+    y = y * f + 1.3333558e-3f;
+    y = y * f + 9.6181291e-3f;
+    y = y * f + 5.5504109e-2f;
+    y = y * f + 2.4022651e-1f;
+    y = y * f + 6.9314718e-1f;
+    y = y * f + 1.0f;
+    const IntVec power = (IntVec)shifted << 23;
+    return x < lowest ? Vec{} : (Vec)((IntVec)y + power);
+}
+
+static ROTATEKV_INLINE float half_to_float(uint16_t bits) {
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    float magnitude;
+    if (rest >= 0x7c00) {  // infinity, not a number
+        const uint32_t wide = 0x7f800000u | (rest & 0x3ff) << 13;
+        std::memcpy(&magnitude, &wide, 4);
+    } else if (rest < 0x400) {
+        magnitude = float(rest) * 5.9604644775390625e-8f;  // subnormal: multiples of 2^-24
+    } else {
+        const uint32_t wide = (rest << 13) + 0x38000000u;  // exponent bias 15 → 127
+        std::memcpy(&magnitude, &wide, 4);
+    }
+    return sign ? -magnitude : magnitude;
+#endif
+}
+
+// kLanes consecutive float16 → float32
+static ROTATEKV_INLINE Vec load_halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    Vec x;
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = half_to_float(from[lane]);
+    return x;
+#endif
+}
+
+// kLanes consecutive int8 → float32
+static ROTATEKV_INLINE Vec load_bytes(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vec x;
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = from[lane];
+    return x;
+#endif
+}
+
+// kLanes consecutive 16-bit words, zero-extended
+static ROTATEKV_INLINE WordVec load_short_words(const int16_t* from) {
+    typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Shorts*>(from), WordVec);
+}
+
+// sum[i] + Σ_b codes.byte[4i + b]·weights.byte[4i + b]; codes 0 … 15, weights 0 … 127.
+static ROTATEKV_INLINE IntVec dot_bytes(IntVec sum, WordVec codes, WordVec weights) {
+#if defined(__AVX512VNNI__)
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)weights);
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)weights);
+    return sum + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    for (int byte = 0; byte < 32; byte += 8)
+        sum += (IntVec)((codes >> byte & 0xffu) * (weights >> byte & 0xffu));
+    return sum;
+#endif
+}

@@ -1,0 +1,141 @@
+// Σ over tokens of weight·value for a chunk of packed tokens, in the values' rotated space, by byte dot products.
+//
+// The weight of a token, softmax weight · scale, is rounded to 14 bits of the chunk's largest: weight ≈ unit·(128·high
+// + low) with high and low in 0 … 127. Codes are bytes as well, so the sums are exact integers, and
+// Σ weight·x̂ = unit·(128·Σ high·code + Σ low·code − Σ (128·high + low)·zero).
+#pragma once
+
+#include "arguments.h"
+#include "simd.h"
+
+constexpr int kChunk = 256;                   // tokens that share one softmax step
+constexpr int kChunkBlocks = kChunk / kBlock;
+constexpr float kLargestWeight = 16383.0f;    // 128·127 + 127
+
+// A chunk's rounded weights for one query row and one quantization group. Word j of a block holds, from the lowest
+// byte, the tokens j, 4 + j, 8 + j and 12 + j: the order in which a shift and a mask give codes.
+struct ByteWeights {
+    int32_t words[kChunkBlocks][8];  // 4 words of high, then 4 of low
+    float unit;
+    float zero_sum;  // Σ (128·high + low)·zero
+};
+
+static ROTATEKV_INLINE void store_block_weights(const IntVec* rounded, int32_t* words) {
+#if defined(__AVX512F__)
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i high = _mm512_srli_epi32((__m512i)rounded[0], 7);
+    const __m512i low = _mm512_and_si512((__m512i)rounded[0], _mm512_set1_epi32(127));
+    __m128i* to = reinterpret_cast<__m128i*>(words);
+    _mm_storeu_si128(to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(high), order));
+    _mm_storeu_si128(to + 1, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(low), order));
+#else
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
+    for (int token = 0; token < kBlock; ++token) {
+        const int32_t weight = rounded[token / kLanes][token % kLanes];
+        const int at = token % 4 * 4 + token / 4;
+        bytes[at] = uint8_t(weight >> 7);
+        bytes[16 + at] = uint8_t(weight & 127);
+    }
+#endif
+}
+
+// probabilities (kChunk,), 0 past the chunk's tokens; `scale` and `zero` of `group` from block `first_block` on.
+static void round_weights(const float* probabilities, const PackedPointers& packed, int64_t first_block, int blocks,
+                          int64_t group, ByteWeights* out) {
+    float weights[kChunk];
+    Vec top = {};
+    for (int block = 0; block < blocks; ++block) {
+        const uint16_t* scale = packed.scale + ((first_block + block) * packed.groups + group) * kBlock;
+        for (int lane = 0; lane < kBlock; lane += kLanes) {
+            const int at = block * kBlock + lane;
+            const Vec weight = load(probabilities + at) * load_halves(scale + lane);
+            store(weights + at, weight);
+            top = max(top, weight);
+        }
+    }
+    const float largest = max_lanes(top);
+    out->unit = largest / kLargestWeight;
+    // Below it (a chunk of next to no weight) the quotient would overflow; nothing is lost by 0.
+    const float inverse = largest > 1e-30f ? kLargestWeight / largest : 0.0f;
+    const Vec rounding = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
+    Vec zero_sum = {};
+    for (int block = 0; block < blocks; ++block) {
+        const int8_t* zero = packed.zero + ((first_block + block) * packed.groups + group) * kBlock;
+        IntVec rounded[kBlock / kLanes];
+        for (int part = 0; part < kBlock / kLanes; ++part) {
+            const Vec shifted = load(weights + block * kBlock + part * kLanes) * inverse + rounding;
+            rounded[part] = (IntVec)shifted & 0x3fff;
+            zero_sum += (shifted - rounding) * load_bytes(zero + part * kLanes);
+        }
+        store_block_weights(rounded, out->words[block]);
+    }
+    out->zero_sum = sum_lanes(zero_sum);
+}
+
+// Words of kLanes channels whose four bytes are, after a shift by j, the codes of tokens j, 4 + j, 8 + j, 12 + j.
+template <int Bits>
+struct ValueCodes {
+    WordVec low, high;
+
+    ROTATEKV_INLINE ValueCodes(const PackedPointers& packed, int64_t at) : low(load_words(packed.low + at)), high{} {
+        if (Bits == 3) {
+            high = load_short_words(static_cast<const int16_t*>(packed.high) + at);
+            high = (high | high << 8) & 0x00ff00ffu;  // one byte of tokens in every two
+            high = (high | high << 4) & 0x0f0f0f0fu;  // four tokens a byte
+        }
+        if (Bits == 4) high = load_words(static_cast<const int32_t*>(packed.high) + at);
+    }
+
+    ROTATEKV_INLINE WordVec bytes(int j) const {
+        WordVec codes = low >> (2 * j) & 0x03030303u;
+        if (Bits == 3) codes |= (high >> j & 0x01010101u) << 2;
+        if (Bits == 4) codes |= (high >> (2 * j) & 0x03030303u) << 2;
+        return codes;
+    }
+};
+
+// sums (Rows, D) += the chunk's part for `Vectors`·kLanes channels from `channel` on, all of one quantization group.
+template <int Bits, int Rows, int Vectors>
+static void add_values_of(const PackedPointers& packed, int64_t channels, int64_t channel, int64_t first_block,
+                          int blocks, const ByteWeights* weights, int64_t weights_stride, float* sums,
+                          int64_t sums_stride) {
+    IntVec high[Rows][Vectors] = {}, low[Rows][Vectors] = {};
+    for (int block = 0; block < blocks; ++block) {
+        const int64_t at = (first_block + block) * channels + channel;
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+            const ValueCodes<Bits> codes(packed, at + v * kLanes);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                const WordVec bytes = codes.bytes(j);
+#pragma GCC unroll 4
+                for (int row = 0; row < Rows; ++row) {
+                    const int32_t* words = weights[row * weights_stride].words[block];
+                    high[row][v] = dot_bytes(high[row][v], bytes, broadcast_word(uint32_t(words[j])));
+                    low[row][v] = dot_bytes(low[row][v], bytes, broadcast_word(uint32_t(words[4 + j])));
+                }
+            }
+        }
+    }
+    for (int row = 0; row < Rows; ++row) {
+        const ByteWeights& w = weights[row * weights_stride];
+        for (int v = 0; v < Vectors; ++v) {
+            float* to = sums + row * sums_stride + v * kLanes;
+            const Vec total = to_float(high[row][v]) * 128.0f + to_float(low[row][v]) - w.zero_sum;
+            store(to, load(to) + total * w.unit);
+        }
+    }
+}
+
+template <int Bits, int Rows>
+static void add_values(const PackedPointers& packed, int64_t channels, int64_t channel, int group_size,
+                       int64_t first_block, int blocks, const ByteWeights* weights, int64_t weights_stride, float* sums,
+                       int64_t sums_stride) {
+    int done = 0;
+    for (; done + 2 * kLanes <= group_size; done += 2 * kLanes)
+        add_values_of<Bits, Rows, 2>(packed, channels, channel + done, first_block, blocks, weights, weights_stride,
+                                     sums + done, sums_stride);
+    for (; done < group_size; done += kLanes)
+        add_values_of<Bits, Rows, 1>(packed, channels, channel + done, first_block, blocks, weights, weights_stride,
+                                     sums + done, sums_stride);
+}

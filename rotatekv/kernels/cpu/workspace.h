@@ -1,0 +1,79 @@
+// The memory of one call, and of one thread within it.
+#pragma once
+
+#include <vector>
+
+#include "arguments.h"
+#include "hadamard.h"
+#include "scores.h"
+#include "values.h"
+
+// A floating-point array that starts on a cache line (64 bytes).
+class Floats {
+  public:
+    explicit Floats(int64_t count) : storage_(size_t(count) + 16) {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(storage_.data());
+        data_ = reinterpret_cast<float*>((at + 63) / 64 * 64);
+    }
+    Floats(Floats&&) = default;  // a moved vector keeps its memory; a copied one would not
+    float* data() const { return data_; }
+
+  private:
+    std::vector<float> storage_;
+    float* data_;
+};
+
+// Derived sizes. A rotation group is the heads one Hadamard matrix mixes: the unit of work, with all its query rows.
+struct Geometry {
+    int64_t channels;       // C
+    int64_t group_channels; // W, or D when keys are not rotated
+    int64_t group_heads;    // key/value heads of a rotation group
+    int64_t groups;         // rotation groups
+    int64_t head_rows;      // query rows that share a key/value head: H / H_kv · query_tokens
+    int64_t group_rows;     // query rows of a rotation group
+    int64_t value_groups;   // quantization groups of a head's values
+    int64_t chunks, splits; // of the packed tokens; `splits` parts of whole chunks
+    bool exact;             // one part more, for the exact tokens
+    HadamardPlan plan;
+
+    explicit Geometry(const DecodeArguments& a) {
+        channels = a.kv_heads * a.head_dim;
+        group_channels = a.rotation_width ? a.rotation_width : a.head_dim;
+        group_heads = group_channels / a.head_dim;
+        groups = a.kv_heads / group_heads;
+        head_rows = a.query_heads / a.kv_heads * a.query_tokens;
+        group_rows = head_rows * group_heads;
+        value_groups = a.values.groups / a.kv_heads;
+        chunks = (a.packed_tokens + kChunk - 1) / kChunk;
+        // Some parts more than threads, so that a thread that was held up leaves its share to the others.
+        const int64_t wanted = a.threads == 1 ? 1 : (6 * a.threads + a.batch * groups - 1) / (a.batch * groups);
+        splits = wanted < chunks ? wanted : chunks;
+        exact = a.exact_tokens > 0;
+        plan_hadamard(a.rotation_width, &plan);
+    }
+
+    int64_t parts() const { return splits + exact; }
+    int64_t row_floats(const DecodeArguments& a) const { return a.head_dim + 2; }
+};
+
+// What one part of the tokens gives for one query row: an unfinished softmax.
+struct Partial {
+    float* at;  // largest score (log2 units), sum of weights, then D sums of weight·value
+    float& top() const { return at[0]; }
+    float& total() const { return at[1]; }
+    float* sums() const { return at + 2; }
+};
+
+struct ThreadMemory {
+    Floats keys;        // (2, W, kLanes)
+    Floats key_scales;  // (key groups, 2, kLanes)
+    Floats angles;      // (2, rotary_dim / 2, 2, kLanes)
+    Floats scores;      // (group rows, kChunk)
+    Floats decay;       // (group rows,) factor on a row's former sums
+    std::vector<ByteWeights> weights;  // (head rows, value groups)
+
+    ThreadMemory(const DecodeArguments& a, const Geometry& g)
+        : keys(2 * g.group_channels * kLanes), key_scales(a.keys.groups * 2 * kLanes),
+          angles(2 * a.rotary_dim * kLanes), scores(g.group_rows * kChunk), decay(g.group_rows),
+          weights(size_t(g.head_rows * g.value_groups)) {}
+};

@@ -1,0 +1,98 @@
+"""The block layout of a packed cache, in plain torch: the specification of what the CPU kernels read and write.
+
+Tokens are cut into blocks of 16; N = ceil(T / 16) blocks, or more where room is kept for later tokens. A block keeps,
+for each channel, the codes of its 16 tokens in one word, so a kernel reads a word and spreads it over 16 SIMD lanes:
+
+    low    int32   (B, N, C)           the two low bits of each code, token t of the block at bits 2t and 2t + 1
+    high   int16   (B, N, C)           3 bits only: the high bit of each code, token t at bit t
+    high   int32   (B, N, C)           4 bits only: the two high bits of each code, token t at bits 2t and 2t + 1
+    scale  float16 (B, N, groups, 16)  one per token and quantization group
+    zero   int8    (B, N, groups, 16)
+
+``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. Values are grouped in consecutive
+channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so the group of channel c is looked
+up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's lanes past T are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.kernels.reference import Packed
+
+BLOCK = 16  # tokens
+HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token
+
+
+def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Packed:
+    """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
+    packed = {"low": torch.zeros(batch, blocks, channels, dtype=torch.int32, device=device)}
+    if bits in HIGH_PLANE:
+        packed["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
+    packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
+    packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
+    return packed
+
+
+def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:
+    """Codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8 → the layout, N = ceil(T / 16)."""
+    batch, tokens, channels = codes.shape
+    blocks = -(-tokens // BLOCK)
+    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device)
+    write_blocks(packed, 0, codes, scale, zero, bits)
+    return packed
+
+
+def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
+    codes = _unpack_plane(packed["low"], 2)
+    if bits in HIGH_PLANE:
+        codes = codes | _unpack_plane(packed["high"], HIGH_PLANE[bits][1]) << 2
+    scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
+    return codes[:, :tokens], scale[:, :tokens], zero[:, :tokens]
+
+
+def write_blocks(
+    packed: Packed, start: int, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> None:
+    """Write T tokens in place from token ``start`` on; tokens outside keep their codes.
+
+    Args:
+        codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8.
+
+    Raises:
+        ValueError: the tokens do not fit in the allocated blocks.
+    """
+    tokens, capacity = codes.shape[1], packed["low"].shape[1] * BLOCK
+    if start < 0 or start + tokens > capacity:
+        raise ValueError(f"tokens {start} … {start + tokens} do not fit in {capacity} allocated tokens")
+    if not tokens:
+        return
+    first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
+    touched = {name: plane[:, first:last] for name, plane in packed.items()}
+    old = [x.clone() for x in unpack_blocks(touched, (last - first) * BLOCK, bits)]  # may be views of the storage
+    where = slice(start - first * BLOCK, start - first * BLOCK + tokens)
+    for stored, new in zip(old, (codes, scale, zero), strict=True):
+        stored[:, where] = new
+    touched["low"].copy_(_pack_plane(old[0] & 3, 2))
+    if bits in HIGH_PLANE:
+        dtype, width = HIGH_PLANE[bits]
+        touched["high"].copy_(_pack_plane(old[0] >> 2, width).to(dtype))
+    for name, stored in (("scale", old[1]), ("zero", old[2])):
+        touched[name].copy_(stored.unflatten(1, (-1, BLOCK)).transpose(2, 3))
+
+
+def _pack_plane(bits_of_tokens: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, N·16, C) numbers below 2^width → (B, N, C) int32 (int16 for width 1)."""
+    lanes = bits_of_tokens.long().unflatten(1, (-1, BLOCK))  # (B, N, 16, C)
+    shifts = torch.arange(0, BLOCK * width, width, device=lanes.device).view(BLOCK, 1)
+    words = (lanes << shifts).sum(2)
+    size = BLOCK * width
+    return (words - ((words >> (size - 1)) << size)).to(torch.int32)  # the top bit is the sign
+
+
+def _unpack_plane(words: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, N, C) → (B, N·16, C) uint8."""
+    shifts = torch.arange(0, BLOCK * width, width, dtype=words.dtype, device=words.device).view(BLOCK, 1)
+    lanes = (words.unsqueeze(2) >> shifts) & (2**width - 1)  # (B, N, 16, C)
+    return lanes.to(torch.uint8).flatten(1, 2)

@@ -1,0 +1,102 @@
+"""Decode attention over a packed cache in plain torch: what a fused kernel must compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from rotatekv.kernels.layout import unpack_blocks
+from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.transforms import channels_to_heads, rotate_channels
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """Tokens kept in 16 bits, attention sinks and the recent window, in the rotated space of the packed ones.
+
+    Attributes:
+        rows, columns: (S,) int32, the sequence (ascending) and the token of each.
+        keys, values: (S, C) float16 or bfloat16. They replace a packed token of the same place.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What stays the same from call to call.
+
+    Attributes:
+        head_dim: D.
+        key_bits, value_bits: 2, 3 or 4.
+        softmax_scale: factor on the scores, usually D^-0.5.
+        rotation_width: W = G·D of the keys' Hadamard matrix; 0: keys are not rotated.
+        rope: turn keys on read; None: keys were stored after RoPE.
+        unrotate_values: multiply each head of the output by the inverse Hadamard matrix of order D; False where
+            ``o_proj`` does it, or where values are not rotated.
+    """
+
+    head_dim: int
+    key_bits: int
+    value_bits: int
+    softmax_scale: float
+    rotation_width: int = 0
+    rope: RopeTables | None = None
+    unrotate_values: bool = False
+
+
+def decode_attention_reference(
+    queries: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    group_of_channel: torch.Tensor,
+    first: torch.Tensor,
+    packed_tokens: int,
+    total_tokens: int,
+    options: DecodeOptions,
+    exact: ExactTokens | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The arguments of ``rotatekv.kernels.cpu.decode_attention``, computed in ``dtype`` → (B, H, T_q, D)."""
+    _, heads, query_tokens, dim = queries.shape
+    channels = keys["low"].shape[-1]
+    value_group = torch.arange(channels) // (channels // values["scale"].shape[2])
+    k = _restore(keys, packed_tokens, total_tokens, options.key_bits, group_of_channel.long(), exact, "keys", dtype)
+    v = _restore(values, packed_tokens, total_tokens, options.value_bits, value_group, exact, "values", dtype)
+    if options.rotation_width:
+        k = rotate_channels(k, options.rotation_width, inverse=True)
+    k, v = channels_to_heads(k, dim), channels_to_heads(v, dim)  # (B, H_kv, T, D)
+    columns = torch.arange(total_tokens)
+    if options.rope is not None:
+        positions = (columns - first.long()[:, None]).clamp(min=0)  # (B, T)
+        k = _turn(k, *(x.to(dtype)[:, None] for x in options.rope.at(positions, torch.float64)))
+    repeat = heads // k.shape[1]
+    scores = queries.to(dtype) @ k.repeat_interleave(repeat, 1).transpose(2, 3) * options.softmax_scale
+    last_seen = total_tokens - query_tokens + torch.arange(query_tokens)
+    seen = (columns <= last_seen[:, None]) & (columns >= first[:, None, None])  # (B, T_q, T)
+    weights = torch.softmax(scores.masked_fill(~seen[:, None], -math.inf), -1).nan_to_num(0.0)  # a row may see nothing
+    out = weights @ v.repeat_interleave(repeat, 1)  # (B, H, T_q, D)
+    return rotate_channels(out, dim, inverse=True) if options.unrotate_values else out
+
+
+def _restore(packed, packed_tokens, total_tokens, bits, group_of_channel, exact, name, dtype) -> torch.Tensor:
+    """(B, T, C): dequantized, with the exact tokens in their places."""
+    codes, scale, zero = unpack_blocks(packed, packed_tokens, bits)
+    x = (codes.to(dtype) - zero.to(dtype)[..., group_of_channel]) * scale.to(dtype)[..., group_of_channel]
+    x = torch.nn.functional.pad(x, (0, 0, 0, total_tokens - packed_tokens))
+    if exact is not None:
+        x[exact.rows.long(), exact.columns.long()] = getattr(exact, name).to(dtype)
+    return x
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on the first rotary_dim channels; x (B, H_kv, T, D), cos and sin (B, 1, T, rotary_dim / 2)."""
+    half = cos.shape[-1]
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

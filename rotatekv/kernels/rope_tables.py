@@ -1,0 +1,55 @@
+"""Tables of cos and sin from which a kernel builds RoPE at any position by angle addition, without drift."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+COARSE_STEP = 16  # positions between two rows of the coarse table
+FINE_POSITIONS = 32  # a block of 16 tokens may start 0 … 15 positions after a coarse row
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """cos and sin of position·frequency, float32, computed in float64; one for all layers and caches of a model.
+
+    Attributes:
+        coarse_cos, coarse_sin: (n, rotary_dim / 2), row q is position 16·q.
+        fine_cos, fine_sin: (rotary_dim / 2, 32), column p is position p.
+        attention_scaling: factor on cos and sin (YaRN and the like).
+    """
+
+    coarse_cos: torch.Tensor
+    coarse_sin: torch.Tensor
+    fine_cos: torch.Tensor
+    fine_sin: torch.Tensor
+    attention_scaling: float = 1.0
+
+    @classmethod
+    def build(cls, frequencies: torch.Tensor, positions: int, attention_scaling: float = 1.0) -> RopeTables:
+        """Tables for positions 0 … ``positions`` − 1; ``frequencies`` (rotary_dim / 2,) in radians per position."""
+        wide = frequencies.double().cpu()
+        coarse = torch.arange(-(-max(positions, 1) // COARSE_STEP), dtype=torch.float64) * COARSE_STEP
+        coarse_angles = coarse[:, None] * wide  # (n, rotary_dim / 2)
+        fine_angles = wide[:, None] * torch.arange(FINE_POSITIONS, dtype=torch.float64)  # (rotary_dim / 2, 32)
+        tables = [f(a).float() for a in (coarse_angles, fine_angles) for f in (torch.cos, torch.sin)]
+        return cls(*(table.contiguous() for table in tables), attention_scaling)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that RoPE turns: the first ``rotary_dim``."""
+        return 2 * self.fine_cos.shape[0]
+
+    @property
+    def positions(self) -> int:
+        return self.coarse_cos.shape[0] * COARSE_STEP
+
+    def at(self, positions: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, (..., rotary_dim / 2) of ``dtype``, times attention_scaling; ``positions`` (...) int64 ≥ 0."""
+        row, column = positions // COARSE_STEP, positions % COARSE_STEP
+        coarse_cos, coarse_sin = self.coarse_cos.to(dtype)[row], self.coarse_sin.to(dtype)[row]
+        fine_cos, fine_sin = self.fine_cos.T.to(dtype)[column], self.fine_sin.T.to(dtype)[column]
+        cos = coarse_cos * fine_cos - coarse_sin * fine_sin
+        sin = coarse_sin * fine_cos + coarse_cos * fine_sin
+        return cos * self.attention_scaling, sin * self.attention_scaling

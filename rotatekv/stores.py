@@ -1,0 +1,125 @@
+"""Where one layer's keys or values lie: packed in blocks of 16 tokens, or as plain tensors, cut and joined by token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from rotatekv.decode import fuses_on
+from rotatekv.kernels import Packed, cpu, quantize
+from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks, write_blocks
+
+
+class Store(ABC):
+    """The first ``length`` tokens of (B, T, ...) tensors. ``tensors`` are those held, whatever their layout."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.tensors: Packed = {}
+
+    @abstractmethod
+    def append(self, new: Packed) -> None:
+        """Add tokens, per-token tensors (B, T, ...)."""
+
+    @abstractmethod
+    def tokens(self) -> Packed:
+        """All tokens, as they were appended."""
+
+    @abstractmethod
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens; the others' bytes are freed."""
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.tensors = {name: x.index_select(0, rows) for name, x in self.tensors.items()}
+
+    def move(self, device: torch.device | str) -> None:
+        self.tensors = {name: x.to(device, non_blocking=True) for name, x in self.tensors.items()}
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.tensors.values())
+
+
+class TokenStore(Store):
+    """Tensors as they are, joined along T."""
+
+    def append(self, new: Packed) -> None:
+        self.length += next(iter(new.values())).shape[1]
+        if self.tensors:
+            self.tensors = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in new.items()}
+        else:  # a copy: they may be views of a whole projection's output
+            self.tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in new.items()}
+
+    def tokens(self) -> Packed:
+        return self.tensors
+
+    def crop(self, length: int) -> None:
+        self.length = length
+        # A clone, not a view: a view would keep the dropped tokens' bytes alive.
+        self.tensors = {name: x[:, :length].clone() for name, x in self.tensors.items()}
+
+
+class BlockStore(Store):
+    """Codes, scales and zero points in the block layout of ``kernels/layout.py``, grown by one block at a time.
+
+    Args:
+        bits: per code.
+        position_of_channel: (C,) int64, where quantized channel j lies among the stored ones; None: at j.
+    """
+
+    def __init__(self, bits: int, position_of_channel: torch.Tensor | None = None):
+        super().__init__()
+        self.bits, self.position_of_channel = bits, position_of_channel
+        self.channel_at_position = self._position32 = None
+        if position_of_channel is not None:
+            self.channel_at_position = torch.argsort(position_of_channel)
+            self._position32 = position_of_channel.to(torch.int32)
+
+    def append(self, new: Packed) -> None:
+        codes = new["codes"]  # (B, T, C)
+        self.reserve(codes.shape[0], codes.shape[1], codes.shape[2], new["scale"].shape[-1], codes.device)
+        if self.position_of_channel is not None:
+            codes = codes.index_select(-1, self.channel_at_position.to(codes.device))
+        write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
+        self.length += codes.shape[1]
+
+    def quantize(self, x: torch.Tensor, group_size: int, clip_ratio: float) -> None:
+        """Quantize (B, T, C) and append it, in one kernel where there is one."""
+        if not fuses_on(x.device):
+            return self.append(quantize(x, self.bits, group_size, clip_ratio))
+        batch, tokens, channels = x.shape
+        self.reserve(batch, tokens, channels, channels // group_size, x.device)
+        x = x.float().contiguous()
+        cpu.quantize_into_blocks(x, self.tensors, self.length, self.bits, group_size, clip_ratio, self._position32)
+        self.length += tokens
+
+    def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) in the quantized order → in the order of the blocks."""
+        return x if self.channel_at_position is None else x.index_select(-1, self.channel_at_position)
+
+    def reserve(self, batch: int, tokens: int, channels: int, groups: int, device: torch.device) -> None:
+        """Make room for ``tokens`` more tokens."""
+        held = self.tensors["low"].shape[1] if self.tensors else 0
+        missing = -(-(self.length + tokens) // BLOCK) - held
+        if missing > 0:
+            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device)
+            joined = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()} if held else fresh
+            self.tensors = joined
+
+    def tokens(self) -> Packed:
+        codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
+        if self.position_of_channel is not None:
+            codes = codes.index_select(-1, self.position_of_channel.to(codes.device))
+        return {"codes": codes, "scale": scale, "zero": zero}
+
+    def crop(self, length: int) -> None:
+        blocks = -(-length // BLOCK)
+        self.tensors = {name: x[:, :blocks].clone() for name, x in self.tensors.items()}
+        if length % BLOCK:  # lanes past the end are zero
+            last = {name: x[:, -1:] for name, x in self.tensors.items()}
+            kept = [tensor.clone() for tensor in unpack_blocks(last, BLOCK, self.bits)]
+            for tensor in kept:
+                tensor[:, length % BLOCK :] = 0
+            write_blocks(last, 0, *kept, self.bits)
+        self.length = length

@@ -1,0 +1,94 @@
+"""Random packed caches for the tests of the CPU kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rotatekv.kernels.layout import pack_blocks
+from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.rope_tables import RopeTables
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step; ``heads_per_group`` G of 0 means keys that are not rotated."""
+
+    batch: int = 1
+    repeat: int = 3  # H / H_kv
+    kv_heads: int = 3
+    head_dim: int = 64
+    heads_per_group: int = 3
+    query_tokens: int = 1
+    tokens: int = 100
+    window: int = 0
+    sinks: int = 0
+    key_bits: int = 2
+    value_bits: int = 2
+    value_group: int = 0  # channels; 0: head_dim
+    rotary_dim: int = 0  # 0: keys are stored after RoPE
+    unrotate_values: bool = False
+    padding: tuple[int, ...] = ()
+    exact_dtype: torch.dtype = torch.float16
+    seed: int = 0
+
+
+def random_step(shape: Shape) -> dict:
+    """The arguments of ``decode_attention`` and of its reference."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    channels, packed_tokens = shape.kv_heads * shape.head_dim, shape.tokens - shape.window
+    rope = None
+    if shape.rotary_dim:
+        frequencies = 10000.0 ** (-torch.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)
+        rope = RopeTables.build(frequencies, shape.tokens, attention_scaling=1.2)
+    options = DecodeOptions(
+        shape.head_dim, shape.key_bits, shape.value_bits, shape.head_dim**-0.5,
+        shape.heads_per_group * shape.head_dim, rope, shape.unrotate_values,
+    )  # fmt: skip
+    heads = shape.repeat * shape.kv_heads
+    padding = [*shape.padding, *[0] * shape.batch][: shape.batch]
+    value_groups = channels // (shape.value_group or shape.head_dim)
+    return {
+        "queries": torch.randn(shape.batch, heads, shape.query_tokens, shape.head_dim, generator=generator),
+        "keys": _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator),
+        "values": _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator),
+        "group_of_channel": torch.randint(0, 3, (channels,), generator=generator, dtype=torch.int32),
+        "first": torch.tensor(padding, dtype=torch.int32),
+        "packed_tokens": packed_tokens,
+        "total_tokens": shape.tokens,
+        "options": options,
+        "exact": _random_exact(shape, generator),
+    }
+
+
+def with_options(step: dict, **changes) -> dict:
+    return {**step, "options": replace(step["options"], **changes)}
+
+
+def _random_blocks(batch, tokens, channels, groups, bits, generator) -> dict[str, torch.Tensor]:
+    codes = torch.randint(0, 2**bits, (batch, tokens, channels), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(batch, tokens, groups, generator=generator).add(0.2).half()
+    zero = torch.randint(-2, 2**bits + 2, (batch, tokens, groups), generator=generator, dtype=torch.int8)
+    return pack_blocks(codes, scale, zero, bits)
+
+
+def _random_exact(shape: Shape, generator: torch.Generator) -> ExactTokens | None:
+    """Sinks at random packed places, unsorted within a sequence, and the window after the packed tokens."""
+    packed_tokens = shape.tokens - shape.window
+    rows, columns = [], []
+    for row in range(shape.batch):
+        chosen = torch.randperm(packed_tokens, generator=generator)[: shape.sinks].tolist()
+        chosen += range(packed_tokens, shape.tokens)
+        rows += [row] * len(chosen)
+        columns += chosen
+    if not rows:
+        return None
+    size = (len(rows), shape.kv_heads * shape.head_dim)
+    keys, values = (torch.randn(size, generator=generator).to(shape.exact_dtype) for _ in range(2))
+    return ExactTokens(*(torch.tensor(x, dtype=torch.int32) for x in (rows, columns)), keys, values)
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error of all numbers together."""
+    return ((out.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()

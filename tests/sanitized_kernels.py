@@ -1,0 +1,42 @@
+"""Runs the kernels on tensors that fill their memory exactly; started under sanitizers by test_cpu_kernels.py."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import torch
+from kernel_cases import Shape, random_step
+
+from rotatekv.kernels import cpu
+from rotatekv.kernels.cpu.build import load_library
+from rotatekv.kernels.layout import allocate_blocks
+
+SHAPES = [
+    Shape(tokens=1, rotary_dim=64),
+    Shape(batch=2, tokens=17, window=3, sinks=5, rotary_dim=32, padding=(0, 9), value_bits=3, key_bits=4),
+    Shape(batch=2, tokens=290, repeat=7, kv_heads=4, head_dim=80, heads_per_group=4, rotary_dim=80, query_tokens=5,
+          key_bits=3, value_bits=4, value_group=16, unrotate_values=True, sinks=20, window=40, padding=(270, 5)),
+    Shape(tokens=33, kv_heads=2, head_dim=112, heads_per_group=0, repeat=1),
+    Shape(tokens=300, kv_heads=4, head_dim=128, heads_per_group=4, repeat=4, rotary_dim=128, unrotate_values=True),
+    Shape(tokens=40, window=40, kv_heads=4, head_dim=96, heads_per_group=4, rotary_dim=96),
+]  # fmt: skip
+
+
+def main() -> None:
+    instruction_sets = cpu.available_instruction_sets()[:2]
+    with ThreadPoolExecutor(2) as pool:  # compile side by side
+        list(pool.map(load_library, *zip(*product(("attention", "quantize"), instruction_sets), strict=True)))
+    for instruction_set in instruction_sets:
+        for shape in SHAPES:
+            cpu.decode_attention(**random_step(shape), threads=2, instruction_set=instruction_set)
+        for bits in (2, 3, 4):
+            for magnitude in (0.0, 1.0, 1e38, float("inf"), float("nan")):
+                blocks = allocate_blocks(2, 2, 48, 3, bits)
+                x = torch.randn(2, 20, 48) * magnitude
+                cpu.quantize_into_blocks(x, blocks, 12, bits, 16, instruction_set=instruction_set)
+    print("clean")
+
+
+if __name__ == "__main__":
+    main()

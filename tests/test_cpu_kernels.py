@@ -1,0 +1,300 @@
+"""The CPU kernels against plain torch: every instruction set this CPU has, over odd shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import Shape, error, random_step, with_options
+
+from rotatekv.kernels import cpu
+from rotatekv.kernels.cpu import build
+from rotatekv.kernels.layout import allocate_blocks, pack_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels.reference_attention import decode_attention_reference
+from rotatekv.quantize import quantize_groups
+
+if build._load("attention", "portable", "") is None:
+    pytest.skip("no g++", allow_module_level=True)
+
+INSTRUCTION_SETS = cpu.available_instruction_sets()
+# head_dim, key/value heads, heads per rotation group (0: not rotated)
+GEOMETRIES = [
+    (64, 1, 1), (128, 1, 1), (64, 3, 3), (80, 3, 1), (80, 4, 4), (96, 4, 4), (128, 4, 4), (96, 2, 1), (64, 2, 2),
+    (64, 4, 4), (80, 2, 2), (48, 2, 1), (16, 3, 3), (16, 4, 2), (32, 3, 3), (64, 16, 16), (112, 2, 0), (64, 2, 0),
+    (128, 8, 4),
+]  # fmt: skip
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    head_dim, kv_heads, heads_per_group = draw(st.sampled_from(GEOMETRIES))
+    batch = draw(st.integers(1, 3))
+    tokens = draw(st.integers(1, 600))
+    window = draw(st.sampled_from([0, 1, 5, min(40, tokens)])) if tokens > 5 else 0
+    groups = [g for g in (head_dim, 16, 32) if head_dim % g == 0]
+    has_matrix = head_dim in (16, 32, 48, 64, 80, 96, 128)
+    return Shape(
+        batch=batch, repeat=draw(st.sampled_from([1, 2, 3, 4, 7])), kv_heads=kv_heads, head_dim=head_dim,
+        heads_per_group=heads_per_group, query_tokens=min(draw(st.sampled_from([1, 1, 2, 5, 16])), tokens),
+        tokens=tokens, window=window, sinks=draw(st.sampled_from([0, 0, 3, 20])),
+        key_bits=draw(st.integers(2, 4)), value_bits=draw(st.integers(2, 4)), value_group=draw(st.sampled_from(groups)),
+        rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
+        unrotate_values=has_matrix and draw(st.booleans()),
+        padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
+        exact_dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])), seed=draw(st.integers(0, 10**6)),
+    )  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(shape=shapes(), instruction_set=st.sampled_from(INSTRUCTION_SETS), threads=st.integers(1, 3))
+def test_attention_is_as_exact_as_torch_in_bfloat16(shape, instruction_set, threads):
+    step = random_step(shape)
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    out = cpu.decode_attention(**step, threads=threads, instruction_set=instruction_set)
+    eager = decode_attention_reference(**step, dtype=torch.bfloat16)
+    assert error(out, truth) <= 2 * error(eager, truth) + 1e-6
+    assert error(out, truth) < 2e-3
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_keys_are_exact_to_float32(instruction_set):
+    """With constant values, weights do not round away: what is left is the error of the scores alone."""
+    step = random_step(Shape(tokens=500, rotary_dim=64, kv_heads=3, sinks=4, window=300, key_bits=3))
+    step = {**step, "packed_tokens": 0}
+    exact = step["exact"]
+    rows, columns = torch.zeros(500, dtype=torch.int32), torch.arange(500, dtype=torch.int32)
+    keys, values = (torch.randn(500, 192).half() for _ in range(2))
+    step["exact"] = type(exact)(rows, columns, keys, values)
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    eager = decode_attention_reference(**step)
+    out = cpu.decode_attention(**step, instruction_set=instruction_set)
+    assert error(out, truth) <= 2 * error(eager, truth) + 1e-7
+
+
+def test_far_positions_do_not_drift():
+    shape = Shape(tokens=40_003, rotary_dim=64, query_tokens=2, padding=(3,))
+    step = random_step(shape)
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    assert error(cpu.decode_attention(**step), truth) < 1e-3
+
+
+def test_room_for_more_blocks_changes_nothing():
+    step = random_step(Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4))
+    out = cpu.decode_attention(**step)
+    for name in ("keys", "values"):
+        step[name] = {k: torch.cat([x, torch.full_like(x[:, :1], 77)], 1) for k, x in step[name].items()}
+    assert torch.equal(cpu.decode_attention(**step), out)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    bits=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(0, 70), start=st.integers(0, 40),
+    geometry=st.sampled_from([(192, 64), (128, 128), (320, 80), (48, 16)]), magnitude=st.sampled_from([1e-7, 1, 3e4]),
+    clip=st.sampled_from([0.8, 1.0]), reorder=st.booleans(), threads=st.integers(1, 3),
+    instruction_set=st.sampled_from(INSTRUCTION_SETS), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_quantize_equals_torch_bit_for_bit(
+    bits, batch, tokens, start, geometry, magnitude, clip, reorder, threads, instruction_set, seed
+):
+    channels, group = geometry
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, tokens, channels, generator=generator) * magnitude
+    if tokens > 4:
+        x[:, 0], x[:, 1], x[0, 2], x[:, 3] = 0.0, 5.0, 1e6, torch.arange(channels) * 0.5 * magnitude
+    order = torch.randperm(channels, generator=generator) if reorder else torch.arange(channels)
+    codes, scale, zero = quantize_groups(x, bits, group, clip)
+    expected = allocate_blocks(batch, 8, channels, channels // group, bits)
+    for plane in expected.values():
+        plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
+    made = {name: plane.clone() for name, plane in expected.items()}
+    write_blocks(expected, start, codes[..., torch.argsort(order)], scale, zero, bits)
+    cpu.quantize_into_blocks(
+        x, made, start, bits, group, clip, order.int() if reorder else None, threads, instruction_set
+    )
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(bits=st.integers(2, 4), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=st.integers(0, 999))
+def test_blocks_written_in_parts_equal_blocks_packed_at_once(bits, lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    codes = torch.randint(0, 2**bits, (2, tokens, 48), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(2, tokens, 3, generator=generator).half()
+    zero = torch.randint(-127, 128, (2, tokens, 3), generator=generator, dtype=torch.int8)
+    whole = pack_blocks(codes, scale, zero, bits)
+    assert all(torch.equal(a, b) for a, b in zip(unpack_blocks(whole, tokens, bits), (codes, scale, zero), strict=True))
+    parts, start = allocate_blocks(2, -(-tokens // 16), 48, 3, bits), 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        write_blocks(parts, start, codes[:, piece], scale[:, piece], zero[:, piece], bits)
+        start += length
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+GOOD = Shape(batch=2, tokens=70, window=5, sinks=3, rotary_dim=64, key_bits=3, value_bits=4)
+
+
+def _damaged_tensors(step: dict) -> list:
+    """Every tensor of the call, each with a wrong dtype, a wrong shape and wrong strides."""
+    cases = []
+    for name in ("queries", "group_of_channel", "first"):
+        cases += [({**step, name: bad}, name) for bad in _damage(step[name])]
+    for name in ("keys", "values"):
+        for plane, tensor in step[name].items():
+            cases += [({**step, name: {**step[name], plane: bad}}, f"{name}.{plane}") for bad in _damage(tensor)]
+    for name in ("rows", "columns", "keys", "values"):
+        for bad in _damage(getattr(step["exact"], name)):
+            fields = {**vars(step["exact"]), name: bad}
+            cases.append(({**step, "exact": type(step["exact"])(**fields)}, f"exact.{name}"))
+    for name in ("coarse_cos", "coarse_sin", "fine_cos", "fine_sin"):
+        rope = step["options"].rope
+        for bad in _damage(getattr(rope, name)):
+            cases.append((with_options(step, rope=type(rope)(**{**vars(rope), name: bad})), f"rope.{name}"))
+    return cases
+
+
+def _damage(x: torch.Tensor) -> list:
+    other = torch.float64 if x.is_floating_point() else torch.int64
+    stretched = torch.stack([x, x], -1)[..., 0]  # the same numbers, every second in memory
+    return [x.to(other), x[:-1], x.unsqueeze(0), stretched, None]
+
+
+def test_damaged_tensors_are_refused():
+    for step, name in _damaged_tensors(random_step(GOOD)):
+        with pytest.raises(ValueError):
+            cpu.decode_attention(**step)
+            pytest.fail(f"accepted a damaged {name}")
+
+
+def _set(tensor: torch.Tensor, value: int) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[-1] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("packed tokens", lambda s: {**s, "packed_tokens": 10_000, "total_tokens": 10_000}),
+        ("packed_tokens", lambda s: {**s, "packed_tokens": -1}),
+        ("packed_tokens", lambda s: {**s, "total_tokens": 3}),
+        ("too short", lambda s: {**s, "total_tokens": 100_000}),
+        ("2\\^31", lambda s: {**s, "total_tokens": 2**40}),
+        ("group is not there", lambda s: {**s, "group_of_channel": _set(s["group_of_channel"], 3)}),
+        ("group is not there", lambda s: {**s, "group_of_channel": _set(s["group_of_channel"], -1)}),
+        ("first", lambda s: {**s, "first": _set(s["first"], 71)}),
+        ("first", lambda s: {**s, "first": _set(s["first"], -1)}),
+        ("threads", lambda s: {**s, "threads": -1}),
+        ("rotation_width", lambda s: with_options(s, rotation_width=100)),
+        ("rotation_width", lambda s: with_options(s, rotation_width=-64)),
+        ("rotation_width", lambda s: with_options(s, rotation_width=32)),
+        ("rotation_width", lambda s: with_options(s, rotation_width=128)),
+        ("head_dim", lambda s: with_options(s, head_dim=32)),
+        ("bits", lambda s: with_options(s, key_bits=5)),
+        ("bits need", lambda s: with_options(s, key_bits=2)),
+        ("query_tokens", lambda s: {**s, "queries": torch.zeros(2, 9, 17, 64)}),
+        ("kv_heads", lambda s: {**s, "queries": torch.zeros(2, 8, 1, 64)}),
+        ("exact row", lambda s: {**s, "exact": _exact(s, rows=2)}),
+        ("ascend", lambda s: {**s, "exact": _exact(s, rows=0)}),
+        ("exact column", lambda s: {**s, "exact": _exact(s, columns=70)}),
+        ("exact column", lambda s: {**s, "exact": _exact(s, columns=-1)}),
+    ],
+)
+def test_numbers_out_of_range_are_refused(message, change):
+    with pytest.raises(ValueError, match=message):
+        cpu.decode_attention(**change(random_step(GOOD)))
+
+
+def _exact(step: dict, **last):
+    exact = step["exact"]
+    return type(exact)(**{**vars(exact), **{name: _set(getattr(exact, name), value) for name, value in last.items()}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(2, 5, 48, dtype=torch.float64)}, {"x": torch.zeros(2, 5, 47)}, {"x": torch.zeros(1, 5, 48)},
+        {"x": torch.zeros(2, 48, 5).transpose(1, 2)}, {"start": 28}, {"start": -1}, {"bits": 2}, {"bits": 1},
+        {"group_size": 24}, {"clip_ratio": 0.0}, {"clip_ratio": float("nan")}, {"threads": -2},
+        {"order": torch.zeros(48, dtype=torch.int32)}, {"order": torch.arange(48)},
+        {"order": torch.arange(1, 49, dtype=torch.int32)}, {"order": torch.arange(-1, 47, dtype=torch.int32)},
+    ],
+)  # fmt: skip
+def test_wrong_quantize_arguments_are_refused_and_nothing_is_written(change):
+    packed = allocate_blocks(2, 2, 48, 3, 3)
+    arguments = {"x": torch.ones(2, 5, 48), "packed": packed, "start": 0, "bits": 3, "group_size": 16}
+    with pytest.raises(ValueError):
+        cpu.quantize_into_blocks(**{**arguments, **change})
+    assert not any(plane.any() for plane in packed.values())
+
+
+def test_a_failing_compiler_warns_once_and_gives_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path))
+    for compiler in ("/nonexistent/g++", "/bin/false"):
+        monkeypatch.setenv("CXX", compiler)
+        build._load.cache_clear()
+        with pytest.warns(RuntimeWarning, match="CPU kernel is not used") as caught:
+            assert build.load_library("attention", "portable") is None
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert build.load_library("attention", "portable") is None
+    build._load.cache_clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_instruction_set_the_cpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset())
+    build._load.cache_clear()
+    with pytest.warns(RuntimeWarning, match="cannot run 'avx2'"):
+        assert build.load_library("attention", "avx2") is None
+    build._load.cache_clear()
+
+
+def test_the_environment_switches_kernels_off(monkeypatch):
+    monkeypatch.setenv("ROTATEKV_CPU_KERNEL", "off")
+    assert not cpu.available()
+    with pytest.raises(RuntimeError, match="not available"):
+        cpu.decode_attention(**random_step(Shape()))
+
+
+def test_a_changed_source_is_another_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path / "cache"))
+    for source in build._SOURCES.iterdir():
+        if source.suffix in (".h", ".cpp"):
+            (tmp_path / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    first = build._build("quantize", build._BASE_FLAGS, "portable")
+    assert build._build("quantize", build._BASE_FLAGS, "portable") == first
+    (tmp_path / "simd.h").write_text((tmp_path / "simd.h").read_text() + "\n")
+    second = build._build("quantize", build._BASE_FLAGS, "portable")
+    assert second != first
+    assert isinstance(ctypes.CDLL(str(second)), ctypes.CDLL)
+
+
+def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(asan):
+        pytest.skip("no libasan")
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tests.parent),
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "ROTATEKV_CACHE_DIR": str(tmp_path),
+        "ROTATEKV_CPU_FLAGS": "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    }
+    code = tests / "sanitized_kernels.py"
+    done = subprocess.run([sys.executable, str(code)], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "clean"

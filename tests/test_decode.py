@@ -1,0 +1,168 @@
+"""Which calls the fused kernel decodes, and that it gives what the general path gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
+from rotatekv.kernels import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
+
+PLAIN = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
+CONFIGS = {
+    "RotateKV2": PLAIN,
+    "RotateKV3, unfolded": replace(PLAIN, k_bits=3, v_bits=3, fuse_weights=False),
+    "RotateKV4, window": replace(PLAIN, k_bits=4, v_bits=4, residual_length=6),
+    "K4 V2, no sinks": replace(PLAIN, k_bits=4, Attention_Sink_Aware=False),
+    "after RoPE": replace(PLAIN, Grouped_Head_Key_Rotation=False),
+    "RTN2": PRESETS["RTN2"],
+    "RTN3, window": replace(PRESETS["RTN3"], residual_length=3),
+}
+
+
+def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """The number of query tokens of every call of the kernel."""
+    seen, kernel = [], cpu.decode_attention
+
+    def counting(query, *args):
+        seen.append(query.shape[2])
+        return kernel(query, *args)
+
+    monkeypatch.setattr(cpu, "decode_attention", counting)
+    return seen
+
+
+def logits(model, config: QuantConfig, chunks: tuple[int, ...], rows: int = 1, mask: torch.Tensor | None = None):
+    """(B, T, V) logits of a text fed in ``chunks`` through one cache."""
+    ids, start, parts = token_ids(rows, sum(chunks)), 0, []
+    with patch_model(model, config), torch.no_grad():
+        cache = RotateKVCache.for_model(model)
+        for length in chunks:
+            inputs = {}
+            if mask is not None:
+                inputs["attention_mask"] = mask[:, : start + length]
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
+            parts.append(model(ids[:, start : start + length], past_key_values=cache, **inputs).logits)
+            start += length
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoded_logits_are_those_of_the_general_path(name, rows, any_family, calls, monkeypatch):
+    """In float64, so that hardly a number sits on a rounding tie that the kernel's float32 would tip."""
+    mask = torch.ones(rows, 62, dtype=torch.long)
+    if rows > 1:
+        mask[0, :7] = mask[2, :19] = 0
+    chunks = (35, 1, 1, 5, 16, 1, 1, 2)
+    fused = logits(any_family.double(), CONFIGS[name], chunks, rows, mask)
+    assert calls == [length for length in chunks[1:] for _ in range(2)]
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    general = logits(any_family, CONFIGS[name], chunks, rows, mask)
+    assert len(calls) == 2 * len(chunks[1:])
+    difference = (fused - general)[mask.bool()].abs()
+    assert difference.median() < 5e-4 and difference.mean() < 0.005 * general.std()
+
+
+def test_reordered_keys_are_read_in_their_order(tiny, calls, tmp_path, monkeypatch):
+    from rotatekv.calibration import save_reorder_indices
+
+    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
+    path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
+    tiny.name_or_path = "tiny"
+    config, results = replace(PRESETS["RotateKV4"], residual_length=4), {}
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+        with patch_model(tiny.double(), config, path), torch.no_grad():
+            cache = RotateKVCache.for_model(tiny)
+            tiny(token_ids(2, 30), past_key_values=cache)
+            results[backend] = [tiny(token_ids(2, 1, step), past_key_values=cache).logits for step in range(6)]
+    assert len(calls) == 12
+    fused, general = (torch.cat(results[backend]) for backend in ("cpu", "reference"))
+    assert (fused - general).abs().median() < 5e-4 and (fused - general).abs().mean() < 0.005 * general.std()
+
+
+def generated(model, **options) -> torch.Tensor:
+    return model.generate(token_ids(1, 20), max_new_tokens=5, min_new_tokens=5, do_sample=False, **options)
+
+
+def test_generate_decodes_with_the_kernel_and_prompt_lookup_too(tiny, calls):
+    with patch_model(tiny, PLAIN):
+        generated(tiny)
+        assert calls == [1] * 8
+        calls.clear()
+        repeated = token_ids(1, 5).repeat(1, 4)
+        tiny.generate(repeated, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4)
+        assert max(calls) > 1
+
+
+@pytest.mark.parametrize(
+    "case", ["reference backend", "eager", "17 tokens", "prefill", "FP16", "gradients", "a hole", "right padding",
+             "odd positions", "4-D mask"]
+)  # fmt: skip
+def test_calls_that_the_kernel_does_not_know_take_the_general_path(case, calls, monkeypatch):
+    model = tiny_model(attn_implementation="eager" if case == "eager" else "sdpa")
+    if case == "reference backend":
+        monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    length, inputs = (17 if case == "17 tokens" else 2), {}
+    mask = torch.ones(1, 20 + length, dtype=torch.long)
+    if case == "a hole":
+        mask[0, 5] = 0
+    if case == "right padding":
+        mask[0, -1] = 0
+    if case in ("a hole", "right padding"):
+        inputs["attention_mask"] = mask
+    if case == "4-D mask":
+        inputs["attention_mask"] = mask[:, None, None, :].bool().expand(1, 1, length, -1)
+    if case == "odd positions":
+        inputs["position_ids"] = torch.tensor([[40, 41]])
+    with patch_model(model, "FP16" if case == "FP16" else PLAIN), torch.set_grad_enabled(case == "gradients"):
+        cache = RotateKVCache.for_model(model)
+        model(token_ids(1, 20), past_key_values=cache)
+        if case != "prefill":
+            model(token_ids(1, length), past_key_values=cache, **inputs)
+    assert calls == []
+
+
+def test_an_unknown_backend_is_one_line(tiny, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "fpga")
+    with patch_model(tiny, PLAIN), pytest.raises(UserError, match="ROTATEKV_BACKEND=fpga"):
+        tiny(token_ids(1, 4))
+
+
+def test_without_a_compiler_torch_decodes_after_one_warning(tiny, monkeypatch, tmp_path):
+    """A compiler that is not there, an empty build cache: the same numbers, one warning."""
+    from rotatekv.kernels.cpu import build
+
+    want = logits(tiny, PLAIN, (20, 1, 1))
+    build._load.cache_clear()
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path / "empty"))
+    try:
+        with pytest.warns(RuntimeWarning, match="torch is") as caught:
+            got = logits(tiny, PLAIN, (20, 1, 1))
+    finally:
+        build._load.cache_clear()
+    assert 1 <= len(caught) <= 2  # one per library
+    assert (got - want).abs().median() < 1e-3
+
+
+def test_rope_tables_grow_with_the_sequence_and_are_shared(tiny):
+    with patch_model(tiny, PLAIN) as handle:
+        first = handle.rope_source.tables(10)
+        assert handle.rope_source.tables(4096) is first
+        longer = handle.rope_source.tables(4097)
+        assert longer.positions >= 8194 and handle.rope_source.tables(10) is longer
+        cos, _ = longer.at(torch.tensor([8000]), torch.float64)
+        exact = torch.cos(8000 * tiny.model.rotary_emb.inv_freq.double())
+        torch.testing.assert_close(cos[0], exact, atol=1e-6, rtol=0)
