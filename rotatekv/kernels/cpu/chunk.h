@@ -40,7 +40,6 @@ static void read_keys(const Part& part, int64_t token, float* keys, const RopeAn
     const int lane = int(token % kBlock), channels = int(part.g.group_channels);
     const int64_t channel = part.group * channels;
     float* table = part.memory.key_scales.data();
-    load_scales(a.keys, block, lane, table);
     const auto read = [&](auto dequantizer) { first_pass(part.g.plan, channels, keys, dequantizer); };
     if (a.keys.bits == 2) read(Dequantizer<2>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
     if (a.keys.bits == 3) read(Dequantizer<3>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));

@@ -7,7 +7,7 @@
 
 #include "simd.h"
 
-// Sylvester's order N on the vectors source(0) … source(N − 1), into registers: log2(N)·N additions, half of them as
+// Sylvester's order N on the vectors source(0) … source(N − 1), into registers: log2(N)·N additions, some of them as
 // multiply-adds. Depth first, so that fetching later vectors overlaps with adding earlier ones.
 template <int N, int From = 0, class Source>
 static ROTATEKV_INLINE void sylvester(const Source& source, Vec one, Vec* x) {
@@ -20,7 +20,7 @@ static ROTATEKV_INLINE void sylvester(const Source& source, Vec one, Vec* x) {
         for (int i = 0; i < N / 2; ++i) {
             const Vec a = x[i], b = x[i + N / 2];
             x[i] = a + b;
-            x[i + N / 2] = a - b * one;
+            x[i + N / 2] = N >= 16 ? a - b * one : a - b;
         }
     }
 }
