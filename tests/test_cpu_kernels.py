@@ -292,7 +292,7 @@ def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
         "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0",
         "ROTATEKV_CACHE_DIR": str(tmp_path),
-        "ROTATEKV_CPU_FLAGS": "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "ROTATEKV_CPU_FLAGS": "-g -O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     }
     code = tests / "sanitized_kernels.py"
     done = subprocess.run([sys.executable, str(code)], capture_output=True, text=True, env=environment, timeout=600)

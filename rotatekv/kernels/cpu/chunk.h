@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "dequantize.h"
+#include "fused.h"
 #include "workspace.h"
 
 constexpr float kNever = -INFINITY;
@@ -30,8 +31,8 @@ struct Part {
     }
 };
 
-// kLanes tokens from `token` on, dequantized and un-rotated. Past the last block that one repeats; the mask hides it.
-static void read_keys(const Part& part, int64_t token, int plane) {
+// kLanes tokens from `token` on, dequantized and after the first pass of the inverse Hadamard. Past the last block that one repeats; the mask hides it.
+static void read_keys(const Part& part, int64_t token, float* keys, const RopeAngles& angles) {
     const DecodeArguments& a = part.a;
     const int64_t last = (a.packed_tokens - 1) / kBlock;
     if (token / kBlock > last) token = last * kBlock;
@@ -39,12 +40,11 @@ static void read_keys(const Part& part, int64_t token, int plane) {
     const int lane = int(token % kBlock), channels = int(part.g.group_channels);
     const int64_t channel = part.group * channels;
     float* table = part.memory.key_scales.data();
-    load_scales(a.keys, block, lane, table);
-    const auto read = [&](auto dequantizer) { inverse_hadamard(part.g.plan, channels, part.keys(plane), dequantizer); };
+    const auto read = [&](auto dequantizer) { first_pass(part.g.plan, channels, keys, dequantizer); };
     if (a.keys.bits == 2) read(Dequantizer<2>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
     if (a.keys.bits == 3) read(Dequantizer<3>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
     if (a.keys.bits == 4) read(Dequantizer<4>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
-    if (a.rotary_dim) set_consecutive_angles(a, token - part.a.first[part.row], part.angles(plane));
+    if (a.rotary_dim) set_consecutive_angles(a, token - a.first[part.row], angles);
 }
 
 // Scores of the two planes of keys against all rows, to column `column` of the chunk.
@@ -56,6 +56,19 @@ static void score_tile(const Part& part, int64_t column) {
         score_head(int(part.g.head_rows), part.keys(0) + head * dim * kLanes, plane, angles, part.queries + row * dim,
                    int(dim), part.memory.scores.data() + row * kChunk + column, kChunk);
     }
+}
+
+// Scores of kTile packed tokens from `token` on.
+static void score_packed_tile(const Part& part, int64_t token, int64_t column) {
+    const Geometry& g = part.g;
+    for (int plane = 0; plane < 2; ++plane) {
+        float* keys = part.keys(g.fused == Fused::none ? plane : 0);
+        read_keys(part, token + plane * kLanes, keys, part.angles(plane));
+        if (g.fused == Fused::none) last_passes(g.plan, int(g.group_channels), keys);
+        else score_fused(g.fused, int(g.head_rows), keys, part.angles(plane), part.queries,
+                         int(part.a.head_dim), part.memory.scores.data() + column + plane * kLanes, kChunk);
+    }
+    if (g.fused == Fused::none) score_tile(part, column);
 }
 
 // Scores → weights, in place, of `count` tokens (a multiple of kLanes); the factor on the row's former sums.
@@ -138,11 +151,7 @@ static void attend_packed_chunk(const Part& part, int64_t chunk) {
     const int tokens = int(a.packed_tokens - token < kChunk ? a.packed_tokens - token : kChunk);
     if (token + tokens <= a.first[part.row]) return;
     const int blocks = (tokens + kBlock - 1) / kBlock, count = blocks * kBlock;
-    for (int column = 0; column < count; column += kTile) {
-        read_keys(part, token + column, 0);
-        read_keys(part, token + column + kLanes, 1);
-        score_tile(part, column);
-    }
+    for (int column = 0; column < count; column += kTile) score_packed_tile(part, token + column, column);
     mask_packed(part, token, count);
     for (int64_t row = 0; row < part.g.group_rows; ++row) {
         const Partial partial = part.partial(row);

@@ -7,17 +7,20 @@
 
 #include "simd.h"
 
-// Sylvester's order N on N vectors held in registers: log2(N)·N additions.
-template <int N>
-static ROTATEKV_INLINE void sylvester(Vec* x, Vec one) {
-#pragma GCC unroll 8
-    for (int half = 1; half < N; half *= 2) {
-#pragma GCC unroll 32
-        for (int i = 0; i < N; ++i) {
-            if (i & half) continue;
-            const Vec a = x[i], b = x[i + half];
+// Sylvester's order N on the vectors source(0) … source(N − 1), into registers: log2(N)·N additions, some of them as
+// multiply-adds. Depth first, so that fetching later vectors overlaps with adding earlier ones.
+template <int N, int From = 0, class Source>
+static ROTATEKV_INLINE void sylvester(const Source& source, Vec one, Vec* x) {
+    if constexpr (N == 1) {
+        x[0] = source(From);
+    } else {
+        sylvester<N / 2, From>(source, one, x);
+        sylvester<N / 2, From + N / 2>(source, one, x + N / 2);
+#pragma GCC unroll 16
+        for (int i = 0; i < N / 2; ++i) {
+            const Vec a = x[i], b = x[i + N / 2];
             x[i] = a + b;
-            x[i + half] = a - b * one;
+            x[i + N / 2] = N >= 16 ? a - b * one : a - b;
         }
     }
 }
@@ -29,9 +32,7 @@ static void sylvester_pass(float* x, int width, int stride) {
     for (int start = 0; start < width; start += N * stride) {
         for (int column = start; column < start + stride; ++column) {
             Vec held[N];
-#pragma GCC unroll 32
-            for (int i = 0; i < N; ++i) held[i] = load(x + (column + i * stride) * kLanes);
-            sylvester<N>(held, one);
+            sylvester<N>([&](int i) { return load(x + (column + i * stride) * kLanes); }, one, held);
 #pragma GCC unroll 32
             for (int i = 0; i < N; ++i) store(x + (column + i * stride) * kLanes, held[i]);
         }
@@ -163,17 +164,15 @@ static void inner_pass(float* x, int width, const Loader& loader) {
     const Vec one = hidden_one();
     for (int start = 0; start < width; start += Inner) {
         Vec held[Inner];
-#pragma GCC unroll 16
-        for (int i = 0; i < Inner; ++i) held[i] = loader(start + i);
-        sylvester<Inner>(held, one);
+        sylvester<Inner>([&](int i) { return loader(start + i); }, one, held);
 #pragma GCC unroll 16
         for (int i = 0; i < Inner; ++i) store(x + (start + i) * kLanes, held[i]);
     }
 }
 
-// x (channels, kLanes) ← sqrt(W)·Hᵀ·(loader(0), loader(1), …); `channels` is W, or any number when W = 0.
+// The passes over x (channels, kLanes) ← (loader(0), loader(1), …); `channels` is W, or any number when W = 0.
 template <class Loader>
-static void inverse_hadamard(const HadamardPlan& plan, int channels, float* x, const Loader& loader) {
+static void first_pass(const HadamardPlan& plan, int channels, float* x, const Loader& loader) {
     switch (plan.inner) {
         case 16: inner_pass<16>(x, channels, loader); break;
         case 8: inner_pass<8>(x, channels, loader); break;
@@ -181,8 +180,18 @@ static void inverse_hadamard(const HadamardPlan& plan, int channels, float* x, c
         case 2: inner_pass<2>(x, channels, loader); break;
         default: inner_pass<1>(x, channels, loader);
     }
+}
+
+static void last_passes(const HadamardPlan& plan, int channels, float* x) {
     sylvester_passes(x, channels, plan.inner, plan.middle);
     const int stride = plan.inner * plan.middle;
     if (plan.paley == 12) paley_pass<12>(x, stride);
     if (plan.paley == 20) paley_pass<20>(x, stride);
+}
+
+// x (channels, kLanes) ← sqrt(W)·Hᵀ·(loader(0), loader(1), …)
+template <class Loader>
+static void inverse_hadamard(const HadamardPlan& plan, int channels, float* x, const Loader& loader) {
+    first_pass(plan, channels, x, loader);
+    last_passes(plan, channels, x);
 }

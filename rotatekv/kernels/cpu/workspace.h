@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "fused.h"
 #include "hadamard.h"
 #include "scores.h"
 #include "values.h"
@@ -35,6 +36,7 @@ struct Geometry {
     int64_t chunks, splits; // of the packed tokens; `splits` parts of whole chunks
     bool exact;             // one part more, for the exact tokens
     HadamardPlan plan;
+    Fused fused;            // how packed keys are scored
 
     explicit Geometry(const DecodeArguments& a) {
         channels = a.kv_heads * a.head_dim;
@@ -50,6 +52,7 @@ struct Geometry {
         splits = wanted < chunks ? wanted : chunks;
         exact = a.exact_tokens > 0;
         plan_hadamard(a.rotation_width, &plan);
+        fused = fused_form(plan, int(a.head_dim), int(a.rotary_dim), head_rows);
     }
 
     int64_t parts() const { return splits + exact; }
