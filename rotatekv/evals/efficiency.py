@@ -110,7 +110,7 @@ def method_side(name: str, model: nn.Module, config: QuantConfig, calibration_fi
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A second instance over the same weight storage; parameters are new objects, which a patch may move and replace."""
+    """A second instance over the same weight storage; its parameters are new objects, free for a patch to replace."""
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, shared)
 
@@ -146,7 +146,9 @@ def alternate(
     return times
 
 
-def measure_cell(sides: Sequence[Side], ids: torch.Tensor, cell: dict, decode_tokens: int, prefill_repeats: int) -> dict:
+def measure_cell(
+    sides: Sequence[Side], ids: torch.Tensor, cell: dict, decode_tokens: int, prefill_repeats: int
+) -> dict:
     """One context length and batch size of ``HF`` and one method, [HF, method].
 
     Args:
@@ -367,5 +369,3 @@ def circumstances(side: Side) -> dict:
         "device": device_name(side.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "dtype": str(side.model.dtype).removeprefix("torch."), "backend": backend_name(side.model),
     }  # fmt: skip
-
-

@@ -90,7 +90,7 @@ def draw(records: Sequence[dict], config: dict):
     batches = sorted({record["batch_size"] for record in records})
     lengths = sorted({record["context_length"] for record in records})
     methods = list(dict.fromkeys(record["method"] for record in records))
-    width = max(3.2, 0.5 + 0.34 * len(lengths) * (len(methods) + 2))
+    width = max(3.2, 0.5 + 0.34 * len(lengths) * (2 * len(methods) + 1))
     figure = Figure(figsize=(4 * width, 2.9 * len(batches) + 0.9), layout="constrained")
     grid = figure.subplots(len(batches), len(_PANELS), squeeze=False)
     for panels, batch in zip(grid, batches, strict=True):
@@ -111,38 +111,43 @@ def draw(records: Sequence[dict], config: dict):
 
 
 def _draw_panel(panel, records: Sequence[dict], lengths, methods, value: Callable, ratio: str) -> None:
-    """Grouped bars over context lengths: HF, then each method with its gain written above."""
-    sides = [BASELINE, *methods]
-    colours = [_BASELINE_COLOUR, *(_PALETTE[number % len(_PALETTE)] for number in range(len(methods)))]
-    bar = 0.84 / len(sides)
-    for number, (name, colour) in enumerate(zip(sides, colours, strict=True)):
-        places, heights, below, above = [], [], [], []
-        for place, length in enumerate(lengths):
-            # HF is measured anew beside each method; its bar is the one of the first.
-            of_side = [r for r in records if r["context_length"] == length and name in (BASELINE, r["method"])]
-            record = of_side[0] if of_side else None
-            found = value(record, record["hf" if name == BASELINE else "quantized"]) if record else None
-            if found is None:
+    """Pairs of bars over context lengths: each method beside HF in the same cell, its gain written above."""
+    # HF's bar is drawn anew for every method: the machine may have drifted from one cell to the next.
+    bar = 0.84 / (2 * len(methods))
+    for number, method in enumerate(methods):
+        of_method = [record for record in records if record["method"] == method]
+        colours = (("hf", _BASELINE_COLOUR), ("quantized", _PALETTE[number % len(_PALETTE)]))
+        for second, (key, colour) in enumerate(colours):
+            bars = []
+            for record in of_method:
+                if (found := value(record, record[key])) is not None:
+                    low, middle, high = found
+                    x = lengths.index(record["context_length"]) + (2 * number + second - len(methods) + 0.5) * bar
+                    bars.append((x, middle, middle - low, high - middle))
+                    gain = ratios(record)[ratio] if key == "quantized" else None
+                    if gain is not None:
+                        _write_gain(panel, gain, x, high)
+            if not bars:
                 continue
-            low, middle, high = found
-            x = place + (number - (len(sides) - 1) / 2) * bar
-            places.append(x)
-            heights.append(middle)
-            below.append(middle - low)
-            above.append(high - middle)
-            gain = ratios(record)[ratio] if name != BASELINE else None
-            if gain is not None:
-                panel.annotate(f"{gain:.2f}×", (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=8)
-        whiskers = [below, above] if any(below + above) else None
-        panel.bar(places, heights, bar * 0.94, color=colour, label=name, yerr=whiskers, capsize=2, ecolor="#333333")
+            places, heights, below, above = zip(*bars, strict=True)
+            whiskers = (below, above) if any(below + above) else None
+            label = method if second else BASELINE if number == 0 else None
+            panel.bar(
+                places, heights, bar * 0.94, color=colour, label=label, yerr=whiskers, capsize=2, ecolor="#333333"
+            )
     panel.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45 if len(lengths) > 5 else 0)
     panel.set_xlabel("context length (tokens)")
     panel.set_xlim(-0.6, len(lengths) - 0.4)
     panel.margins(y=0.14)
-    panel.set_ylim(bottom=0)
     panel.spines[["top", "right"]].set_visible(False)
-    if not panel.containers or not any(len(container) for container in panel.containers):
+    if panel.patches:
+        panel.set_ylim(bottom=0)
+    else:
         panel.text(0.5, 0.5, NOT_MEASURED, transform=panel.transAxes, ha="center")
+
+
+def _write_gain(panel, gain: float, x: float, y: float) -> None:
+    panel.annotate(f"{gain:.2f}×", (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=8)
 
 
 def _speed(phase: str) -> Callable:
@@ -182,9 +187,10 @@ def line_of(record: dict) -> str:
     if found["peak_ratio"] is not None:
         sizes = (side["model_bytes"] + side["growth"] for side in (record["hf"], record["quantized"]))
         peak = " -> ".join(f"{size / 1e6:.0f}" for size in sizes) + " MB"
+    prefill, cache = found["prefill_overhead_percent"], found["cache_ratio"]
     line = (
-        f"{where}: decode {found['decode_speedup']:.2f}x HF ({step:.1f} ms a step), prefill "
-        f"{found['prefill_overhead_percent']:+.1f} % time, cache {found['cache_ratio']:.1f}x smaller, peak memory {peak}"
+        f"{where}: decode {found['decode_speedup']:.2f}x HF ({step:.1f} ms a step), prefill {prefill:+.1f} % time, "
+        f"cache {cache:.1f}x smaller, peak memory {peak}"
     )
     if "max_batch" in record["hf"]:
         hf, own = record["hf"], record["quantized"]
