@@ -141,6 +141,18 @@ def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
     return (name if config == preset else f"{name}*"), config
 
 
+def methods_from_args(args: argparse.Namespace) -> dict[str, QuantConfig]:
+    """``--methods``, each with the flags that override a preset; without it the one method of ``--method``."""
+    if args.methods is None:
+        return dict([method_from_args(args)])
+    if args.method is not None:
+        raise UserError("give --methods or --method, not both")
+    names = [name.strip() for name in args.methods.split(",") if name.strip()]
+    if not names:
+        raise UserError("--methods needs presets: NAME,NAME")
+    return dict(method_from_args(argparse.Namespace(**{**vars(args), "method": name})) for name in names)
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if (value := getattr(args, name)) is not None and value < 1:
