@@ -35,7 +35,7 @@ class Usage:
     """What one kernel takes on one target.
 
     Attributes:
-        registers: per thread. spills: bytes of stores and loads. shared: bytes per block, Triton's and static.
+        registers: per thread. spills: bytes of stack and local memory per thread. shared: bytes per block.
     """
 
     kernel: str
@@ -94,21 +94,16 @@ def _compile(kernel, constants: dict, warps: int, options: dict, bits: int, capa
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, given, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
-    registers, spills, static = _assemble(compiled.asm["ptx"], capability)
-    return Usage(kernel.__name__, capability, warps, registers, spills, compiled.metadata.shared + static)
+    registers, spills = _resources(compiled.asm["cubin"])
+    return Usage(kernel.__name__, capability, warps, registers, spills, compiled.metadata.shared)
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int, int]:
-    """``ptxas -v``: registers per thread, spilled bytes, static shared memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    architecture = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE).group(1)
+def _resources(binary: bytes) -> tuple[int, int]:
+    """``cuobjdump -res-usage``: registers per thread, and bytes of stack and local memory, where spills go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(tool), "-v", f"-arch={architecture}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
-    static = sum(int(n) for n in re.findall(r"(\d+) bytes smem", said))
-    return registers, spills + stack, static
+        (Path(folder) / "kernel.cubin").write_bytes(binary)
+        command = [str(tool), "-res-usage", str(Path(folder) / "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return found["REG"], found["STACK"] + found["LOCAL"]

@@ -49,19 +49,20 @@ def load_queries(queries, batch, group, tile, query_tokens, heads, factor, atten
                  REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                  B: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
                  ROWS_PAD: tl.constexpr):  # fmt: skip
-    """q and q⊥, times the factors on the scores: (G_PAD, Q_PAD, D') float32 each."""
+    """q and q⊥, times the factors on the scores: (G_PAD, D', Q_PAD) float32 each."""
     repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
     channel, here = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     kv = tl.arange(0, G_PAD)[:, None, None]
-    head = (group * G + kv) * REPEAT + repeat[None, :, None]
-    start = ((batch * heads + head) * query_tokens + query[None, :, None]) * D
-    keep = (kv < G) & real[None, :, None] & here[None, None, :]
+    channel, here = channel[None, :, None], here[None, :, None]
+    head = (group * G + kv) * REPEAT + repeat[None, None, :]
+    start = ((batch * heads + head) * query_tokens + query[None, None, :]) * D
+    keep = (kv < G) & here & real[None, None, :]
     turns = channel < 2 * HALF
-    factors = tl.where(turns, factor * attention_scaling, factor)[None, None, :]
-    q = tl.load(queries + start + channel[None, None, :], mask=keep, other=0.0) * factors
-    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)[None, None, :]
-    other = tl.load(queries + start + partner, mask=keep & turns[None, None, :], other=0.0) * factors
-    return q, tl.where(channel < HALF, 1.0, -1.0)[None, None, :] * other
+    factors = tl.where(turns, factor * attention_scaling, factor)
+    q = tl.load(queries + start + channel, mask=keep, other=0.0) * factors
+    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+    other = tl.load(queries + start + partner, mask=keep & turns, other=0.0) * factors
+    return q, tl.where(channel < HALF, other, -other)
 
 
 @triton.jit
@@ -69,21 +70,22 @@ def attend(q, q_turned, keys, cos, sin, values, seen, top, total, acc, HALF: tl.
     """One tile of 16 tokens added to the online softmax.
 
     Args:
-        q, q_turned: (G_PAD, Q_PAD, D'). keys: (G_PAD, D', 16). cos, sin: (D', 16). values: (G_PAD, 16, DV').
-        seen: (Q_PAD, 16). top, total: (G_PAD, Q_PAD), in log2 units. acc: (G_PAD, Q_PAD, DV').
+        q, q_turned: (G_PAD, D', Q_PAD). keys: (G_PAD, D', 16). cos, sin: (D', 16). values: (G_PAD, DV', 16).
+        seen: (16, Q_PAD). top, total: (G_PAD, Q_PAD), in log2 units. acc: (G_PAD, DV', Q_PAD).
     """
     if HALF:
-        scores = tl.dot(q, keys * cos[None, :, :], input_precision=PRECISION)
-        scores = tl.dot(q_turned, keys * sin[None, :, :], scores, input_precision=PRECISION)
+        scores = tl.dot(tl.permute(keys * cos[None, :, :], (0, 2, 1)), q, input_precision=PRECISION)
+        turned = tl.permute(keys * sin[None, :, :], (0, 2, 1))  # (G_PAD, 16, D')
+        scores = tl.dot(turned, q_turned, scores, input_precision=PRECISION)
     else:
-        scores = tl.dot(q, keys, input_precision=PRECISION)
-    scores = tl.where(seen[None, :, :], scores, float("-inf"))  # (G_PAD, Q_PAD, 16)
-    new_top = tl.maximum(top, tl.max(scores, 2))
+        scores = tl.dot(tl.permute(keys, (0, 2, 1)), q, input_precision=PRECISION)
+    scores = tl.where(seen[None, :, :], scores, float("-inf"))  # (G_PAD, 16, Q_PAD)
+    new_top = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - safe[:, :, None])
+    weights = tl.exp2(scores - safe[:, None, :])
     decay = tl.exp2(top - safe)
-    total = total * decay + tl.sum(weights, 2)
-    acc = tl.dot(weights, values, acc * decay[:, :, None], input_precision=PRECISION)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(values, weights, acc * decay[:, None, :], input_precision=PRECISION)
     return new_top, total, acc
 
 
@@ -99,8 +101,8 @@ def store_part(parts, tops, totals, split, batch, batches, group, tile, query_to
     keep = (kv < G) & real[None, :]
     tl.store(tops + row, top, mask=keep)
     tl.store(totals + row, total, mask=keep)
-    d = tl.arange(0, DV_PAD)[None, None, :]
-    tl.store(parts + row[:, :, None] * D + d, acc, mask=keep[:, :, None] & (d < D))
+    d = tl.arange(0, DV_PAD)[None, :, None]
+    tl.store(parts + row[:, None, :] * D + d, acc, mask=keep[:, None, :] & (d < D))
 
 
 @triton.jit
@@ -131,10 +133,10 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     value_side = value_channel // (C // VALUE_GROUPS)
     start = tl.load(first + batch)
     _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    limit = (total_tokens - query_tokens + query)[:, None]  # the last token a query sees
+    limit = (total_tokens - query_tokens + query)[None, :]  # the last token a query sees
     top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD, Q_PAD), tl.float32)
-    acc = tl.zeros((G_PAD, Q_PAD, DV_PAD), tl.float32)
+    acc = tl.zeros((G_PAD, DV_PAD, Q_PAD), tl.float32)
     cos, sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
     last = tl.minimum((split + 1) * blocks_per_split, (packed_tokens + LANES - 1) // LANES)
     for block in range(tl.maximum(split * blocks_per_split, start // LANES), last):
@@ -153,8 +155,8 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
                                               place, HALF)  # fmt: skip
         else:
             turn_cos, turn_sin = cos, sin
-        top, total, acc = attend(q, q_turned, keys, turn_cos, turn_sin, tl.permute(values, (0, 2, 1)),
-                                 ok[None, :] & (token[None, :] <= limit), top, total, acc, HALF, PRECISION)  # fmt: skip
+        top, total, acc = attend(q, q_turned, keys, turn_cos, turn_sin, values,
+                                 ok[:, None] & (token[:, None] <= limit), top, total, acc, HALF, PRECISION)  # fmt: skip
     store_part(parts, tops, totals, split, batch, batches, group, tile, query_tokens, heads, top, total, acc,
                REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
 
@@ -177,14 +179,14 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, lef
     place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
     channel = group * (G * D) + inside
-    head, d = tl.arange(0, G_PAD)[:, None, None], tl.arange(0, DV_PAD)[None, None, :]
-    value_channel, value_keep = (group * G + head) * D + d, (head < G) & (d < D)  # (G_PAD, 1, DV_PAD)
+    head, d = tl.arange(0, G_PAD)[:, None, None], tl.arange(0, DV_PAD)[None, :, None]
+    value_channel, value_keep = (group * G + head) * D + d, (head < G) & (d < D)  # (G_PAD, DV_PAD, 1)
     start = tl.load(first + batch)
     _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    limit = (total_tokens - query_tokens + query)[:, None]
+    limit = (total_tokens - query_tokens + query)[None, :]
     top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD, Q_PAD), tl.float32)
-    acc = tl.zeros((G_PAD, Q_PAD, DV_PAD), tl.float32)
+    acc = tl.zeros((G_PAD, DV_PAD, Q_PAD), tl.float32)
     cos, sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
     stop = tl.load(offsets + batch + 1)
     for index in range(tl.load(offsets + batch), stop, LANES):
@@ -193,15 +195,15 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, lef
         token = tl.load(columns + kept, mask=here, other=0)
         x = tl.load(exact_keys + kept[None, None, :] * C + channel, mask=keep & here[None, None, :], other=0.0)
         keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
-        values = tl.load(exact_values + kept[None, :, None] * C + value_channel,
-                         mask=value_keep & here[None, :, None], other=0.0).to(tl.float32)  # fmt: skip
+        values = tl.load(exact_values + kept[None, None, :] * C + value_channel,
+                         mask=value_keep & here[None, None, :], other=0.0).to(tl.float32)  # fmt: skip
         if HALF:
             position = tl.maximum(token - start, 0)[None, :]
             turn_cos, turn_sin = rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position // 16,
                                              position % 16, place[:, None], HALF)  # fmt: skip
         else:
             turn_cos, turn_sin = cos, sin
-        seen = (here & (token >= start))[None, :] & (token[None, :] <= limit)
+        seen = (here & (token >= start))[:, None] & (token[:, None] <= limit)
         top, total, acc = attend(q, q_turned, keys, turn_cos, turn_sin, values, seen, top, total, acc, HALF,
                                  PRECISION)  # fmt: skip
     store_part(parts, tops, totals, part, batch, batches, group, tile, query_tokens, heads, top, total, acc,

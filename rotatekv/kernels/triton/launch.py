@@ -60,7 +60,7 @@ def launch_decode(
 def shape_constants(factors: Factors, repeat: int, query_tokens: int, half: int) -> dict:
     """The constexpr arguments that the split and the exact kernel share."""
     tile = max(1, min(query_tokens, _ROWS_OF_A_TILE // repeat))  # queries
-    return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(16, power_of_two(repeat * tile)),
+    return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(8, power_of_two(repeat * tile)),
             "DV_PAD": power_of_two(factors.head_dim), "PRECISION": PRECISION, **factors.constants()}  # fmt: skip
 
 

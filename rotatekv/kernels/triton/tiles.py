@@ -52,15 +52,24 @@ def head_channels(B: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS
 
 
 @triton.jit
+def dot_signs(signs, x, PRECISION: tl.constexpr):
+    """signs (±1 or 0) @ x. For tf32x3 two dots are enough: signs are exact, and x is a tf32 number and a rest."""
+    if PRECISION == "tf32x3":
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of the fraction
+        return tl.dot(signs, x - high, tl.dot(signs, high, input_precision="tf32"), input_precision="tf32")
+    return tl.dot(signs, x, input_precision=PRECISION)
+
+
+@triton.jit
 def unrotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS_PAD: tl.constexpr,
              ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Aᵀ·X·B as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
     OUT: tl.constexpr = G_PAD * ROWS_PAD
     if ROTATED:
         wide = tl.reshape(x, (A_PAD, B_PAD * LANES))
-        y = tl.dot(left, wide, input_precision=PRECISION)  # (OUT, B_PAD·16)
+        y = dot_signs(left, wide, PRECISION)  # (OUT, B_PAD·16)
         y = tl.permute(tl.reshape(y, (OUT, B_PAD, LANES)), (1, 0, 2))  # (B_PAD, OUT, 16)
-        z = tl.dot(right, tl.reshape(y, (B_PAD, OUT * LANES)), input_precision=PRECISION)  # (B_PAD, OUT·16)
+        z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)), PRECISION)  # (B_PAD, OUT·16)
         x = tl.permute(tl.reshape(z, (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
     return tl.reshape(x, (G_PAD, ROWS_PAD * B_PAD, LANES))
 
