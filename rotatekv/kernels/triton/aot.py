@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,3 +108,10 @@ def _resources(binary: bytes) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+MODELS = {"smollm2": ModelShape(3, 64, 192, 3), "8x128": ModelShape(8, 128, 512, 4)}
+
+if __name__ == "__main__":  # python -m rotatekv.kernels.triton.aot smollm2 80
+    for usage in measure(MODELS[sys.argv[1]], int(sys.argv[2])):
+        print(*vars(usage).values(), sep=",")
