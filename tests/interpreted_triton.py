@@ -81,7 +81,8 @@ def test_attention_room_for_more_blocks():
     ("bits", "channels", "group", "tokens", "start", "clip", "magnitude", "reorder"),
     [
         (2, 192, 64, 21, 7, 0.8, 1.0, True), (2, 128, 128, 1, 31, 0.8, 1.0, False), (3, 160, 80, 33, 0, 1.0, 1.0, True),
-        (4, 48, 16, 40, 20, 1.0, 3e4, False), (2, 192, 96, 16, 16, 0.8, 1e-7, True), (3, 512, 128, 5, 14, 0.9, 1e-3, True),
+        (4, 48, 16, 40, 20, 1.0, 3e4, False), (2, 192, 96, 16, 16, 0.8, 1e-7, True),
+        (3, 512, 128, 5, 14, 0.9, 1e-3, True),
         (4, 192, 64, 0, 3, 1.0, 1.0, False),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from rotatekv.kernels.triton.attention import exact_kernel, merge_kernel, split_kernel
 from rotatekv.kernels.triton.dequantize import PRECISION, dequantize_kernel
-from rotatekv.kernels.triton.launch import shape_constants
+from rotatekv.kernels.triton.launch import STAGES, shape_constants
 from rotatekv.kernels.triton.plan import factor, power_of_two
 from rotatekv.kernels.triton.quantize import quantize_kernel
 
@@ -80,8 +80,8 @@ def _jobs(shape: ModelShape) -> list[tuple]:
     return [
         (quantize_kernel, quantize, 4, {"enable_fp_fusion": False}),
         (dequantize_kernel, dequantize, wide.warps, {}),
-        (split_kernel, {**packed, **attention}, plan.warps, {}),
-        (exact_kernel, attention, plan.warps, {}),
+        (split_kernel, {**packed, **attention}, plan.warps, {"num_stages": STAGES}),
+        (exact_kernel, attention, plan.warps, {"num_stages": STAGES}),
         (merge_kernel, {**head.constants(), "PRECISION": PRECISION}, 4, {}),
     ]
 

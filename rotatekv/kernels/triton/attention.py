@@ -8,15 +8,20 @@ tokens kept in 16 bits, ``merge_kernel`` joins the parts and un-rotates each hea
 RoPE costs no exchange of channels: with q⊥ = (q_high, −q_low), q·rope(k) = (k∘cos)·q + (k∘sin)·q⊥ channel by channel,
 in whatever order the dots left the channels. Queries carry softmax_scale·log2(e)·W^-0.5.
 
-Roofline (not run on a GPU). Per token of a rotation group, 2 bits both, one scale a head, W = 192 / 512: bytes read
-2·(W/4 + 3·G) = 114 / 280. Operations, outside tensor cores: about 7·2·W to unpack and 8·D for RoPE, 3.2k / 8.2k;
-inside: the Hadamard dots 2·W·(a + b) = 11k / 49k, scores 4·16·W·4/3 / 4·16·W = 16k / 33k and values 8k / 16k (rows
-padded to 16, three heads to four), each three times over in tf32x3: 105k / 295k. An A100 (2.0 TB/s, 19.5 TFLOP/s
-float32, 156 tf32) needs 0.057 / 0.14 ns for the bytes, 0.16 / 0.42 for the plain operations, 0.67 / 1.9 for the dots;
-an H100 SXM (3.35, 67, 494) 0.034 / 0.084, 0.05 / 0.12, 0.21 / 0.60. So it is bound by the dots, at best 8 to 14 times
-(A100) or 6 to 7 times (H100) slower than its bytes alone; in plain tf32 a third of that. Against float16 K and V
-(768 / 2048 bytes: 0.38 / 1.0 ns on an A100) the gain is then in memory held, not in time. Smallest first mends:
-tf32 for the Hadamard dots, whose ±1 need no split, and bfloat16 code tiles for the values.
+Precision: the Hadamard dots and the scores are float32 to about 2^-21 (tf32 in two and three terms); values and weights
+meet in one tf32 dot. The interpreter multiplies in float32, so its tests do not show the tf32 rounding.
+
+Roofline, from public specifications (not run on a GPU). Per token of a rotation group of W = 192 / 512 (3 heads × 64,
+padded to 4; 4 × 128), 2 bits, one scale a head, up to 8 query rows a KV head:
+    bytes read     2·(W/4 + 3·G) = 114 / 280
+    tensor cores   Hadamard 2·2·W'·(a + b), scores 3·2·2·8·W', values 2·8·W' = 62k / 156k operations (W' padded)
+    other units    about 7·2·W' to unpack, 8·W' to split into terms, 2·W' + 6·D for RoPE = 6.5k / 13k instructions
+An A100 (2.04 TB/s, 156 TFLOP/s tf32, 9.7·10¹² float32 instructions/s) needs at least 0.06 / 0.14 ns for the bytes,
+0.40 / 1.0 for the dots and 0.67 / 1.3 for the rest; an H100 SXM (3.35, 494, 33·10¹²) 0.03 / 0.08, 0.13 / 0.32 and
+0.19 / 0.39. So both are bound by instructions, the dots close behind, some ten (A100) and five (H100) times above the
+bytes. Reading float16 K and V instead (768 / 2048 bytes) takes 0.38 / 1.0 and 0.23 / 0.61 ns: by these numbers the
+kernel saves memory, but little or no time at one query. Shared memory, 84 / 136 KB, leaves one or two programs of 8
+warps a multiprocessor, so latency may well cost more than any of this.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ from rotatekv.kernels.triton.tiles import (
     tile_channels,
     unrotate,
 )
+
+VALUE_PRECISION = tl.constexpr("tf32")  # 5e-4 of each product at most, as with values and weights in float16
 
 
 @triton.jit
@@ -66,12 +73,11 @@ def load_queries(queries, batch, group, tile, query_tokens, heads, factor, atten
 
 
 @triton.jit
-def attend(q, q_turned, keys, cos, sin, values, seen, top, total, acc, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of 16 tokens added to the online softmax.
+def score(q, q_turned, keys, cos, sin, seen, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of 16 tokens in log2 units, (G_PAD, 16, Q_PAD); −inf where not seen.
 
     Args:
-        q, q_turned: (G_PAD, D', Q_PAD). keys: (G_PAD, D', 16). cos, sin: (D', 16). values: (G_PAD, DV', 16).
-        seen: (16, Q_PAD). top, total: (G_PAD, Q_PAD), in log2 units. acc: (G_PAD, DV', Q_PAD).
+        q, q_turned: (G_PAD, D', Q_PAD). keys: (G_PAD, D', 16). cos, sin: (D', 16). seen: (16, Q_PAD).
     """
     if HALF:
         scores = tl.dot(tl.permute(keys * cos[None, :, :], (0, 2, 1)), q, input_precision=PRECISION)
@@ -79,13 +85,19 @@ def attend(q, q_turned, keys, cos, sin, values, seen, top, total, acc, HALF: tl.
         scores = tl.dot(turned, q_turned, scores, input_precision=PRECISION)
     else:
         scores = tl.dot(tl.permute(keys, (0, 2, 1)), q, input_precision=PRECISION)
-    scores = tl.where(seen[None, :, :], scores, float("-inf"))  # (G_PAD, 16, Q_PAD)
+    return tl.where(seen[None, :, :], scores, float("-inf"))
+
+
+@triton.jit
+def accumulate(scores, values, top, total, acc):
+    """Online softmax: scores (G_PAD, 16, Q_PAD), values (G_PAD, DV', 16), top and total (G_PAD, Q_PAD),
+    acc (G_PAD, DV', Q_PAD)."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - safe[:, None, :])
     decay = tl.exp2(top - safe)
     total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(values, weights, acc * decay[:, None, :], input_precision=PRECISION)
+    acc = tl.dot(values, weights, acc * decay[:, None, :], input_precision=VALUE_PRECISION)
     return new_top, total, acc
 
 
@@ -143,8 +155,6 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
         x = read_packed(key_low, key_high, key_scale, key_zero, batch * key_blocks + block, channel, side, keep,
                         C, KEY_GROUPS, KEY_BITS)  # fmt: skip
         keys = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
-        values = read_packed(value_low, value_high, value_scale, value_zero, batch * value_blocks + block,
-                             value_channel, value_side, value_keep, C, VALUE_GROUPS, VALUE_BITS)  # fmt: skip
         token = block * LANES + tl.arange(0, LANES)
         ok = (token >= start) & (token < packed_tokens)
         if EXACT:
@@ -155,8 +165,10 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
                                               place, HALF)  # fmt: skip
         else:
             turn_cos, turn_sin = cos, sin
-        top, total, acc = attend(q, q_turned, keys, turn_cos, turn_sin, values,
-                                 ok[:, None] & (token[:, None] <= limit), top, total, acc, HALF, PRECISION)  # fmt: skip
+        scores = score(q, q_turned, keys, turn_cos, turn_sin, ok[:, None] & (token[:, None] <= limit), HALF, PRECISION)
+        values = read_packed(value_low, value_high, value_scale, value_zero, batch * value_blocks + block,
+                             value_channel, value_side, value_keep, C, VALUE_GROUPS, VALUE_BITS)  # fmt: skip
+        top, total, acc = accumulate(scores, values, top, total, acc)
     store_part(parts, tops, totals, split, batch, batches, group, tile, query_tokens, heads, top, total, acc,
                REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
 
@@ -195,8 +207,6 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, lef
         token = tl.load(columns + kept, mask=here, other=0)
         x = tl.load(exact_keys + kept[None, None, :] * C + channel, mask=keep & here[None, None, :], other=0.0)
         keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
-        values = tl.load(exact_values + kept[None, None, :] * C + value_channel,
-                         mask=value_keep & here[None, None, :], other=0.0).to(tl.float32)  # fmt: skip
         if HALF:
             position = tl.maximum(token - start, 0)[None, :]
             turn_cos, turn_sin = rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position // 16,
@@ -204,8 +214,10 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, lef
         else:
             turn_cos, turn_sin = cos, sin
         seen = (here & (token >= start))[:, None] & (token[:, None] <= limit)
-        top, total, acc = attend(q, q_turned, keys, turn_cos, turn_sin, values, seen, top, total, acc, HALF,
-                                 PRECISION)  # fmt: skip
+        scores = score(q, q_turned, keys, turn_cos, turn_sin, seen, HALF, PRECISION)
+        values = tl.load(exact_values + kept[None, None, :] * C + value_channel,
+                         mask=value_keep & here[None, None, :], other=0.0).to(tl.float32)  # fmt: skip
+        top, total, acc = accumulate(scores, values, top, total, acc)
     store_part(parts, tops, totals, part, batch, batches, group, tile, query_tokens, heads, top, total, acc,
                REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
 

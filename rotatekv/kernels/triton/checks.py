@@ -10,7 +10,7 @@ from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
 
-def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple[int, ...], device: torch.device, name: str) -> None:
+def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: torch.device, name: str) -> None:
     """A contiguous tensor of this dtype (or one of them), shape and device.
 
     Raises:

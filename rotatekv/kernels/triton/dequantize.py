@@ -2,12 +2,12 @@
 
 Equals ``layout.unpack_blocks``, ``(code − zero)·scale``, ``rotate_channels(inverse=True)`` and RoPE.
 
-Roofline (not run on a GPU). Per token and channel: bits / 8 + 3 / group_size bytes read, 2 (float16) or 4 written;
-about 7 operations to unpack, 2·(a + b) in the two dots (96 at W = 512, 56 at W = 192; tf32x3 runs three), twice that
-with RoPE. At 2 bits and float16 that is 2.3 bytes: an A100 (2.0 TB/s) moves 0.9·10¹² numbers a second and needs
-0.25·10¹⁵ tensor-core operations for them at W = 512 in tf32x3, more than its 0.156·10¹⁵: bound by the dots there,
-as on an H100 SXM (3.35 TB/s, 0.49·10¹⁵ tf32: about even); at W = 192 on both about even. ``PRECISION = "tf32"`` moves
-the bound to memory, at a relative error of about 5e-4 per number.
+Roofline, from public specifications (not run on a GPU). Per token and channel at 2 bits: 0.3 bytes read, 2 (float16)
+or 4 written; 4·(a + b) tensor-core operations in tf32, 192 at W = 512 and 171 at W = 192 with its padding, twice that
+with RoPE; 15 to 25 other instructions. In 10¹² channels a second, float16 with RoPE at W = 512: an A100 (2.04 TB/s,
+156 TFLOP/s tf32, 9.7·10¹² instructions/s) at most 0.9 by its memory, 0.4 by the dots, 0.4 by the instructions; an H100
+SXM (3.35, 494, 33·10¹²) 1.5, 1.3 and 1.3. So bound by the dots and the instructions together, within a factor of two of
+memory; without RoPE by memory on an H100.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from rotatekv.kernels.triton.attention import exact_kernel, merge_kernel, split_
 from rotatekv.kernels.triton.plan import Factors, factor, matrices, power_of_two
 
 PRECISION = "tf32x3"
+STAGES = 1  # two would hold a second tile in shared memory
 _ROWS_OF_A_TILE = 16  # query rows of one KV head
 _FEWEST_BLOCKS = 8  # of a split
 _PROGRAMS_WITHOUT_GPU = 8
@@ -45,14 +46,14 @@ def launch_decode(
         keys["low"].shape[1], values["low"].shape[1], blocks, -(-blocks // splits), score_factor, scaling,
         C=channels, KEY_GROUPS=keys["scale"].shape[2], VALUE_GROUPS=values["scale"].shape[2],
         KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, EXACT=has_exact, **constants,
-        num_warps=factors.warps,
+        num_warps=factors.warps, num_stages=STAGES,
     )  # fmt: skip
     if has_exact:
         offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
         exact_kernel[(batch * groups, tiles)](
             queries, exact.keys, exact.values, exact.columns, offsets, first, left, right, *tables,
             parts, tops, totals, batch, splits, total_tokens, query_tokens, score_factor, scaling,
-            C=channels, **constants, num_warps=factors.warps,
+            C=channels, **constants, num_warps=factors.warps, num_stages=STAGES,
         )  # fmt: skip
     return _merge(parts, tops, totals, options)
 

@@ -71,8 +71,8 @@ class Factors:
 
     @property
     def warps(self) -> int:
-        """Of a program: 2048 numbers of a tile of 16 tokens each, so about 16 registers a thread and tile."""
-        return min(max(self.elements * 16 // 1024, 4), 16)
+        """Of a program: a tile of 16 tokens takes 16 registers a thread, 32 from W = 512 on (16 warps spill)."""
+        return min(max(self.elements // 32, 4), 8)
 
     def with_dots(self) -> Factors:
         """The same, and the kernels do multiply by A and B."""

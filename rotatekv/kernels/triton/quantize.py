@@ -3,10 +3,10 @@
 Equals ``rotatekv.quantize.quantize_groups`` and ``rotatekv.kernels.layout.write_blocks`` bit for bit: divisions are
 rounded to nearest, roundings go to even, and the launch forbids fused multiply-add.
 
-Roofline (not run on a GPU). Per token and channel: 4 bytes read, bits / 8 written (and read again in the two ragged
-blocks only), 3 / group_size for scale and zero; about 12 operations. At 2 bits that is 2.8 operations a byte, far
-below the 9.5 (A100: 19.5 TFLOP/s over 2.0 TB/s) and 20 (H100 SXM: 67 over 3.35) of float32: bound by memory. A step
-of one decoded token moves a few KB: bound by the launch.
+Roofline, from public specifications (not run on a GPU). Per token and channel at 2 bits: 4 bytes read, 0.3 written;
+about 25 instructions, ten of them the division. That is 6 a byte against the 4.8 an A100 can do (9.7·10¹² a second over
+2.04 TB/s) and the 10 of an H100 SXM (33·10¹² over 3.35): instructions and memory about even on the first, memory on
+the second. One decoded token moves a few KB: bound by the launch.
 """
 
 from __future__ import annotations
