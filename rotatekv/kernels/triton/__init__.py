@@ -1,0 +1,162 @@
+"""Triton kernels for CUDA: the packed cache written, dequantized for prefill, and attended over in decoding.
+
+The layout is that of ``rotatekv.kernels.layout``, as on the CPU, so a cache can move between devices. Importing this
+package needs no triton; calling it does. Run on CPU tensors with ``TRITON_INTERPRET=1`` set before triton is imported.
+
+Status: correct under the interpreter, compiled ahead of time for sm_80 and sm_90 without spills, not run on a GPU.
+What index tensors hold (``group_of_channel``, ``order``, ``first``, exact rows and columns) is not checked: reading it
+would make the host wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope, shape_of
+
+__all__ = ["available", "decode_attention", "dequantize_blocks", "interpreted", "quantize_into_blocks"]
+
+
+def available(device: torch.device | str = "cuda") -> bool:
+    """Whether the kernels can run on tensors of ``device``: triton is there, and a GPU of sm_80 or later or its
+    interpreter."""
+    device = torch.device(device)
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and interpreted()
+
+
+def interpreted() -> bool:
+    """Whether triton's interpreter is on, so that kernels take CPU tensors."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def decode_attention(
+    queries: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    group_of_channel: torch.Tensor,
+    first: torch.Tensor,
+    packed_tokens: int,
+    total_tokens: int,
+    options: DecodeOptions,
+    exact: ExactTokens | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Attention of the last T_q ≤ 16 tokens over a packed cache of ``total_tokens`` tokens, these included.
+
+    Letters: B batch, H query heads, H_kv key/value heads, D head_dim, C = H_kv·D, N blocks of 16 tokens (at least
+    ceil(packed_tokens / 16)). All tensors are contiguous, on one device; rope tables too.
+
+    Args:
+        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i.
+        keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
+            rotated per head, quantization groups of consecutive channels.
+        group_of_channel: (C,) int32, the quantization group of each key channel.
+        first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
+        packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
+        exact: each (row, column) named once, rows ascending.
+        splits: programs that share a sequence's blocks; None: two programs per multiprocessor in all.
+
+    Returns:
+        (B, H, T_q, D) float32; zeros for a query that sees no token.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is wrong.
+        ImportError: triton is not installed.
+    """
+    check_decode(queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact)
+    from rotatekv.kernels.triton.launch import launch_decode
+
+    return launch_decode(
+        queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact, splits
+    )
+
+
+def quantize_into_blocks(
+    x: torch.Tensor,
+    packed: Packed,
+    start: int,
+    bits: int,
+    group_size: int,
+    clip_ratio: float = 1.0,
+    order: torch.Tensor | None = None,
+) -> None:
+    """Quantize T tokens and write them in place into blocks, from token ``start`` on.
+
+    Args:
+        x: (B, T, C) float32, contiguous, in the space where ``group_size`` consecutive channels share a scale.
+        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; start + T ≤ 16·N.
+        order: (C,) int32, a permutation: channel j of ``x`` is stored as channel ``order[j]``. None: the same place.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is wrong.
+        ImportError: triton is not installed.
+    """
+    batch, tokens, channels = shape_of(x, 3, "x")
+    check(x, torch.float32, (batch, tokens, channels), x.device, "x")
+    groups = check_packed(packed, bits, batch, channels, start + tokens, x.device, "packed")
+    if group_size < 1 or group_size * groups != channels:
+        raise ValueError(f"groups of {group_size} do not cut {channels} channels into {groups}")
+    if start < 0 or not clip_ratio > 0:
+        raise ValueError(f"start {start} and clip_ratio {clip_ratio}: need start ≥ 0 and clip_ratio > 0")
+    if order is not None:
+        check(order, torch.int32, (channels,), x.device, "order")
+    from rotatekv.kernels.triton.quantize import launch_quantize
+
+    launch_quantize(x, packed, start, bits, group_size, clip_ratio, order)
+
+
+def dequantize_blocks(
+    packed: Packed,
+    tokens: int,
+    bits: int,
+    group_of_channel: torch.Tensor,
+    head_dim: int,
+    rotation_width: int = 0,
+    rope: RopeTables | None = None,
+    first: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The first ``tokens`` tokens as plain numbers, un-rotated.
+
+    Args:
+        packed: blocks (B, N, C); for keys in Hadamard order.
+        group_of_channel: (C,) int32, the quantization group of each stored channel.
+        rotation_width: W of the Hadamard matrix that is undone: G·D for keys, D for values, 0 for none.
+        rope: turn each head at its position t − first, counted from 0; None: no turn.
+        first: (B,) int32, the first token of each sequence that is not padding; None: 0.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        (B, T, C); with ``rope``, padding tokens hold numbers without meaning.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is wrong.
+        ImportError: triton is not installed.
+    """
+    batch, _, channels = shape_of(packed.get("low"), 3, "packed['low']")
+    device = packed["low"].device
+    check_packed(packed, bits, batch, channels, tokens, device, "packed")
+    check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
+    if head_dim < 1 or channels % head_dim or rotation_width < 0 or (rotation_width and channels % rotation_width):
+        raise ValueError(f"{channels} channels: no heads of {head_dim} or no rotation_width {rotation_width}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype {dtype}: float32, float16 or bfloat16 is needed")
+    first = torch.zeros(batch, dtype=torch.int32, device=device) if first is None else first
+    check(first, torch.int32, (batch,), device, "first")
+    check_rope(rope, head_dim, tokens, device)
+    from rotatekv.kernels.triton.dequantize import launch_dequantize
+
+    return launch_dequantize(
+        packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype
+    )

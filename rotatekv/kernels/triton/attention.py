@@ -1,0 +1,255 @@
+"""Split-K decode attention over packed blocks: the kernels. ``launch.py`` starts them.
+
+``split_kernel``: program (batch × rotation group, split, tile of queries) reads its share of the blocks, 16 tokens at
+a time: unpack, (code − zero)·scale, the inverse Hadamard as two small dots, RoPE, scores of every query head of the
+group, online softmax, packed values weighted and added in their rotated space. ``exact_kernel`` does the same for the
+tokens kept in 16 bits, ``merge_kernel`` joins the parts and un-rotates each head where asked.
+
+RoPE costs no exchange of channels: with q⊥ = (q_high, −q_low), q·rope(k) = (k∘cos)·q + (k∘sin)·q⊥ channel by channel,
+in whatever order the dots left the channels. Queries carry softmax_scale·log2(e)·W^-0.5.
+
+Precision: the Hadamard dots and the scores are float32 to about 2^-21 (tf32 in two and three terms); values and weights
+meet in one tf32 dot. The interpreter multiplies in float32, so its tests do not show the tf32 rounding.
+
+Roofline, from public specifications (not run on a GPU). Per token of a rotation group of W = 192 / 512 (3 heads × 64,
+padded to 4; 4 × 128), 2 bits, one scale a head, up to 8 query rows a KV head:
+    bytes read     2·(W/4 + 3·G) = 114 / 280
+    tensor cores   Hadamard 2·2·W'·(a + b), scores 3·2·2·8·W', values 2·8·W' = 62k / 156k operations (W' padded)
+    other units    about 7·2·W' to unpack, 8·W' to split into terms, 2·W' + 6·D for RoPE = 6.5k / 13k instructions
+An A100 (2.04 TB/s, 156 TFLOP/s tf32, 9.7·10¹² float32 instructions/s) needs at least 0.06 / 0.14 ns for the bytes,
+0.40 / 1.0 for the dots and 0.67 / 1.3 for the rest; an H100 SXM (3.35, 494, 33·10¹²) 0.03 / 0.08, 0.13 / 0.32 and
+0.19 / 0.39. So both are bound by instructions, the dots close behind, some ten (A100) and five (H100) times above the
+bytes. Reading float16 K and V instead (768 / 2048 bytes) takes 0.38 / 1.0 and 0.23 / 0.61 ns: by these numbers the
+kernel saves memory, but little or no time at one query. Shared memory, 84 / 136 KB, leaves one or two programs of 8
+warps a multiprocessor, so latency may well cost more than any of this.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rotatekv.kernels.triton.tiles import (
+    LANES,
+    block_angles,
+    head_channels,
+    load_matrices,
+    read_packed,
+    rope_angles,
+    tile_channels,
+    unrotate,
+)
+
+VALUE_PRECISION = tl.constexpr("tf32")  # 5e-4 of each product at most, as with values and weights in float16
+
+
+@triton.jit
+def query_rows(tile, query_tokens, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr):
+    """Row repeat·TILE + i of a KV head is query tile·TILE + i of its query head ``repeat``; (Q_PAD,) each."""
+    row = tl.arange(0, Q_PAD)
+    query = tile * TILE + row % TILE
+    return row // TILE, query, (row < REPEAT * TILE) & (query < query_tokens)
+
+
+@triton.jit
+def load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF: tl.constexpr,
+                 REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 B: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
+                 ROWS_PAD: tl.constexpr):  # fmt: skip
+    """q and q⊥, times the factors on the scores: (G_PAD, D', Q_PAD) float32 each."""
+    repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
+    channel, here = head_channels(B, B_PAD, ROWS, ROWS_PAD)
+    kv = tl.arange(0, G_PAD)[:, None, None]
+    channel, here = channel[None, :, None], here[None, :, None]
+    head = (group * G + kv) * REPEAT + repeat[None, None, :]
+    start = ((batch * heads + head) * query_tokens + query[None, None, :]) * D
+    keep = (kv < G) & here & real[None, None, :]
+    turns = channel < 2 * HALF
+    factors = tl.where(turns, factor * attention_scaling, factor)
+    q = tl.load(queries + start + channel, mask=keep, other=0.0) * factors
+    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+    other = tl.load(queries + start + partner, mask=keep & turns, other=0.0) * factors
+    return q, tl.where(channel < HALF, other, -other)
+
+
+@triton.jit
+def score(q, q_turned, keys, cos, sin, seen, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of 16 tokens in log2 units, (G_PAD, 16, Q_PAD); −inf where not seen.
+
+    Args:
+        q, q_turned: (G_PAD, D', Q_PAD). keys: (G_PAD, D', 16). cos, sin: (D', 16). seen: (16, Q_PAD).
+    """
+    if HALF:
+        scores = tl.dot(tl.permute(keys * cos[None, :, :], (0, 2, 1)), q, input_precision=PRECISION)
+        turned = tl.permute(keys * sin[None, :, :], (0, 2, 1))  # (G_PAD, 16, D')
+        scores = tl.dot(turned, q_turned, scores, input_precision=PRECISION)
+    else:
+        scores = tl.dot(tl.permute(keys, (0, 2, 1)), q, input_precision=PRECISION)
+    return tl.where(seen[None, :, :], scores, float("-inf"))
+
+
+@triton.jit
+def accumulate(scores, values, top, total, acc):
+    """Online softmax: scores (G_PAD, 16, Q_PAD), values (G_PAD, DV', 16), top and total (G_PAD, Q_PAD),
+    acc (G_PAD, DV', Q_PAD)."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - safe[:, None, :])
+    decay = tl.exp2(top - safe)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(values, weights, acc * decay[:, None, :], input_precision=VALUE_PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def store_part(parts, tops, totals, split, batch, batches, group, tile, query_tokens, heads, top, total, acc,
+               REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+               G_PAD: tl.constexpr, DV_PAD: tl.constexpr):  # fmt: skip
+    """parts (splits, B, H, T_q, D); tops and totals (splits, B, H, T_q)."""
+    repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
+    kv = tl.arange(0, G_PAD)[:, None]
+    head = (group * G + kv) * REPEAT + repeat[None, :]
+    row = ((split.to(tl.int64) * batches + batch) * heads + head) * query_tokens + query[None, :]  # (G_PAD, Q_PAD)
+    keep = (kv < G) & real[None, :]
+    tl.store(tops + row, top, mask=keep)
+    tl.store(totals + row, total, mask=keep)
+    d = tl.arange(0, DV_PAD)[None, :, None]
+    tl.store(parts + row[:, None, :] * D + d, acc, mask=keep[:, None, :] & (d < D))
+
+
+@triton.jit
+def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, value_high, value_scale, value_zero,
+                 group_of_channel, exact_lanes, first, left, right, coarse_cos, coarse_sin, fine_cos, fine_sin,
+                 parts, tops, totals, batches, packed_tokens, total_tokens, query_tokens, key_blocks, value_blocks,
+                 exact_blocks, blocks_per_split, factor, attention_scaling,
+                 C: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_BITS: tl.constexpr,
+                 VALUE_BITS: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr,
+                 Q_PAD: tl.constexpr, DV_PAD: tl.constexpr, EXACT: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr,
+                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """Packed tokens. EXACT: ``exact_lanes`` (B, exact_blocks) int32 has bit t set where token t is kept exactly."""
+    batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
+    split, tile = tl.program_id(1), tl.program_id(2)
+    heads = C // D * REPEAT
+    q, q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF,
+                               REPEAT, TILE, Q_PAD, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)  # fmt: skip
+    a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
+    place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
+    inside, keep = tile_channels(A, B, A_PAD, B_PAD)
+    channel = group * (G * D) + inside
+    side = tl.load(group_of_channel + channel, mask=keep, other=0)
+    head, d = tl.arange(0, G_PAD)[:, None, None], tl.arange(0, DV_PAD)[None, :, None]
+    value_keep = (head < G) & (d < D)
+    value_channel = (group * G + head) * D + d  # (G_PAD, DV_PAD, 1)
+    value_side = value_channel // (C // VALUE_GROUPS)
+    start = tl.load(first + batch)
+    _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
+    limit = (total_tokens - query_tokens + query)[None, :]  # the last token a query sees
+    top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
+    total = tl.zeros((G_PAD, Q_PAD), tl.float32)
+    acc = tl.zeros((G_PAD, DV_PAD, Q_PAD), tl.float32)
+    cos, sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+    last = tl.minimum((split + 1) * blocks_per_split, (packed_tokens + LANES - 1) // LANES)
+    for block in range(tl.maximum(split * blocks_per_split, start // LANES), last):
+        x = read_packed(key_low, key_high, key_scale, key_zero, batch * key_blocks + block, channel, side, keep,
+                        C, KEY_GROUPS, KEY_BITS)  # fmt: skip
+        keys = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
+        token = block * LANES + tl.arange(0, LANES)
+        ok = (token >= start) & (token < packed_tokens)
+        if EXACT:
+            lanes = tl.load(exact_lanes + batch * exact_blocks + block)
+            ok = ok & (((lanes >> tl.arange(0, LANES)) & 1) == 0)
+        if HALF:
+            turn_cos, turn_sin = block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, block * LANES - start,
+                                              place, HALF)  # fmt: skip
+        else:
+            turn_cos, turn_sin = cos, sin
+        scores = score(q, q_turned, keys, turn_cos, turn_sin, ok[:, None] & (token[:, None] <= limit), HALF, PRECISION)
+        values = read_packed(value_low, value_high, value_scale, value_zero, batch * value_blocks + block,
+                             value_channel, value_side, value_keep, C, VALUE_GROUPS, VALUE_BITS)  # fmt: skip
+        top, total, acc = accumulate(scores, values, top, total, acc)
+    store_part(parts, tops, totals, split, batch, batches, group, tile, query_tokens, heads, top, total, acc,
+               REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
+
+
+@triton.jit
+def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, left, right,
+                 coarse_cos, coarse_sin, fine_cos, fine_sin, parts, tops, totals, batches, part, total_tokens,
+                 query_tokens, factor, attention_scaling,
+                 C: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr,
+                 DV_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+                 A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
+                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
+    batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
+    tile = tl.program_id(1)
+    heads = C // D * REPEAT
+    q, q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF,
+                               REPEAT, TILE, Q_PAD, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)  # fmt: skip
+    a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
+    place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
+    inside, keep = tile_channels(A, B, A_PAD, B_PAD)
+    channel = group * (G * D) + inside
+    head, d = tl.arange(0, G_PAD)[:, None, None], tl.arange(0, DV_PAD)[None, :, None]
+    value_channel, value_keep = (group * G + head) * D + d, (head < G) & (d < D)  # (G_PAD, DV_PAD, 1)
+    start = tl.load(first + batch)
+    _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
+    limit = (total_tokens - query_tokens + query)[None, :]
+    top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
+    total = tl.zeros((G_PAD, Q_PAD), tl.float32)
+    acc = tl.zeros((G_PAD, DV_PAD, Q_PAD), tl.float32)
+    cos, sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+    stop = tl.load(offsets + batch + 1)
+    for index in range(tl.load(offsets + batch), stop, LANES):
+        kept = tl.arange(0, LANES).to(tl.int64) + index
+        here = kept < stop
+        token = tl.load(columns + kept, mask=here, other=0)
+        x = tl.load(exact_keys + kept[None, None, :] * C + channel, mask=keep & here[None, None, :], other=0.0)
+        keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
+        if HALF:
+            position = tl.maximum(token - start, 0)[None, :]
+            turn_cos, turn_sin = rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position // 16,
+                                             position % 16, place[:, None], HALF)  # fmt: skip
+        else:
+            turn_cos, turn_sin = cos, sin
+        seen = (here & (token >= start))[:, None] & (token[:, None] <= limit)
+        scores = score(q, q_turned, keys, turn_cos, turn_sin, seen, HALF, PRECISION)
+        values = tl.load(exact_values + kept[None, None, :] * C + value_channel,
+                         mask=value_keep & here[None, None, :], other=0.0).to(tl.float32)  # fmt: skip
+        top, total, acc = accumulate(scores, values, top, total, acc)
+    store_part(parts, tops, totals, part, batch, batches, group, tile, query_tokens, heads, top, total, acc,
+               REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
+
+
+@triton.jit
+def merge_kernel(parts, tops, totals, left, right, out, splits, rows, norm, D: tl.constexpr, A: tl.constexpr,
+                 B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr,
+                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """16 rows (of batch, query head, query) per program: parts weighted by their sums, then each head un-rotated.
+
+    Bound by memory: 4·(D + 2) bytes read per part and row, about 2·D + 4 operations.
+    """
+    row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    here = row < rows
+    inside, keep = tile_channels(A, B, A_PAD, B_PAD)  # (A_PAD, B_PAD, 1)
+    top = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    acc = tl.zeros((A_PAD, B_PAD, LANES), tl.float32)
+    at = row
+    for _ in range(splits):
+        part_top = tl.load(tops + at, mask=here, other=float("-inf"))
+        new_top = tl.maximum(top, part_top)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay, weight = tl.exp2(top - safe), tl.exp2(part_top - safe)
+        total = total * decay + tl.load(totals + at, mask=here, other=0.0) * weight
+        part = tl.load(parts + at[None, None, :] * D + inside, mask=keep & here[None, None, :], other=0.0)
+        acc = acc * decay[None, None, :] + part * weight[None, None, :]
+        top = new_top
+        at += rows
+    acc *= tl.where(total > 0, norm / total, 0.0)[None, None, :]
+    a, b = load_matrices(left, right, A_PAD, B_PAD, ROWS_PAD)
+    result = unrotate(acc, a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED, PRECISION)  # (1, D', 16)
+    channel, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
+    tl.store(out + row[None, None, :] * D + channel[None, :, None], result,
+             mask=here[None, None, :] & real[None, :, None])  # fmt: skip

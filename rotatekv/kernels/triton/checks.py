@@ -1,0 +1,106 @@
+"""Checks of tensors before a kernel reads them: shapes, dtypes, strides and devices; contents stay unread (no sync)."""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
+from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
+
+
+def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: torch.device, name: str) -> None:
+    """A contiguous tensor of this dtype (or one of them), shape and device.
+
+    Raises:
+        ValueError: it is another; one line says what is wrong.
+    """
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}: a tensor is needed, not {type(x).__name__}")
+    if x.dtype not in dtypes or tuple(x.shape) != shape:
+        raise ValueError(f"{name}: {dtypes[0]} {shape} is needed, not {x.dtype} {tuple(x.shape)}")
+    if x.device != device or not x.is_contiguous():
+        raise ValueError(f"{name}: it must be contiguous and on {device}, not on {x.device}")
+
+
+def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
+    """The shape of a tensor of so many dimensions."""
+    if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
+        raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
+    return tuple(x.shape)
+
+
+def check_packed(packed: Packed, bits: int, batch: int, channels: int, tokens: int, device, name: str) -> int:
+    """Blocks with room for ``tokens`` tokens; returns the number of quantization groups."""
+    if bits not in (2, 3, 4):
+        raise ValueError(f"{name}: 2, 3 or 4 bits, not {bits}")
+    planes = {"low", "scale", "zero"} | ({"high"} if bits in HIGH_PLANE else set())
+    if set(packed) != planes:
+        raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
+    blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
+    groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
+    side = (batch, blocks, groups, BLOCK)
+    shapes = {"low": (torch.int32, (batch, blocks, channels)), "scale": (torch.float16, side),
+              "zero": (torch.int8, side)}  # fmt: skip
+    if bits in HIGH_PLANE:
+        shapes["high"] = (HIGH_PLANE[bits][0], (batch, blocks, channels))
+    for plane, (dtype, shape) in shapes.items():
+        check(packed[plane], dtype, shape, device, f"{name}[{plane!r}]")
+    if not 0 <= tokens <= blocks * BLOCK:
+        raise ValueError(f"{name}: {tokens} packed tokens do not lie in {blocks} blocks of {BLOCK}")
+    return groups
+
+
+def check_rope(rope: RopeTables | None, head_dim: int, positions: int, device: torch.device) -> None:
+    """Tables that reach ``positions`` and turn no more than a head."""
+    if rope is None:
+        return
+    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
+    if not 0 < 2 * half <= head_dim or rows * BLOCK < positions:
+        raise ValueError(f"rope tables of {rows * BLOCK} positions and {2 * half} channels are too short or too wide")
+    for name, shape in (("coarse_cos", (rows, half)), ("coarse_sin", (rows, half)),
+                        ("fine_cos", (half, FINE_POSITIONS)), ("fine_sin", (half, FINE_POSITIONS))):  # fmt: skip
+        check(getattr(rope, name), torch.float32, shape, device, name)
+
+
+def check_exact(exact: ExactTokens | None, channels: int, device: torch.device) -> None:
+    """Rows and columns int32, keys and values of one 16-bit dtype."""
+    if exact is None:
+        return
+    count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
+    for name, kind, shape in (("rows", torch.int32, (count,)), ("columns", torch.int32, (count,)),
+                              ("keys", dtype, (count, channels)), ("values", dtype, (count, channels))):  # fmt: skip
+        check(getattr(exact, name), kind, shape, device, f"exact {name}")
+
+
+def check_decode(
+    queries: torch.Tensor, keys: Packed, values: Packed, group_of_channel: torch.Tensor, first: torch.Tensor,
+    packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
+) -> None:  # fmt: skip
+    """The arguments of ``decode_attention``."""
+    batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")
+    channels, device = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2], queries.device
+    check(queries, torch.float32, (batch, heads, query_tokens, dim), device, "queries")
+    if dim != options.head_dim or channels % dim or not channels:
+        raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {options.head_dim}")
+    if heads % (channels // dim):
+        raise ValueError(f"{heads} query heads are no multiple of {channels // dim} kv_heads")
+    if options.rotation_width and (options.rotation_width < 0 or channels % options.rotation_width):
+        raise ValueError(f"rotation_width {options.rotation_width} does not cut {channels} channels")
+    if not 0 <= packed_tokens <= total_tokens < 2**31 or not 1 <= query_tokens <= min(16, total_tokens):
+        raise ValueError(
+            f"packed_tokens {packed_tokens}, total_tokens {total_tokens}, query_tokens {query_tokens}: need "
+            "0 ≤ packed ≤ total < 2^31 and 1 ≤ queries ≤ min(16, total)"
+        )
+    check_packed(keys, options.key_bits, batch, channels, packed_tokens, device, "keys")
+    groups = check_packed(values, options.value_bits, batch, channels, packed_tokens, device, "values")
+    if not groups or channels % groups:
+        raise ValueError(f"values: {channels} channels cannot be cut into {groups} groups")
+    check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
+    check(first, torch.int32, (batch,), device, "first")
+    check_rope(options.rope, dim, total_tokens, device)
+    check_exact(exact, channels, device)

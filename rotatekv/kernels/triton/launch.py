@@ -1,0 +1,102 @@
+"""Starting the attention kernels: splits, tiles of queries, and the exact tokens' places."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
+from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.triton.attention import exact_kernel, merge_kernel, split_kernel
+from rotatekv.kernels.triton.plan import Factors, factor, matrices, power_of_two
+
+PRECISION = "tf32x3"
+STAGES = 1  # two would hold a second tile in shared memory
+_ROWS_OF_A_TILE = 16  # query rows of one KV head
+_FEWEST_BLOCKS = 8  # of a split
+_PROGRAMS_WITHOUT_GPU = 8
+
+
+def launch_decode(
+    queries: torch.Tensor, keys: Packed, values: Packed, group_of_channel: torch.Tensor, first: torch.Tensor,
+    packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None, splits: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Checked arguments of ``rotatekv.kernels.triton.decode_attention``."""
+    batch, heads, query_tokens, dim = queries.shape
+    device, channels = queries.device, keys["low"].shape[2]
+    rope = options.rope
+    factors = factor(options.rotation_width, dim)
+    constants = shape_constants(factors, heads * dim // channels, query_tokens, rope.rotary_dim // 2 if rope else 0)
+    groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
+    blocks = -(-packed_tokens // BLOCK)
+    splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1))
+    has_exact = exact is not None and len(exact.rows) > 0
+    parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, device=device)
+    tops, totals = (torch.empty(parts.shape[:-1], device=device) for _ in range(2))
+    left, right = matrices(factors, device)
+    tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
+    score_factor = options.softmax_scale * factors.norm * math.log2(math.e)
+    scaling = rope.attention_scaling if rope else 1.0
+    lanes = exact_lanes(exact, batch, blocks) if has_exact else first
+    split_kernel[(batch * groups, splits, tiles)](
+        queries, *_planes(keys, options.key_bits), *_planes(values, options.value_bits), group_of_channel, lanes, first,
+        left, right, *tables, parts, tops, totals, batch, packed_tokens, total_tokens, query_tokens,
+        keys["low"].shape[1], values["low"].shape[1], blocks, -(-blocks // splits), score_factor, scaling,
+        C=channels, KEY_GROUPS=keys["scale"].shape[2], VALUE_GROUPS=values["scale"].shape[2],
+        KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, EXACT=has_exact, **constants,
+        num_warps=factors.warps, num_stages=STAGES,
+    )  # fmt: skip
+    if has_exact:
+        offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
+        exact_kernel[(batch * groups, tiles)](
+            queries, exact.keys, exact.values, exact.columns, offsets, first, left, right, *tables,
+            parts, tops, totals, batch, splits, total_tokens, query_tokens, score_factor, scaling,
+            C=channels, **constants, num_warps=factors.warps, num_stages=STAGES,
+        )  # fmt: skip
+    return _merge(parts, tops, totals, options)
+
+
+def shape_constants(factors: Factors, repeat: int, query_tokens: int, half: int) -> dict:
+    """The constexpr arguments that the split and the exact kernel share."""
+    tile = max(1, min(query_tokens, _ROWS_OF_A_TILE // repeat))  # queries
+    return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(8, power_of_two(repeat * tile)),
+            "DV_PAD": power_of_two(factors.head_dim), "PRECISION": PRECISION, **factors.constants()}  # fmt: skip
+
+
+def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
+    """Enough programs for two per multiprocessor, but no split of fewer than 8 blocks (128 tokens)."""
+    wanted = _PROGRAMS_WITHOUT_GPU
+    if device.type == "cuda":
+        wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(-(-wanted // programs), blocks // _FEWEST_BLOCKS))
+
+
+def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
+    """(B, blocks) int32, bit t set where token t of the block is kept exactly; each place is named once."""
+    lanes = torch.zeros(batch, blocks + 1, dtype=torch.int32, device=exact.rows.device)  # the last one: not packed
+    block = (exact.columns // BLOCK).clamp(max=blocks)
+    bit = torch.ones_like(exact.columns) << (exact.columns % BLOCK)
+    places = exact.rows.long() * (blocks + 1) + block
+    lanes.view(-1).scatter_add_(0, places, torch.where(block < blocks, bit, 0))
+    return lanes[:, :blocks].contiguous()
+
+
+def _merge(parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, options: DecodeOptions) -> torch.Tensor:
+    """(splits, B, H, T_q, D) → (B, H, T_q, D)."""
+    factors = factor(options.head_dim if options.unrotate_values else 0, options.head_dim)
+    out = torch.empty(parts.shape[1:], device=parts.device)
+    rows = out[..., 0].numel()
+    left, right = matrices(factors, parts.device)
+    names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")
+    merge_kernel[(-(-rows // BLOCK),)](
+        parts, tops, totals, left, right, out, parts.shape[0], rows, factors.norm,
+        **{name: factors.constants()[name] for name in names}, PRECISION=PRECISION, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _planes(packed: Packed, bits: int) -> tuple[torch.Tensor, ...]:
+    """low, high (low where there is none), scale, zero."""
+    return packed["low"], packed["high"] if bits in HIGH_PLANE else packed["low"], packed["scale"], packed["zero"]

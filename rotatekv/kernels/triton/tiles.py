@@ -1,0 +1,109 @@
+"""What the kernels share: reading packed blocks into a tile, un-rotating it, and RoPE's cos and sin.
+
+A tile holds 16 tokens in its last dimension: one word gives all 16, and so does one run of scales.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LANES = tl.constexpr(16)  # tokens of a block
+
+
+@triton.jit
+def read_packed(low, high, scale, zero, block, channel, group, keep, C: tl.constexpr, GROUPS: tl.constexpr,
+                BITS: tl.constexpr):  # fmt: skip
+    """Dequantized numbers of one block: (code − zero)·scale.
+
+    Args:
+        block: its number counted over all sequences, int64.
+        channel, group, keep: (..., 1), channels of the sequence, their quantization groups, which of them exist.
+
+    Returns:
+        (..., 16) float32, zeros where not ``keep``.
+    """
+    lane = tl.arange(0, LANES)[None, None, :]
+    word = block * C + channel
+    code = (tl.load(low + word, mask=keep, other=0) >> (2 * lane)) & 3
+    if BITS == 3:
+        code |= ((tl.load(high + word, mask=keep, other=0).to(tl.int32) >> lane) & 1) << 2
+    if BITS == 4:
+        code |= ((tl.load(high + word, mask=keep, other=0) >> (2 * lane)) & 3) << 2
+    at = (block * GROUPS + group) * LANES + lane
+    factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
+    offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32)
+    return (code.to(tl.float32) - offset) * factor
+
+
+@triton.jit
+def tile_channels(A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr):
+    """Channel i·b + j of the group at (i, j, 1), and whether it is there."""
+    i, j = tl.arange(0, A_PAD)[:, None, None], tl.arange(0, B_PAD)[None, :, None]
+    return i * B + j, (i < A) & (j < B)  # (A_PAD, B_PAD, 1)
+
+
+@triton.jit
+def head_channels(B: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr):
+    """Channel of the head at each place of an un-rotated one, and whether it is there: (ROWS_PAD·B_PAD,) each."""
+    place = tl.arange(0, ROWS_PAD * B_PAD)
+    row, column = place // B_PAD, place % B_PAD
+    return row * B + column, (row < ROWS) & (column < B)
+
+
+@triton.jit
+def dot_signs(signs, x, PRECISION: tl.constexpr):
+    """signs (±1 or 0) @ x. For tf32x3 two dots are enough: signs are exact, and x is a tf32 number and a rest."""
+    if PRECISION == "tf32x3":
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of the fraction
+        return tl.dot(signs, x - high, tl.dot(signs, high, input_precision="tf32"), input_precision="tf32")
+    return tl.dot(signs, x, input_precision=PRECISION)
+
+
+@triton.jit
+def unrotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS_PAD: tl.constexpr,
+             ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Aᵀ·X·B as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
+    OUT: tl.constexpr = G_PAD * ROWS_PAD
+    if ROTATED:
+        wide = tl.reshape(x, (A_PAD, B_PAD * LANES))
+        y = dot_signs(left, wide, PRECISION)  # (OUT, B_PAD·16)
+        y = tl.permute(tl.reshape(y, (OUT, B_PAD, LANES)), (1, 0, 2))  # (B_PAD, OUT, 16)
+        z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)), PRECISION)  # (B_PAD, OUT·16)
+        x = tl.permute(tl.reshape(z, (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
+    return tl.reshape(x, (G_PAD, ROWS_PAD * B_PAD, LANES))
+
+
+@triton.jit
+def load_matrices(left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, OUT: tl.constexpr):
+    """The ±1 factors: (OUT, A_PAD) and (B_PAD, B_PAD)."""
+    a, b = tl.arange(0, A_PAD), tl.arange(0, B_PAD)
+    return (tl.load(left + tl.arange(0, OUT)[:, None] * A_PAD + a[None, :]),
+            tl.load(right + b[:, None] * B_PAD + b[None, :]))  # fmt: skip
+
+
+@triton.jit
+def rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, row, column, channel, HALF: tl.constexpr):
+    """cos and sin at position 16·row + column by angle addition; 1 and 0 for channels that RoPE leaves.
+
+    Both table entries are float32 roundings of float64 numbers, so the result is good to about 2e-7 at any position.
+
+    Args:
+        row, column: (1, 16) or scalars, with 0 ≤ column < 32.
+        channel: (D', 1) of the head.
+    """
+    turns = channel < 2 * HALF
+    frequency = channel % HALF
+    a = row * HALF + frequency
+    b = frequency * 32 + column
+    cos_a, sin_a = tl.load(coarse_cos + a, mask=turns, other=1.0), tl.load(coarse_sin + a, mask=turns, other=0.0)
+    cos_b, sin_b = tl.load(fine_cos + b, mask=turns, other=1.0), tl.load(fine_sin + b, mask=turns, other=0.0)
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+
+@triton.jit
+def block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position, channel, HALF: tl.constexpr):
+    """cos and sin of 16 consecutive positions, the first of which may be negative (padding, never seen): (D', 16)."""
+    row = tl.maximum(position, 0) // 16
+    column = tl.maximum(position - 16 * row + tl.arange(0, LANES), 0)[None, :]
+    return rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, row, column, channel[:, None], HALF)

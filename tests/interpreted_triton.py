@@ -1,0 +1,167 @@
+"""Cases of the Triton kernels under the interpreter; ``test_triton_kernels.py`` runs this file in its own process.
+
+TRITON_INTERPRET must be set before triton is imported and changes it for good, so no other test may share the process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_cases import Shape, error, random_step, with_options
+
+from rotatekv.kernels import triton as kernels
+from rotatekv.kernels.layout import allocate_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels.reference_attention import _turn, decode_attention_reference
+from rotatekv.quantize import quantize_groups
+from rotatekv.transforms import channels_to_heads, heads_to_channels, rotate_channels
+
+ATTENTION = {
+    "one_token": Shape(tokens=1),
+    "ragged_last_block": Shape(tokens=37, rotary_dim=64, unrotate_values=True),
+    "several_splits": Shape(tokens=300, rotary_dim=64),
+    "sinks_window_padding": Shape(
+        batch=2, tokens=70, window=5, sinks=3, rotary_dim=64, key_bits=3, value_bits=4, padding=(0, 21),
+        query_tokens=3, unrotate_values=True,
+    ),
+    "all_but_the_window_padded": Shape(batch=3, tokens=40, window=8, padding=(33, 0, 40), rotary_dim=64, repeat=1),
+    "window_alone": Shape(batch=2, tokens=33, window=33, rotary_dim=32, exact_dtype=torch.bfloat16, query_tokens=2),
+    "four_heads_of_128": Shape(kv_heads=4, head_dim=128, heads_per_group=4, tokens=33, rotary_dim=128, repeat=4),
+    "two_groups_of_four": Shape(kv_heads=8, head_dim=64, heads_per_group=4, tokens=20, rotary_dim=64, sinks=20),
+    "head_dim_80_paley_20": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, rotary_dim=80, key_bits=4),
+    "head_dim_80_alone": Shape(kv_heads=2, head_dim=80, heads_per_group=1, tokens=19, rotary_dim=32, window=2,
+                               unrotate_values=True),
+    "head_dim_96_paley_12": Shape(kv_heads=2, head_dim=96, heads_per_group=1, tokens=35, rotary_dim=96, repeat=7,
+                                  query_tokens=5, value_bits=3, unrotate_values=True),
+    "heads_of_16": Shape(kv_heads=3, head_dim=16, heads_per_group=3, tokens=50, rotary_dim=8, value_group=16),
+    "sixteen_queries": Shape(tokens=45, query_tokens=16, rotary_dim=64, repeat=4, value_group=32, padding=(2,)),
+    "not_rotated": Shape(kv_heads=2, head_dim=112, heads_per_group=0, tokens=33, rotary_dim=56, repeat=1),
+    "not_rotated_after_rope": Shape(batch=2, kv_heads=2, head_dim=64, heads_per_group=0, tokens=20, padding=(17, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name):
+    step = random_step(ATTENTION[name])
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    eager = decode_attention_reference(**step)
+    out = kernels.decode_attention(**step)
+    assert error(out, truth) <= 2 * error(eager, truth) + 1e-7
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 100])
+def test_attention_splits(splits):
+    step = random_step(Shape(batch=2, tokens=90, rotary_dim=64, padding=(50, 0), sinks=4))
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    assert error(kernels.decode_attention(**step, splits=splits), truth) < 1e-6
+
+
+def test_attention_far_positions():
+    """Packed and exact tokens 5000 positions out, where an angle held in float32 is 2e-4 off."""
+    step = random_step(Shape(kv_heads=1, heads_per_group=1, repeat=1, tokens=5_003, rotary_dim=64, window=3, sinks=9))
+    step["keys"]["scale"] *= 0.05  # flat weights, so that far tokens count
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    eager = decode_attention_reference(**step)
+    assert error(kernels.decode_attention(**step, splits=1), truth) <= 2 * error(eager, truth) + 1e-7
+
+
+def test_attention_room_for_more_blocks():
+    step = random_step(Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4))
+    out = kernels.decode_attention(**step)
+    for name in ("keys", "values"):
+        step[name] = {k: torch.cat([x, torch.full_like(x[:, :1], 77)], 1) for k, x in step[name].items()}
+    assert torch.equal(kernels.decode_attention(**step), out)
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels", "group", "tokens", "start", "clip", "magnitude", "reorder"),
+    [
+        (2, 192, 64, 21, 7, 0.8, 1.0, True), (2, 128, 128, 1, 31, 0.8, 1.0, False), (3, 160, 80, 33, 0, 1.0, 1.0, True),
+        (4, 48, 16, 40, 20, 1.0, 3e4, False), (2, 192, 96, 16, 16, 0.8, 1e-7, True),
+        (3, 512, 128, 5, 14, 0.9, 1e-3, True),
+        (4, 192, 64, 0, 3, 1.0, 1.0, False),
+    ],
+)  # fmt: skip
+def test_quantize(bits, channels, group, tokens, start, clip, magnitude, reorder):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(2, tokens, channels, generator=generator) * magnitude
+    if tokens > 4:
+        x[:, 0], x[:, 1], x[0, 2], x[:, 3] = 0.0, 5.0, 1e6, torch.arange(channels) * 0.5 * magnitude
+        x[1, 2] = torch.randn(channels, generator=generator) + 3e38  # the scale ends at the largest float16
+    order = torch.randperm(channels, generator=generator) if reorder else torch.arange(channels)
+    codes, scale, zero = quantize_groups(x, bits, group, clip)
+    expected = allocate_blocks(2, 5, channels, channels // group, bits)
+    for plane in expected.values():
+        plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
+    made = {name: plane.clone() for name, plane in expected.items()}
+    write_blocks(expected, start, codes[..., torch.argsort(order)], scale, zero, bits)
+    kernels.quantize_into_blocks(x, made, start, bits, group, clip, order.int() if reorder else None)
+    for name in expected:
+        assert torch.equal(made[name], expected[name]), name
+
+
+def _dequantized(step: dict, dtype: torch.dtype) -> torch.Tensor:
+    """(B, T, C) keys in plain torch, turned at positions t − first."""
+    options, tokens = step["options"], step["packed_tokens"]
+    group = step["group_of_channel"].long()
+    codes, scale, zero = unpack_blocks(step["keys"], tokens, options.key_bits)
+    x = (codes.to(dtype) - zero.to(dtype)[..., group]) * scale.to(dtype)[..., group]
+    if options.rotation_width:
+        x = rotate_channels(x, options.rotation_width, inverse=True)
+    if options.rope is None:
+        return x
+    positions = (torch.arange(tokens) - step["first"].long()[:, None]).clamp(min=0)
+    cos, sin = (a.to(dtype)[:, None] for a in options.rope.at(positions, torch.float64))
+    return heads_to_channels(_turn(channels_to_heads(x, options.head_dim), cos, sin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "name",
+    ["ragged_last_block", "sinks_window_padding", "four_heads_of_128", "head_dim_80_paley_20", "head_dim_80_alone",
+     "head_dim_96_paley_12", "heads_of_16", "not_rotated", "not_rotated_after_rope", "one_token"],
+)  # fmt: skip
+def test_dequantize(name, dtype):
+    step = random_step(ATTENTION[name])
+    options, tokens, first = step["options"], step["packed_tokens"], step["first"]
+    out = kernels.dequantize_blocks(
+        step["keys"], tokens, options.key_bits, step["group_of_channel"], options.head_dim, options.rotation_width,
+        options.rope, first, dtype,
+    )  # fmt: skip
+    assert out.dtype == dtype
+    seen = (torch.arange(tokens) >= first[:, None])[..., None]
+    truth, eager = _dequantized(step, torch.float64) * seen, _dequantized(step, torch.float32).to(dtype) * seen
+    assert error(out * seen, truth) <= 2 * error(eager, truth) + 1e-7
+
+
+def test_damaged_arguments_are_refused():
+    step = random_step(Shape(batch=2, tokens=70, window=5, sinks=3, rotary_dim=64, key_bits=3, value_bits=4))
+    exact, low = step["exact"], step["keys"]["low"]
+    bad = [
+        {"queries": step["queries"].double()}, {"queries": torch.zeros(2, 9, 17, 64)}, {"first": step["first"][:1]},
+        {"queries": torch.zeros(2, 8, 1, 64)}, {"group_of_channel": step["group_of_channel"].long()},
+        {"keys": {**step["keys"], "low": low[:, :-1]}}, {"keys": {**step["keys"], "low": low.transpose(0, 1)}},
+        {"packed_tokens": 1000, "total_tokens": 1000}, {"total_tokens": 3}, {"total_tokens": 100_000},
+        {"exact": type(exact)(exact.rows.long(), exact.columns, exact.keys, exact.values)},
+        {"exact": type(exact)(exact.rows, exact.columns, exact.keys.float(), exact.values)},
+    ]  # fmt: skip
+    for change in bad:
+        with pytest.raises(ValueError):
+            kernels.decode_attention(**{**step, **change})
+            pytest.fail(f"accepted {change}")
+    for change in ({"rotation_width": 100}, {"rotation_width": 128}, {"head_dim": 32}, {"key_bits": 2}):
+        with pytest.raises(ValueError):
+            kernels.decode_attention(**with_options(step, **change))
+            pytest.fail(f"accepted {change}")
+    packed = allocate_blocks(2, 2, 48, 3, 3)
+    for change in ({"start": 28}, {"start": -1}, {"bits": 2}, {"group_size": 24}, {"clip_ratio": 0.0},
+                   {"x": torch.zeros(2, 5, 47)}, {"order": torch.arange(48)}):  # fmt: skip
+        with pytest.raises(ValueError):
+            kernels.quantize_into_blocks(
+                **{"x": torch.ones(2, 5, 48), "packed": packed, "start": 0, "bits": 3, "group_size": 16, **change}
+            )
+    assert not any(plane.any() for plane in packed.values())
