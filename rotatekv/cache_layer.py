@@ -147,8 +147,8 @@ class RotateKVLayer(CacheLayerMixin):
         keys, self.window_keys = self._split_window(self.window_keys, keys)
         values, self.window_values = self._split_window(self.window_values, values)
         if keys.shape[1]:
-            self.method.write_keys(self.packed_keys, keys)
-            self.method.write_values(self.packed_values, values)
+            self.packed_keys.add(keys, self.method.encode_keys)
+            self.packed_values.add(values, self.method.encode_values)
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from rotatekv.decode import fuses_on
-from rotatekv.kernels import Packed, cpu, quantize
+from rotatekv.kernels import Packed, cpu
 from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks, write_blocks
 
 
@@ -22,6 +23,10 @@ class Store(ABC):
     @abstractmethod
     def append(self, new: Packed) -> None:
         """Add tokens, per-token tensors (B, T, ...)."""
+
+    def add(self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed]) -> None:
+        """Encode (B, T, C) channels with the codec's ``encode`` and append them, in one kernel where there is one."""
+        self.append(encode(channels))
 
     @abstractmethod
     def tokens(self) -> Packed:
@@ -60,57 +65,71 @@ class TokenStore(Store):
         self.tensors = {name: x[:, :length].clone() for name, x in self.tensors.items()}
 
 
+@dataclass(frozen=True)
+class StoredOrder:
+    """Where a codec's channels lie in the blocks; made once per codec, so that its caches hold no copy.
+
+    Args:
+        position_of_channel: (C,) int64, quantized channel j lies at ``position_of_channel[j]``.
+        channel_at_position: (C,) int64, its inverse. position32: the same as the first in int32, for the kernel.
+    """
+
+    position_of_channel: torch.Tensor
+    channel_at_position: torch.Tensor
+    position32: torch.Tensor
+
+    @classmethod
+    def of(cls, position_of_channel: torch.Tensor) -> StoredOrder:
+        return cls(position_of_channel, torch.argsort(position_of_channel), position_of_channel.to(torch.int32))
+
+
 class BlockStore(Store):
     """Codes, scales and zero points in the block layout of ``kernels/layout.py``, grown by one block at a time.
 
     Args:
         bits: per code.
-        position_of_channel: (C,) int64, where quantized channel j lies among the stored ones; None: at j.
+        group_size: consecutive channels that share a scale. clip_ratio: factor on their maximum and minimum.
+        order: how the blocks order the channels; None: as they come.
     """
 
-    def __init__(self, bits: int, position_of_channel: torch.Tensor | None = None):
+    def __init__(self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None):
         super().__init__()
-        self.bits, self.position_of_channel = bits, position_of_channel
-        self.channel_at_position = self._position32 = None
-        if position_of_channel is not None:
-            self.channel_at_position = torch.argsort(position_of_channel)
-            self._position32 = position_of_channel.to(torch.int32)
+        self.bits, self.group_size, self.clip_ratio, self.order = bits, group_size, clip_ratio, order
 
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)
-        self.reserve(codes.shape[0], codes.shape[1], codes.shape[2], new["scale"].shape[-1], codes.device)
-        if self.position_of_channel is not None:
-            codes = codes.index_select(-1, self.channel_at_position.to(codes.device))
+        self.reserve(*codes.shape, codes.device)
+        codes = self.to_stored_order(codes)
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
         self.length += codes.shape[1]
 
-    def quantize(self, x: torch.Tensor, group_size: int, clip_ratio: float) -> None:
-        """Quantize (B, T, C) and append it, in one kernel where there is one."""
-        if not fuses_on(x.device):
-            return self.append(quantize(x, self.bits, group_size, clip_ratio))
-        batch, tokens, channels = x.shape
-        self.reserve(batch, tokens, channels, channels // group_size, x.device)
-        x = x.float().contiguous()
-        cpu.quantize_into_blocks(x, self.tensors, self.length, self.bits, group_size, clip_ratio, self._position32)
-        self.length += tokens
+    def add(self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed]) -> None:
+        if not fuses_on(channels.device):
+            return super().add(channels, encode)
+        self.reserve(*channels.shape, channels.device)
+        order = None if self.order is None else self.order.position32
+        cpu.quantize_into_blocks(
+            channels.float().contiguous(), self.tensors, self.length, self.bits, self.group_size, self.clip_ratio, order
+        )
+        self.length += channels.shape[1]
 
     def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) in the quantized order → in the order of the blocks."""
-        return x if self.channel_at_position is None else x.index_select(-1, self.channel_at_position)
+        return x if self.order is None else x.index_select(-1, self.order.channel_at_position.to(x.device))
 
-    def reserve(self, batch: int, tokens: int, channels: int, groups: int, device: torch.device) -> None:
+    def reserve(self, batch: int, tokens: int, channels: int, device: torch.device) -> None:
         """Make room for ``tokens`` more tokens."""
         held = self.tensors["low"].shape[1] if self.tensors else 0
         missing = -(-(self.length + tokens) // BLOCK) - held
         if missing > 0:
-            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device)
+            fresh = allocate_blocks(batch, missing, channels, channels // self.group_size, self.bits, device)
             joined = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()} if held else fresh
             self.tensors = joined
 
     def tokens(self) -> Packed:
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
-        if self.position_of_channel is not None:
-            codes = codes.index_select(-1, self.position_of_channel.to(codes.device))
+        if self.order is not None:
+            codes = codes.index_select(-1, self.order.position_of_channel.to(codes.device))
         return {"codes": codes, "scale": scale, "zero": zero}
 
     def crop(self, length: int) -> None:

@@ -11,6 +11,7 @@ from conftest import tiny_model
 from transformers import Cache
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
+from rotatekv.calibration import save_reorder_indices
 
 LAYERS, KV_HEADS, DIM = 2, 3, 16
 CHANNELS = KV_HEADS * DIM
@@ -108,6 +109,29 @@ def test_bytes_after_a_prefill_and_after_decoding(patched):
         patched(token_ids(1, 1, step), past_key_values=cache)
         if step in (1, 3, 200):
             assert_bytes(cache, 1, 40 + step)
+
+
+def test_a_reordered_cache_holds_nothing_beside_what_it_counts(tiny, tmp_path):
+    """All tensors reachable from it but the codec's, which every cache of the model shares."""
+    order = torch.stack([torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(n)) for n in range(LAYERS)])
+    path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
+    tiny.name_or_path = "tiny"
+
+    def storages(thing, seen) -> dict[int, int]:
+        if isinstance(thing, torch.Tensor):
+            return {thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()}
+        if id(thing) in seen or isinstance(thing, torch.nn.Module):
+            return {}
+        seen.add(id(thing))
+        parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+        parts = [*parts, *getattr(thing, "__dict__", {}).values()]
+        return {key: size for part in parts for key, size in storages(part, seen).items()}
+
+    with patch_model(tiny, replace(PRESETS["RotateKV2"], residual_length=3), path) as handle, torch.no_grad():
+        cache = filled(tiny, tokens=40)
+        shared = storages(handle.spec.methods, set())
+        own = {key: size for key, size in storages(cache, set()).items() if key not in shared}
+    assert cache.nbytes() == sum(own.values())
 
 
 def test_bytes_after_generate(patched):

@@ -86,12 +86,6 @@ class KVMethod(ABC):
     def value_store(self) -> Store:
         return TokenStore()
 
-    def write_keys(self, store: Store, channels: torch.Tensor) -> None:
-        store.append(self.encode_keys(channels))
-
-    def write_values(self, store: Store, channels: torch.Tensor) -> None:
-        store.append(self.encode_values(channels))
-
     @abstractmethod
     def encode_keys(self, channels: torch.Tensor) -> Packed: ...
 

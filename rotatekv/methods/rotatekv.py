@@ -8,7 +8,7 @@ from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import LayerGeometry
 from rotatekv.methods.rtn import RTN
-from rotatekv.stores import BlockStore
+from rotatekv.stores import StoredOrder
 from rotatekv.transforms import (
     channels_to_heads,
     head_group_size,
@@ -44,7 +44,9 @@ class RotateKV(RTN):
                 raise UserError("Outlier_Aware_Key_Rotation needs the reorder indices of a calibration")
             self.order = reorder_index
             self.inverse_order = torch.argsort(reorder_index)
-            # Blocks hold keys in Hadamard order, so a stored channel's group is that of its reordered place.
+            # Blocks hold keys in Hadamard order, so that a kernel reads without an inverse permutation
+            # (kernels/layout.py); a stored channel's group is then that of its reordered place.
+            self.stored_order = StoredOrder.of(reorder_index)
             self.group_of_channel = self.group_of_channel[self.inverse_order].contiguous()
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
@@ -69,10 +71,6 @@ class RotateKV(RTN):
     def rotate_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Pre-RoPE Grouped-Head Rotation of (..., H_kv·D) key channels (section 4.1)."""
         return rotate_channels(channels, self.key_width)
-
-    def key_store(self) -> BlockStore:
-        # In Hadamard order, so that a kernel reads without an inverse permutation (kernels/layout.py).
-        return BlockStore(self.config.k_bits, self.order)
 
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Rotation then reorder of (..., H_kv·D) key channels; what ``fuse_weights`` folds into ``k_proj``."""

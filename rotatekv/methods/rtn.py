@@ -10,7 +10,7 @@ from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.reference_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
-from rotatekv.stores import BlockStore, Store
+from rotatekv.stores import BlockStore, StoredOrder
 
 _ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
 
@@ -23,6 +23,7 @@ class RTN(KVMethod):
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         super().__init__(config, layer, reorder_index)
         self.key_width = 0  # channels rotated together
+        self.stored_order: StoredOrder | None = None
         self.group_of_channel = torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize
         unused = [name for name in _ROTATION_FLAGS if getattr(config, name)]
         if unused and not self.rotates:
@@ -39,16 +40,6 @@ class RTN(KVMethod):
 
     def decode_values(self, tokens: Packed) -> torch.Tensor:
         return dequantize(tokens)
-
-    def write_keys(self, store: Store, channels: torch.Tensor) -> None:
-        if not isinstance(store, BlockStore):
-            return super().write_keys(store, channels)
-        store.quantize(channels, self.k_groupsize, self.config.k_clip_ratio)
-
-    def write_values(self, store: Store, channels: torch.Tensor) -> None:
-        if not isinstance(store, BlockStore):
-            return super().write_values(store, channels)
-        store.quantize(channels, self.v_groupsize, self.config.v_clip_ratio)
 
     @property
     def can_fuse(self) -> bool:
@@ -67,7 +58,7 @@ class RTN(KVMethod):
         )
 
     def key_store(self) -> BlockStore:
-        return BlockStore(self.config.k_bits)
+        return BlockStore(self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio, self.stored_order)
 
     def value_store(self) -> BlockStore:
-        return BlockStore(self.config.v_bits)
+        return BlockStore(self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
