@@ -10,9 +10,10 @@ import ctypes
 
 import torch
 
+from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, load_library
-from rotatekv.kernels.cpu.checks import packed_pointers, pointer, shape_of
+from rotatekv.kernels.cpu.checks import packed_pointers, pointer
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 

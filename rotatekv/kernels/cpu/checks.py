@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rotatekv.kernels.checks import packed_planes
 from rotatekv.kernels.cpu.arguments import PackedPointers
-from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 
 
@@ -26,28 +26,10 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
     return x.data_ptr()
 
 
-def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
-    """The shape of a tensor of so many dimensions."""
-    if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
-        raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
-    return tuple(x.shape)
-
-
 def packed_pointers(packed: Packed, bits: int, batch: int, channels: int, name: str) -> PackedPointers:
     """The addresses of one cache tensor's planes, scales and zeros, (B, N, ...) each."""
-    if bits not in (2, 3, 4):
-        raise ValueError(f"{name}: 2, 3 or 4 bits, not {bits}")
-    planes = {"low", "scale", "zero"} | ({"high"} if bits in HIGH_PLANE else set())
-    if set(packed) != planes:
-        raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
-    blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
-    groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
+    blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name)
     pointers = PackedPointers(blocks=blocks, groups=groups, bits=bits)
-    shapes = {"low": (torch.int32, (batch, blocks, channels)),
-              "scale": (torch.float16, (batch, blocks, groups, BLOCK)),
-              "zero": (torch.int8, (batch, blocks, groups, BLOCK))}  # fmt: skip
-    if bits in HIGH_PLANE:
-        shapes["high"] = (HIGH_PLANE[bits][0], (batch, blocks, channels))
     for plane, (dtype, shape) in shapes.items():
         setattr(pointers, plane, pointer(packed[plane], dtype, shape, f"{name}[{plane!r}]"))
     return pointers

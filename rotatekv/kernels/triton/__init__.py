@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import torch
 
+from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope, shape_of
+from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope
 
 __all__ = ["available", "decode_attention", "dequantize_blocks", "interpreted", "quantize_into_blocks"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
+from rotatekv.kernels.checks import packed_planes, shape_of
+from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
@@ -25,27 +26,9 @@ def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: to
         raise ValueError(f"{name}: it must be contiguous and on {device}, not on {x.device}")
 
 
-def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
-    """The shape of a tensor of so many dimensions."""
-    if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
-        raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
-    return tuple(x.shape)
-
-
 def check_packed(packed: Packed, bits: int, batch: int, channels: int, tokens: int, device, name: str) -> int:
     """Blocks with room for ``tokens`` tokens; returns the number of quantization groups."""
-    if bits not in (2, 3, 4):
-        raise ValueError(f"{name}: 2, 3 or 4 bits, not {bits}")
-    planes = {"low", "scale", "zero"} | ({"high"} if bits in HIGH_PLANE else set())
-    if set(packed) != planes:
-        raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
-    blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
-    groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
-    side = (batch, blocks, groups, BLOCK)
-    shapes = {"low": (torch.int32, (batch, blocks, channels)), "scale": (torch.float16, side),
-              "zero": (torch.int8, side)}  # fmt: skip
-    if bits in HIGH_PLANE:
-        shapes["high"] = (HIGH_PLANE[bits][0], (batch, blocks, channels))
+    blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name)
     for plane, (dtype, shape) in shapes.items():
         check(packed[plane], dtype, shape, device, f"{name}[{plane!r}]")
     if not 0 <= tokens <= blocks * BLOCK:

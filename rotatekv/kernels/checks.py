@@ -1,0 +1,37 @@
+"""Checks of shapes that the CPU and the CUDA kernels share."""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
+from rotatekv.kernels.reference import Packed
+
+
+def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
+    """The shape of a tensor of so many dimensions (ValueError for anything else)."""
+    if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
+        raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
+    return tuple(x.shape)
+
+
+def packed_planes(
+    packed: Packed, bits: int, batch: int, channels: int, name: str
+) -> tuple[int, int, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Blocks, quantization groups, and the dtype and shape that each plane of one cache tensor must have.
+
+    Raises:
+        ValueError: other bits than 2, 3 or 4, or other planes than these bits need.
+    """
+    if bits not in (2, 3, 4):
+        raise ValueError(f"{name}: 2, 3 or 4 bits, not {bits}")
+    planes = {"low", "scale", "zero"} | ({"high"} if bits in HIGH_PLANE else set())
+    if set(packed) != planes:
+        raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
+    blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
+    groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
+    words, sides = (batch, blocks, channels), (batch, blocks, groups, BLOCK)
+    shapes = {"low": (torch.int32, words), "scale": (torch.float16, sides), "zero": (torch.int8, sides)}
+    if bits in HIGH_PLANE:
+        shapes["high"] = (HIGH_PLANE[bits][0], words)
+    return blocks, groups, shapes
