@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from rotatekv import results
 from rotatekv.kernels import cpu
 from rotatekv.kernels.cpu.build import chosen_instruction_set
 from rotatekv.kernels.layout import BLOCK, allocate_blocks
@@ -94,12 +94,10 @@ def percentile(ordered: list[float], share: float) -> float:
 
 
 def environment() -> dict[str, str | int]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    found = results.environment()
     return {
-        "device": cpu_name(), "threads": torch.get_num_threads(), "instruction_set": chosen_instruction_set(),
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit.stdout.strip(),
+        "device": cpu_name(), "threads": found["threads"], "instruction_set": chosen_instruction_set(),
+        "torch": found["torch"], "python": found["python"], "commit": (found["git_commit"] or "")[:7],
     }  # fmt: skip
 
 
@@ -144,8 +142,9 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(row_of(shape, tokens, name, ordered, steps[name][1]))
                 ratio = percentile(ordered, 0.5) / fused
                 print(f"{shape:12} {tokens:7} {name:20} {percentile(ordered, 0.5):9.3f} ms  {ratio:6.2f}×", flush=True)
-    rows = [{**row, **environment()} for row in rows]
-    print(f"bandwidth of a copy: {rows[0]['GB/s']} GB/s; {environment()}")
+    machine = environment()
+    rows = [{**row, **machine} for row in rows]
+    print(f"bandwidth of a copy: {rows[0]['GB/s']} GB/s; {machine}")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "w", newline="") as file:
