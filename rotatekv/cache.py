@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -43,8 +44,7 @@ class RotateKVCache(Cache):
         self.positions: torch.Tensor | None = None
         self.token_mask: torch.Tensor | None = None
         self.fused_call: FusedCall | None = None
-        self._make_rope_table: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
-        self._rope_table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rope_table: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
     def for_model(cls, model) -> RotateKVCache:
@@ -80,10 +80,10 @@ class RotateKVCache(Cache):
 
     def set_rope_table(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """How to make cos and sin at all positions, (B, T_cached + T, rotary_dim), if the call needs them."""
-        self._make_rope_table, self._rope_table = make, None
+        self._rope_table = functools.cache(make)
 
     def end_forward(self) -> None:
-        self._make_rope_table = self._rope_table = self.token_mask = self.fused_call = None
+        self._rope_table = self.token_mask = self.fused_call = None
 
     def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
@@ -100,11 +100,9 @@ class RotateKVCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, rope=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``RotateKVLayer.update``; ``rope`` is the family's function of a tensor, cos and sin."""
-        if rope is None or self._make_rope_table is None:
+        if rope is None or self._rope_table is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
-        if self._rope_table is None:
-            self._rope_table = self._make_rope_table()
-        cos, sin = (table.to(key_states.device) for table in self._rope_table)
+        cos, sin = (table.to(key_states.device) for table in self._rope_table())
         new = key_states.shape[-2]
         keys, values = self.layers[layer_idx].update(
             key_states,
