@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from rotatekv.capture import KINDS, Tensors
 from rotatekv.errors import UserError
-from rotatekv.files import write_atomically
+from rotatekv.files import write_output
 
 FORMAT, FORMAT_VERSION = "rotatekv-capture", "1"
 _NUMBERS = ("window", "tokens", "num_attention_heads", "num_key_value_heads", "head_dim", "heads_per_group")
@@ -83,11 +83,7 @@ def write_capture(folder: Path, info: CaptureInfo, tensors: Tensors) -> Path:
         UserError: the folder cannot be written.
     """
     path = folder / f"{info.kind}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(tensors, metadata=info.metadata(tensors)))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another --save_dir") from None
+    write_output(path, save(tensors, metadata=info.metadata(tensors)), "--save_dir")
     return path
 
 

@@ -16,9 +16,8 @@ import torch
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import check_positive, exit_on_user_error
+from rotatekv.colours import COLOURS, PALETTE
 from visualize.common import (
-    COLOURS,
-    PALETTE,
     SINK_COLOUR,
     Figure,
     add_layer_argument,

@@ -18,13 +18,11 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import make_parser
+from rotatekv.colours import PALETTE
 from rotatekv.errors import UserError
-from rotatekv.files import write_atomically
+from rotatekv.files import write_output
 
-COLOURS = "cividis"  # of magnitudes: readable without red-green vision, and in grey
-# Okabe and Ito's palette, told apart by readers with any colour vision.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-SINK_COLOUR = "#d55e00"
+SINK_COLOUR = PALETTE[1]
 _DPI = 130
 
 
@@ -125,13 +123,8 @@ def save_png(figure: Figure, output: str, description: str) -> None:
     """
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI, metadata={"Description": description, "Software": "RotateKV"})
-    path = Path(output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
-    print(path)
+    write_output(Path(output), content.getvalue())
+    print(Path(output))
 
 
 def token_label(text: str, longest: int = 12) -> str:

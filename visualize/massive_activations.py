@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
+from rotatekv.colours import COLOURS, PALETTE
 from rotatekv.errors import UserError
 from visualize.common import (
-    COLOURS,
-    PALETTE,
     SINK_COLOUR,
     Figure,
     add_layer_argument,

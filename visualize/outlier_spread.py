@@ -16,8 +16,9 @@ import torch
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
+from rotatekv.colours import PALETTE
 from rotatekv.transforms import rotate_channels
-from visualize.common import PALETTE, Figure, add_layer_argument, figure_parser, pick_layer, save_png, set_title
+from visualize.common import Figure, add_layer_argument, figure_parser, pick_layer, save_png, set_title
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -16,8 +16,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rotatekv.capture_files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
+from rotatekv.colours import PALETTE
 from rotatekv.errors import UserError
-from visualize.common import PALETTE, Figure, figure_parser, layer_axis, save_png, set_title
+from visualize.common import Figure, figure_parser, layer_axis, save_png, set_title
 
 _TITLES = {"keys": "keys, after RoPE", "values": "values"}
 _MARKERS = "osv^D*P"

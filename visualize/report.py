@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from rotatekv.cli import exit_on_user_error, make_parser
 from rotatekv.errors import UserError
-from rotatekv.files import write_atomically
+from rotatekv.files import write_output
 from visualize.report_figures import collect_figures
 from visualize.report_page import build_page, counted
 from visualize.report_runs import collect_runs
@@ -69,11 +69,7 @@ def write_page(output: Path, page: bytes) -> None:
     size = len(page) / 1e6
     if size > LARGE_MEGABYTES:
         print(f"warning: the page has {size:.0f} MB: browsers may be slow; pass fewer --input folders", file=sys.stderr)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, page)
-    except OSError as error:
-        raise UserError(f"cannot write {output} ({error.strerror}): choose another --output") from None
+    write_output(output, page)
 
 
 if __name__ == "__main__":

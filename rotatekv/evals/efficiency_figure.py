@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rotatekv.calibration import model_slug
+from rotatekv.colours import PALETTE
 from rotatekv.errors import UserError
 from rotatekv.evals.efficiency import BASELINE, RATIOS, percentiles, ratios
 from rotatekv.files import write_atomically
 
 NOT_MEASURED = "not measured"
-# Okabe and Ito's palette, told apart by readers with any colour vision; HF in grey.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_BASELINE_COLOUR = "#7f7f7f"
+_METHOD_COLOURS = PALETTE[:6]
+_BASELINE_COLOUR = "#7f7f7f"  # HF in grey
 _DPI = 150
 
 
@@ -116,7 +116,7 @@ def _draw_panel(panel, records: Sequence[dict], lengths, methods, value: Callabl
     bar = 0.84 / (2 * len(methods))
     for number, method in enumerate(methods):
         of_method = [record for record in records if record["method"] == method]
-        colours = (("hf", _BASELINE_COLOUR), ("quantized", _PALETTE[number % len(_PALETTE)]))
+        colours = (("hf", _BASELINE_COLOUR), ("quantized", _METHOD_COLOURS[number % len(_METHOD_COLOURS)]))
         for second, (key, colour) in enumerate(colours):
             bars = []
             for record in of_method:

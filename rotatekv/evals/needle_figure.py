@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rotatekv.calibration import model_slug
+from rotatekv.colours import COLOURS
 from rotatekv.errors import UserError
 from rotatekv.evals.needle import NEEDLE_TYPES, grid_of
-from rotatekv.files import write_atomically, write_json
+from rotatekv.files import write_json, write_output
 
 _LABELS = {"rouge1": "ROUGE-1 F × 100", "recall": "exact recall (%)"}
 _MISSING = "#d9d9d9"
@@ -56,11 +57,7 @@ def write_heat_maps(path: Path, grids: Sequence[dict]) -> None:
     figure = _draw(grids, NEEDLE_TYPES[kinds[0]].measure)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another --output") from None
+    write_output(path, content.getvalue())
 
 
 def _is_grid(grid) -> bool:
@@ -92,7 +89,7 @@ def _draw(grids: Sequence[dict], measure: str):
     width, height = max(3.4, 0.55 * min(wide, _MOST_NUMBERED) + 1.2), max(2.6, 0.32 * min(high, 20) + 1.4)
     figure = Figure(figsize=(columns * width + 0.9, rows * height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    colours = colormaps["cividis"].with_extremes(bad=_MISSING)  # made for colour-blind readers
+    colours = colormaps[COLOURS].with_extremes(bad=_MISSING)
     for panel, grid in zip(panels, grids, strict=False):
         _draw_panel(panel, grid, measure, colours)
     for panel in panels[len(grids) :]:
