@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,6 +23,9 @@ from transformers import (
 )
 
 from rotatekv import load_model
+
+# tqdm's own lock is shared with forked processes: one killed while it holds the lock would stop every later test.
+tqdm.set_lock(threading.RLock())
 
 FAMILIES = {
     "llama": LlamaConfig,

@@ -9,12 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_tiny_folder, tiny_text
+from tqdm import tqdm
 
 import GSM8K_evaluation
 import PPL_evaluation
@@ -183,6 +185,7 @@ def gsm8k_flags(folder, tmp_path_factory):
 
 def gsm8k_rank(rank: int, size: int, port: int, flags: list[str]) -> None:
     os.environ.update(rank_environment(rank, size, port))
+    tqdm.set_lock(threading.RLock())  # the parent's may have been held by its monitor thread at the fork
     GSM8K_evaluation.main(flags)
 
 
