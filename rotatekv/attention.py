@@ -47,7 +47,6 @@ def attention_forward(
         )
     rope = rope_function(self)
     query, key, value = project_qkv(self, hidden_states)  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
-    query = rope(query, *position_embeddings)
     dropout = self.attention_dropout if self.training else 0.0
     if self.config._attn_implementation == "sdpa" and not dropout and cache.attends(self.layer_idx, query):
         # A few new tokens: one kernel reads the packed cache (rotatekv/kernels/cpu/).
@@ -55,6 +54,7 @@ def attention_forward(
             query, key, value, self.layer_idx, self.scaling, lambda x: rope(x, *position_embeddings)
         )  # (B, H, T, D)
         return self.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+    query = rope(query, *position_embeddings)
     key, value = cache.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
 
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -88,7 +88,13 @@ class RotateKVCache(Cache):
     def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
         needs_gradient = torch.is_grad_enabled() and query.requires_grad
-        return self.fused_call is not None and not needs_gradient and self.layers[layer_idx].can_attend()
+        call = self.fused_call
+        return (
+            call is not None
+            and not needs_gradient
+            and call.kernels(query.device) is not None
+            and self.layers[layer_idx].can_attend()
+        )
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer_idx: int, scaling: float, rope_new

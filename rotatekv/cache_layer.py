@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from rotatekv.decode import FusedCall
-from rotatekv.kernels import Packed, cpu
+from rotatekv.kernels import Packed
+from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
 from rotatekv.stores import BlockStore, Store
@@ -21,7 +23,7 @@ class RotateKVLayer(CacheLayerMixin):
         packed_keys, packed_values: the stores of what the method's ``encode_*`` made of the first tokens.
         window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D).
         sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
-        sink_keys, sink_values: (S, H_kv·D) in 16 bits; they replace the decoded tokens.
+        sink_keys, sink_values: (S, H_kv·D) in 16 bits, in the stores' order; they replace the decoded tokens.
     """
 
     is_croppable = True
@@ -72,7 +74,7 @@ class RotateKVLayer(CacheLayerMixin):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             keys, values = key_states.detach(), value_states.detach()
-            self._write(keys if self.method.keys_before_rope else rope_new(keys), values)
+            self._write(keys if self.method.keys_before_rope else rope_new(keys), values, kernels_on(keys.device))
             keys, values = self._read()
             keys = keys.to(self.dtype)
             return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
@@ -94,23 +96,27 @@ class RotateKVLayer(CacheLayerMixin):
         """Store T new tokens and attend to all of them in one kernel; what ``update`` and attention give together.
 
         Args:
-            query: (B, H, T, D), after RoPE. key_states, value_states: as in ``update``.
+            query: (B, H, T, D), before RoPE. key_states, value_states: as in ``update``.
             scaling: factor on the scores.
 
         Returns:
             (B, H, T, D) in the dtype of the inputs; folded weights: still in the values' rotated space.
         """
         with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
-            self._write(key_states if self.method.keys_before_rope else rope_new(key_states), value_states)
-            output = cpu.decode_attention(
+            device = query.device
+            kernels = call.kernels(device)
+            if not self.method.keys_before_rope:  # otherwise the kernel turns queries and keys
+                query, key_states = rope_new(query), rope_new(key_states)
+            self._write(key_states, value_states, kernels)
+            output = kernels.decode_attention(
                 query.float().contiguous(),
                 self.packed_keys.tensors,
                 self.packed_values.tensors,
-                self.method.group_of_channel,
-                call.first,
+                self.method.group_of_channel.on(device),
+                call.first.to(device),
                 self.packed_keys.length,
                 self.get_seq_length(),
-                self.method.decode_options(scaling, call.rope),
+                self.method.decode_options(scaling, call.rope(device)),
                 self._exact_tokens(),
             )
             return output.to(query.dtype)
@@ -126,29 +132,31 @@ class RotateKVLayer(CacheLayerMixin):
             parts.append(sinks)
         if self.window_keys is not None and self.window_keys.shape[1]:
             batch, tokens = self.window_keys.shape[:2]
-            columns = torch.arange(self.packed_keys.length, self.get_seq_length(), dtype=torch.int32)
-            rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(tokens)
+            counted = {"dtype": torch.int32, "device": self.window_keys.device}
+            columns = torch.arange(self.packed_keys.length, self.get_seq_length(), **counted)
+            rows = torch.arange(batch, **counted).repeat_interleave(tokens)
             keys, values = self.window_keys.flatten(0, 1), self.window_values.flatten(0, 1)  # (B·T_window, H_kv·D)
-            parts.append((rows, columns.repeat(batch), keys, values))
-        if not parts:
-            return None
+            parts.append((rows, columns.repeat(batch), self.packed_keys.to_stored_order(keys), values))
+        if len(parts) < 2:
+            return ExactTokens(*parts[0]) if parts else None
         rows, columns, keys, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        if len(parts) > 1 and len(rows) and rows[-1] > 0:
+        if self.window_keys.shape[0] > 1:
             order = torch.argsort(rows, stable=True)
             rows, columns, keys, values = rows[order], columns[order], keys[order], values[order]
-        return ExactTokens(rows, columns, self.packed_keys.to_stored_order(keys), values)
+        return ExactTokens(rows, columns, keys, values)
 
-    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None) -> None:
         keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
         if self.sink_rows is not None and self.sink_keys is None:
             self.sink_rows, self.sink_columns = self.sink_rows.to(keys.device), self.sink_columns.to(keys.device)
             where = (self.sink_rows.long(), self.sink_columns.long())
-            self.sink_keys, self.sink_values = self._to_storage(keys[where]), self._to_storage(values[where])
+            self.sink_keys = self.packed_keys.to_stored_order(self._to_storage(keys[where]))
+            self.sink_values = self.packed_values.to_stored_order(self._to_storage(values[where]))
         keys, self.window_keys = self._split_window(self.window_keys, keys)
         values, self.window_values = self._split_window(self.window_values, values)
         if keys.shape[1]:
-            self.packed_keys.add(keys, self.method.encode_keys)
-            self.packed_values.add(values, self.method.encode_values)
+            self.packed_keys.add(keys, self.method.encode_keys, kernels)
+            self.packed_values.add(values, self.method.encode_values, kernels)
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
@@ -171,7 +179,8 @@ class RotateKVLayer(CacheLayerMixin):
             parts.append(window.to(parts[0].dtype) if parts else window.float())
         channels = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, T, H_kv·D)
         if sinks is not None:
-            channels[self.sink_rows.long(), self.sink_columns.long()] = sinks.to(channels.dtype)
+            exact = packed.from_stored_order(sinks).to(channels.dtype)
+            channels[self.sink_rows.long(), self.sink_columns.long()] = exact
         return channels
 
     def _to_storage(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import nn
 
-from rotatekv.errors import UserError
-from rotatekv.kernels import cpu
+from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.rope_tables import RopeTables
 
 MOST_NEW_TOKENS = 16  # of one call; longer ones are prefill
-BACKENDS = ("reference", "cpu")
 _FEWEST_POSITIONS = 4096  # of a rope table
 
 
@@ -23,42 +22,41 @@ class FusedCall:
 
     Args:
         first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
-        rope: tables for every position of the call.
+        length: tokens of a sequence, the new ones included.
     """
 
     first: torch.Tensor
-    rope: RopeTables
+    length: int
+    source: RopeSource
+    _made: dict = field(default_factory=dict, repr=False)
+
+    def kernels(self, device: torch.device) -> ModuleType | None:
+        """``kernels_on``, asked once for a device."""
+        return self._once(("kernels", device), lambda: kernels_on(device))
+
+    def rope(self, device: torch.device) -> RopeTables:
+        """Tables for every position of the call."""
+        return self._once(("rope", device), lambda: self.source.tables(self.length, device))
+
+    def _once(self, key: tuple, make: Callable[[], object]):
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 class RopeSource:
-    """The rope tables of one model, made anew when a longer sequence comes."""
+    """The rope tables of one model, one for each device, made anew when a longer sequence comes."""
 
     def __init__(self, rotary: nn.Module):
-        self._rotary, self._tables = rotary, None
+        self._rotary, self._tables = rotary, {}
 
-    def tables(self, positions: int) -> RopeTables:
-        if self._tables is None or self._tables.positions < positions:
+    def tables(self, positions: int, device: torch.device) -> RopeTables:
+        found = self._tables.get(device)
+        if found is None or found.positions < positions:
             room = max(_FEWEST_POSITIONS, 2 * positions)
             scaling = float(getattr(self._rotary, "attention_scaling", 1.0))
-            self._tables = RopeTables.build(self._rotary.inv_freq, room, scaling)
-        return self._tables
-
-
-def backend() -> str:
-    """``ROTATEKV_BACKEND``, or ``cpu``, which is used where it can be built.
-
-    Raises:
-        UserError: a backend of another name.
-    """
-    name = os.environ.get("ROTATEKV_BACKEND") or "cpu"
-    if name not in BACKENDS:
-        raise UserError(f"ROTATEKV_BACKEND={name} is not a backend: choose {' or '.join(BACKENDS)}")
-    return name
-
-
-def fuses_on(device: torch.device) -> bool:
-    """Whether fused kernels run for tensors of this device."""
-    return backend() == "cpu" and device.type == "cpu" and not torch.compiler.is_compiling() and cpu.available()
+            found = self._tables[device] = RopeTables.build(self._rotary.inv_freq, room, scaling).to(device)
+        return found
 
 
 def plan_fused_call(
@@ -71,17 +69,18 @@ def plan_fused_call(
         attention_mask: what the caller gave the model: None, (B, T), or anything else.
     """
     batch, length = positions.shape
-    if new_tokens > MOST_NEW_TOKENS or new_tokens == length or not fuses_on(positions.device):
+    if new_tokens > MOST_NEW_TOKENS or new_tokens == length or kernels_on(positions.device) is None:
         return None
-    first = torch.zeros(batch, dtype=torch.int32)
+    device = positions.device
+    first = torch.zeros(batch, dtype=torch.int32, device=device)
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape != positions.shape:
             return None
-        seen = attention_mask.bool()
+        seen = attention_mask.bool().to(device)
         first = (~seen).sum(1).to(torch.int32)
-        if not torch.equal(seen, torch.arange(length) >= first[:, None]):
+        if not torch.equal(seen, torch.arange(length, device=device) >= first[:, None]):
             return None  # holes, or padding on the right
-    expected = torch.arange(length, dtype=torch.int32) - first[:, None]
+    expected = torch.arange(length, dtype=torch.int32, device=device) - first[:, None]
     if (first > length - new_tokens).any() or not torch.equal(torch.where(expected < 0, expected, positions), expected):
         return None
-    return FusedCall(first, source.tables(length))
+    return FusedCall(first, length, source)

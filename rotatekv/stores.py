@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
-from rotatekv.decode import fuses_on
-from rotatekv.kernels import Packed, cpu
-from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels import Packed
+from rotatekv.kernels.layout import BLOCK, Blocks, allocate_blocks, unpack_blocks, write_blocks
 
 
 class Store(ABC):
@@ -24,23 +24,36 @@ class Store(ABC):
     def append(self, new: Packed) -> None:
         """Add tokens, per-token tensors (B, T, ...)."""
 
-    def add(self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed]) -> None:
-        """Encode (B, T, C) channels with the codec's ``encode`` and append them, in one kernel where there is one."""
+    def add(
+        self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None
+    ) -> None:
+        """Encode (B, T, C) channels with the codec's ``encode`` and append them, in one of ``kernels`` if it can."""
         self.append(encode(channels))
 
     @abstractmethod
     def tokens(self) -> Packed:
         """All tokens, as they were appended."""
 
+    def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) channels as the codec orders them → as the store does."""
+        return x
+
+    def from_stored_order(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``to_stored_order``."""
+        return x
+
     @abstractmethod
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens; the others' bytes are freed."""
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        self.tensors = {name: x.index_select(0, rows) for name, x in self.tensors.items()}
+        self._each(lambda x: x.index_select(0, rows))
 
     def move(self, device: torch.device | str) -> None:
-        self.tensors = {name: x.to(device, non_blocking=True) for name, x in self.tensors.items()}
+        self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.tensors = type(self.tensors)({name: change(x) for name, x in self.tensors.items()})
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.tensors.values())
@@ -62,7 +75,21 @@ class TokenStore(Store):
     def crop(self, length: int) -> None:
         self.length = length
         # A clone, not a view: a view would keep the dropped tokens' bytes alive.
-        self.tensors = {name: x[:, :length].clone() for name, x in self.tensors.items()}
+        self._each(lambda x: x[:, :length].clone())
+
+
+class Constant:
+    """A tensor that never changes, copied once to each device that asks for it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor.contiguous()
+        self._copies = {tensor.device: self.tensor}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        found = self._copies.get(device)
+        if found is None:
+            found = self._copies[device] = self.tensor.to(device)
+        return found
 
 
 @dataclass(frozen=True)
@@ -74,13 +101,14 @@ class StoredOrder:
         channel_at_position: (C,) int64, its inverse. position32: the same as the first in int32, for the kernel.
     """
 
-    position_of_channel: torch.Tensor
-    channel_at_position: torch.Tensor
-    position32: torch.Tensor
+    position_of_channel: Constant
+    channel_at_position: Constant
+    position32: Constant
 
     @classmethod
     def of(cls, position_of_channel: torch.Tensor) -> StoredOrder:
-        return cls(position_of_channel, torch.argsort(position_of_channel), position_of_channel.to(torch.int32))
+        inverse = torch.argsort(position_of_channel)
+        return cls(*map(Constant, (position_of_channel, inverse, position_of_channel.to(torch.int32))))
 
 
 class BlockStore(Store):
@@ -94,6 +122,7 @@ class BlockStore(Store):
 
     def __init__(self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None):
         super().__init__()
+        self.tensors = Blocks({})
         self.bits, self.group_size, self.clip_ratio, self.order = bits, group_size, clip_ratio, order
 
     def append(self, new: Packed) -> None:
@@ -103,19 +132,23 @@ class BlockStore(Store):
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
         self.length += codes.shape[1]
 
-    def add(self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed]) -> None:
-        if not fuses_on(channels.device):
+    def add(
+        self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None
+    ) -> None:
+        if kernels is None:
             return super().add(channels, encode)
         self.reserve(*channels.shape, channels.device)
-        order = None if self.order is None else self.order.position32
-        cpu.quantize_into_blocks(
+        order = None if self.order is None else self.order.position32.on(channels.device)
+        kernels.quantize_into_blocks(
             channels.float().contiguous(), self.tensors, self.length, self.bits, self.group_size, self.clip_ratio, order
         )
         self.length += channels.shape[1]
 
     def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) in the quantized order → in the order of the blocks."""
-        return x if self.order is None else x.index_select(-1, self.order.channel_at_position.to(x.device))
+        return x if self.order is None else x.index_select(-1, self.order.channel_at_position.on(x.device))
+
+    def from_stored_order(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.order is None else x.index_select(-1, self.order.position_of_channel.on(x.device))
 
     def reserve(self, batch: int, tokens: int, channels: int, device: torch.device) -> None:
         """Make room for ``tokens`` more tokens."""
@@ -123,18 +156,17 @@ class BlockStore(Store):
         missing = -(-(self.length + tokens) // BLOCK) - held
         if missing > 0:
             fresh = allocate_blocks(batch, missing, channels, channels // self.group_size, self.bits, device)
-            joined = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()} if held else fresh
-            self.tensors = joined
+            if held:
+                fresh = Blocks({name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()})
+            self.tensors = fresh
 
     def tokens(self) -> Packed:
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
-        if self.order is not None:
-            codes = codes.index_select(-1, self.order.position_of_channel.to(codes.device))
-        return {"codes": codes, "scale": scale, "zero": zero}
+        return {"codes": self.from_stored_order(codes), "scale": scale, "zero": zero}
 
     def crop(self, length: int) -> None:
         blocks = -(-length // BLOCK)
-        self.tensors = {name: x[:, :blocks].clone() for name, x in self.tensors.items()}
+        self._each(lambda x: x[:, :blocks].clone())
         if length % BLOCK:  # lanes past the end are zero
             last = {name: x[:, -1:] for name, x in self.tensors.items()}
             kept = [tensor.clone() for tensor in unpack_blocks(last, BLOCK, self.bits)]

@@ -16,7 +16,7 @@ from kernel_cases import Shape, error, random_step, with_options
 
 from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.layout import allocate_blocks, unpack_blocks, write_blocks
-from rotatekv.kernels.reference_attention import _turn, decode_attention_reference
+from rotatekv.kernels.reference_attention import decode_attention_reference
 from rotatekv.quantize import quantize_groups
 from rotatekv.transforms import channels_to_heads, heads_to_channels, rotate_channels
 
@@ -63,7 +63,7 @@ def test_attention_splits(splits):
 def test_attention_far_positions():
     """Packed and exact tokens 5000 positions out, where an angle held in float32 is 2e-4 off."""
     step = random_step(Shape(kv_heads=1, heads_per_group=1, repeat=1, tokens=5_003, rotary_dim=64, window=3, sinks=9))
-    step["keys"]["scale"] *= 0.05  # flat weights, so that far tokens count
+    step["keys"]["scale"].mul_(0.05)  # flat weights, so that far tokens count
     truth = decode_attention_reference(**step, dtype=torch.float64)
     eager = decode_attention_reference(**step)
     assert error(kernels.decode_attention(**step, splits=1), truth) <= 2 * error(eager, truth) + 1e-7
@@ -115,8 +115,7 @@ def _dequantized(step: dict, dtype: torch.dtype) -> torch.Tensor:
     if options.rope is None:
         return x
     positions = (torch.arange(tokens) - step["first"].long()[:, None]).clamp(min=0)
-    cos, sin = (a.to(dtype)[:, None] for a in options.rope.at(positions, torch.float64))
-    return heads_to_channels(_turn(channels_to_heads(x, options.head_dim), cos, sin))
+    return heads_to_channels(options.rope.turn(channels_to_heads(x, options.head_dim), positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

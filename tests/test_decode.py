@@ -13,6 +13,7 @@ from rotatekv.kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
 
+CPU = torch.device("cpu")
 PLAIN = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
 CONFIGS = {
     "RotateKV2": PLAIN,
@@ -159,10 +160,10 @@ def test_without_a_compiler_torch_decodes_after_one_warning(tiny, monkeypatch, t
 
 def test_rope_tables_grow_with_the_sequence_and_are_shared(tiny):
     with patch_model(tiny, PLAIN) as handle:
-        first = handle.rope_source.tables(10)
-        assert handle.rope_source.tables(4096) is first
-        longer = handle.rope_source.tables(4097)
-        assert longer.positions >= 8194 and handle.rope_source.tables(10) is longer
+        first = handle.rope_source.tables(10, CPU)
+        assert handle.rope_source.tables(4096, CPU) is first
+        longer = handle.rope_source.tables(4097, CPU)
+        assert longer.positions >= 8194 and handle.rope_source.tables(10, CPU) is longer
         cos, _ = longer.at(torch.tensor([8000]), torch.float64)
         exact = torch.cos(8000 * tiny.model.rotary_emb.inv_freq.double())
         torch.testing.assert_close(cos[0], exact, atol=1e-6, rtol=0)

@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAME
 from rotatekv.config import QuantConfig
-from rotatekv.decode import fuses_on
 from rotatekv.errors import UserError
 from rotatekv.evals.peak_memory import PeakMemory, available_bytes
 from rotatekv.evals.running import cache_use
+from rotatekv.kernels.backend import kernels_on
 from rotatekv.patch import PatchHandle, patch_model
 
 BASELINE = "HF"  # the unpatched model with transformers' DynamicCache, in the model's dtype
@@ -218,7 +218,8 @@ def batch_of_text(ids: torch.Tensor, batch_size: int, length: int) -> torch.Tens
 
 def backend_name(model: nn.Module) -> str:
     """What decodes the packed cache on this model's device."""
-    return "fused cpu kernel" if fuses_on(next(model.parameters()).device) else "plain torch"
+    kernels = kernels_on(next(model.parameters()).device)
+    return f"fused {kernels.__name__.rpartition('.')[2]} kernel" if kernels else "plain torch"
 
 
 # --------------------------------------------------------------------------------------------- the largest batch

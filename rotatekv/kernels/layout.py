@@ -24,14 +24,32 @@ BLOCK = 16  # tokens
 HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token
 
 
-def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Packed:
+class Blocks(dict):
+    """Planes of one cache tensor by name. Their numbers change in place, the tensors never do.
+
+    Attributes:
+        checked: what a kernel has found of these tensors, their addresses for one, to look up at the next call.
+    """
+
+    def __init__(self, planes: Packed):
+        super().__init__(planes)
+        self.checked: dict = {}
+
+    def __setitem__(self, name: str, plane: torch.Tensor) -> None:
+        raise TypeError("make new Blocks of other tensors")
+
+    def __reduce__(self) -> tuple:  # a copy has tensors, and addresses, of its own
+        return Blocks, (dict(self),)
+
+
+def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Blocks:
     """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
     packed = {"low": torch.zeros(batch, blocks, channels, dtype=torch.int32, device=device)}
     if bits in HIGH_PLANE:
         packed["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
     packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
-    return packed
+    return Blocks(packed)
 
 
 def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:

@@ -37,7 +37,7 @@ class DecodeOptions:
         key_bits, value_bits: 2, 3 or 4.
         softmax_scale: factor on the scores, usually D^-0.5.
         rotation_width: W = G·D of the keys' Hadamard matrix; 0: keys are not rotated.
-        rope: turn keys on read; None: keys were stored after RoPE.
+        rope: turn queries, and keys on read; None: both come after RoPE.
         unrotate_values: multiply each head of the output by the inverse Hadamard matrix of order D; False where
             ``o_proj`` does it, or where values are not rotated.
     """
@@ -73,11 +73,13 @@ def decode_attention_reference(
         k = rotate_channels(k, options.rotation_width, inverse=True)
     k, v = channels_to_heads(k, dim), channels_to_heads(v, dim)  # (B, H_kv, T, D)
     columns = torch.arange(total_tokens)
+    queries = queries.to(dtype)
     if options.rope is not None:
         positions = (columns - first.long()[:, None]).clamp(min=0)  # (B, T)
-        k = _turn(k, *(x.to(dtype)[:, None] for x in options.rope.at(positions, torch.float64)))
+        queries = options.rope.turn(queries, positions[:, -query_tokens:])
+        k = options.rope.turn(k, positions)
     repeat = heads // k.shape[1]
-    scores = queries.to(dtype) @ k.repeat_interleave(repeat, 1).transpose(2, 3) * options.softmax_scale
+    scores = queries @ k.repeat_interleave(repeat, 1).transpose(2, 3) * options.softmax_scale
     last_seen = total_tokens - query_tokens + torch.arange(query_tokens)
     seen = (columns <= last_seen[:, None]) & (columns >= first[:, None, None])  # (B, T_q, T)
     weights = torch.softmax(scores.masked_fill(~seen[:, None], -math.inf), -1).nan_to_num(0.0)  # a row may see nothing
@@ -93,10 +95,3 @@ def _restore(packed, packed_tokens, total_tokens, bits, group_of_channel, exact,
     if exact is not None:
         x[exact.rows.long(), exact.columns.long()] = getattr(exact, name).to(dtype)
     return x
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on the first rotary_dim channels; x (B, H_kv, T, D), cos and sin (B, 1, T, rotary_dim / 2)."""
-    half = cos.shape[-1]
-    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

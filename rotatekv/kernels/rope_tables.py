@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,9 +10,11 @@ COARSE_STEP = 16  # positions between two rows of the coarse table
 FINE_POSITIONS = 32  # a block of 16 tokens may start 0 … 15 positions after a coarse row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RopeTables:
     """cos and sin of position·frequency, float32, computed in float64; one for all layers and caches of a model.
+
+    Compared and hashed by identity, so that what a kernel derives from a table can be kept by it.
 
     Attributes:
         coarse_cos, coarse_sin: (n, rotary_dim / 2), row q is position 16·q.
@@ -36,6 +38,10 @@ class RopeTables:
         tables = [f(a).float() for a in (coarse_angles, fine_angles) for f in (torch.cos, torch.sin)]
         return cls(*(table.contiguous() for table in tables), attention_scaling)
 
+    def to(self, device: torch.device) -> RopeTables:
+        names = ("coarse_cos", "coarse_sin", "fine_cos", "fine_sin")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that RoPE turns: the first ``rotary_dim``."""
@@ -53,3 +59,11 @@ class RopeTables:
         cos = coarse_cos * fine_cos - coarse_sin * fine_sin
         sin = coarse_sin * fine_cos + coarse_cos * fine_sin
         return cos * self.attention_scaling, sin * self.attention_scaling
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """RoPE of (B, heads, T, D) ``x`` at ``positions`` (B, T) int64 ≥ 0, on the first ``rotary_dim`` channels."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        tables = self.at(positions, torch.float64)
+        cos, sin = (table.to(wide).unsqueeze(1) for table in tables)  # (B, 1, T, rotary_dim / 2)
+        low, high, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1).to(x.dtype)

@@ -8,7 +8,7 @@ from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import LayerGeometry
 from rotatekv.methods.rtn import RTN
-from rotatekv.stores import StoredOrder
+from rotatekv.stores import Constant, StoredOrder
 from rotatekv.transforms import (
     channels_to_heads,
     head_group_size,
@@ -47,7 +47,7 @@ class RotateKV(RTN):
             # Blocks hold keys in Hadamard order, so that a kernel reads without an inverse permutation
             # (kernels/layout.py); a stored channel's group is then that of its reordered place.
             self.stored_order = StoredOrder.of(reorder_index)
-            self.group_of_channel = self.group_of_channel[self.inverse_order].contiguous()
+            self.group_of_channel = Constant(self.group_of_channel.tensor[self.inverse_order])
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         channels = heads_to_channels(keys)  # (B, T, H_kv·D)

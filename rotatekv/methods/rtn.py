@@ -10,7 +10,7 @@ from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.reference_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
-from rotatekv.stores import BlockStore, StoredOrder
+from rotatekv.stores import BlockStore, Constant, StoredOrder
 
 _ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
 
@@ -24,7 +24,7 @@ class RTN(KVMethod):
         super().__init__(config, layer, reorder_index)
         self.key_width = 0  # channels rotated together
         self.stored_order: StoredOrder | None = None
-        self.group_of_channel = torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize
+        self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
         unused = [name for name in _ROTATION_FLAGS if getattr(config, name)]
         if unused and not self.rotates:
             raise UserError(f"RTN rotates nothing: leave out {', '.join(unused)}, or take a RotateKV method")

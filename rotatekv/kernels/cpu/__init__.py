@@ -12,8 +12,8 @@ import torch
 
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, QuantizeArguments
-from rotatekv.kernels.cpu.build import available_instruction_sets, load_library
-from rotatekv.kernels.cpu.checks import packed_pointers, pointer
+from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
+from rotatekv.kernels.cpu.checks import packed_pointers, pointer, rope_pointers
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
@@ -22,6 +22,7 @@ __all__ = ["available", "available_instruction_sets", "decode_attention", "quant
 
 def available(instruction_set: str | None = None) -> bool:
     """Whether the kernels are built and can run here; builds them at the first call (seconds)."""
+    instruction_set = instruction_set or chosen_instruction_set()
     return all(load_library(name, instruction_set) is not None for name in ("attention", "quantize"))
 
 
@@ -44,7 +45,8 @@ def decode_attention(
     ceil(packed_tokens / 16)). All tensors are contiguous, on the CPU.
 
     Args:
-        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i.
+        queries: (B, H, T_q, D) float32, before RoPE if ``options.rope`` is there. Query i sees the tokens up to
+            total_tokens − T_q + i.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
             rotated per head, quantization groups of consecutive channels, a multiple of 16 of them.
         group_of_channel: (C,) int32, the quantization group of each key channel.
@@ -79,7 +81,7 @@ def decode_attention(
     _set_exact(arguments, exact, channels)
     output = torch.empty(batch, heads, query_tokens, dim)
     arguments.output = output.data_ptr()
-    _call("attention", "rotatekv_decode_attention", arguments, instruction_set)
+    _call("attention", arguments, instruction_set)
     return output
 
 
@@ -115,19 +117,15 @@ def quantize_into_blocks(
         clip_ratio=clip_ratio, blocks=blocks, x=pointer(x, torch.float32, (batch, tokens, channels), "x"),
         order=None if order is None else pointer(order, torch.int32, (channels,), "order"),
     )  # fmt: skip
-    _call("quantize", "rotatekv_quantize", arguments, instruction_set)
+    _call("quantize", arguments, instruction_set)
 
 
 def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
-    if (rope := options.rope) is None:
+    if options.rope is None:
         return
-    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
-    arguments.rotary_dim, arguments.coarse_rows = 2 * half, rows
-    arguments.attention_scaling = rope.attention_scaling
-    for name in ("coarse_cos", "coarse_sin"):
-        setattr(arguments, name, pointer(getattr(rope, name), torch.float32, (rows, half), name))
-    for name in ("fine_cos", "fine_sin"):
-        setattr(arguments, name, pointer(getattr(rope, name), torch.float32, (half, 32), name))
+    arguments.attention_scaling = options.rope.attention_scaling
+    for name, value in rope_pointers(options.rope).items():
+        setattr(arguments, name, value)
 
 
 def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, channels: int) -> None:
@@ -144,11 +142,9 @@ def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, channels: 
         setattr(arguments, f"exact_{name}", tensor)
 
 
-def _call(library: str, function: str, arguments: ctypes.Structure, instruction_set: str | None) -> None:
+def _call(library: str, arguments: ctypes.Structure, instruction_set: str | None) -> None:
     loaded = load_library(library, instruction_set)
     if loaded is None:
         raise RuntimeError("RotateKV's CPU kernel is not available")
-    entry = getattr(loaded, function)
-    entry.argtypes, entry.restype = [ctypes.c_void_p], ctypes.c_char_p
-    if message := entry(ctypes.byref(arguments)):
+    if message := loaded.entry(ctypes.byref(arguments)):
         raise ValueError(message.decode())

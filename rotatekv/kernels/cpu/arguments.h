@@ -21,7 +21,7 @@ struct DecodeArguments {
     int64_t packed_tokens;   // tokens 0 … packed_tokens − 1 are read from the blocks
     int64_t total_tokens;    // length of the sequence, exact tokens included
     int64_t rotation_width;  // W of the keys' grouped-head Hadamard; 0 = not rotated
-    int64_t rotary_dim;      // channels of a head that RoPE turns on read; 0 = keys are stored after RoPE
+    int64_t rotary_dim;      // channels of a head that RoPE turns; 0 = queries and keys come after RoPE
     int64_t coarse_rows;     // rows of the coarse tables
     int64_t exact_tokens;    // S
     int64_t exact_is_bfloat16;
@@ -30,7 +30,7 @@ struct DecodeArguments {
     float softmax_scale, attention_scaling;
     PackedPointers keys, values;
     const int32_t* group_of_channel;  // (C,) quantization group of each key channel
-    const float* queries;             // (B, H, query_tokens, D), after RoPE
+    const float* queries;             // (B, H, query_tokens, D)
     const int32_t* first;             // (B,) first token that is not padding: position 0
     const float* coarse_cos;          // (coarse_rows, rotary_dim / 2), row q is position 16·q
     const float* coarse_sin;

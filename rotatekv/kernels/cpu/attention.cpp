@@ -10,16 +10,32 @@
 #include "checks.h"
 #include "exact.h"
 
-// (B, H, query_tokens, D) times all constant factors of a score: the softmax scale in log2 units, 1/sqrt(W) of the
-// Hadamard matrix, and RoPE's attention_scaling on the channels that turn.
-static void scale_queries(const DecodeArguments& a, float* out) {
-    const int64_t rows = a.batch * a.query_heads * a.query_tokens;
+// RoPE at the query's own position, in place; attention_scaling twice, once for the keys.
+static void turn_query(const DecodeArguments& a, int64_t position, float* query) {
+    const float factor = a.attention_scaling * a.attention_scaling;
+    const int64_t half = a.rotary_dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        float cos, sin;
+        angle_at(a, position, i, &cos, &sin);
+        const float low = query[i] * factor, high = query[i + half] * factor;
+        query[i] = low * cos - high * sin;
+        query[i + half] = high * cos + low * sin;
+    }
+}
+
+// (B, H, query_tokens, D) after RoPE, times all constant factors of a score: the softmax scale in log2 units and
+// 1/sqrt(W) of the Hadamard matrix.
+static void prepare_queries(const DecodeArguments& a, float* out) {
+    const int64_t rows = a.query_heads * a.query_tokens;
     const float log2_e = 1.44269504088896341f;
     const float norm = a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f;
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < a.batch * rows; ++row) {
+        float* query = out + row * a.head_dim;
         for (int64_t i = 0; i < a.head_dim; ++i)
-            out[row * a.head_dim + i] = a.queries[row * a.head_dim + i] * (a.softmax_scale * log2_e * norm) *
-                                        (i < a.rotary_dim ? a.attention_scaling : 1.0f);
+            query[i] = a.queries[row * a.head_dim + i] * (a.softmax_scale * log2_e * norm);
+        const int64_t column = a.total_tokens - a.query_tokens + row % a.query_tokens;
+        turn_query(a, std::max<int64_t>(column - a.first[row / rows], 0), query);
+    }
 }
 
 // Multiplies kLanes rows of (rows, D) by the inverse Hadamard of order D, in place.
@@ -52,7 +68,7 @@ class Decode {
     explicit Decode(const DecodeArguments& a)
         : a_(a), g_(a), queries_(a.batch * a.query_heads * a.query_tokens * a.head_dim),
           partials_(a.batch * g_.groups * g_.parts() * part_floats()), group_at_(size_t(g_.channels)) {
-        scale_queries(a, queries_.data());
+        prepare_queries(a, queries_.data());
         for (int64_t i = 0; i < g_.channels; ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
         for (int64_t i = 0; i < threads(); ++i) memory_.emplace_back(a, g_);
     }
@@ -123,7 +139,7 @@ class Decode {
 };
 
 // Null, or one line that says what is wrong with the arguments.
-extern "C" __attribute__((visibility("default"))) const char* rotatekv_decode_attention(const DecodeArguments* a) {
+extern "C" __attribute__((visibility("default"))) const char* rotatekv_attention(const DecodeArguments* a) {
     if (!a) return "no arguments";
     if (const char* wrong = check_decode(*a)) return wrong;
     try {

@@ -23,11 +23,11 @@ _EXTRA_FLAGS = {
     "attention": [],
     "quantize": ["-ffp-contract=off"],  # bit-equal to torch: no product may merge with a sum
 }
-# Widest first: the flags of the compiler, and the names /proc/cpuinfo must list.
+# Widest first: the flags of the compiler, which are what /proc/cpuinfo must list, see _needed.
 _INSTRUCTION_SETS = {
-    "avx512": ("avx512f avx512bw avx512vl avx512dq avx512vnni fma f16c", "avx512_vnni"),
-    "avx2": ("avx2 fma f16c", ""),
-    "portable": ("", ""),
+    "avx512": "avx512f avx512bw avx512vl avx512dq avx512vnni fma f16c",
+    "avx2": "avx2 fma f16c",
+    "portable": "",
 }
 _COMPILE_SECONDS = 300  # give up on a compiler that takes longer
 
@@ -44,29 +44,38 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def available_instruction_sets() -> list[str]:
+@lru_cache(maxsize=1)
+def available_instruction_sets() -> tuple[str, ...]:
     """Those this CPU can run, the widest first."""
-    return [name for name, (flags, _) in _INSTRUCTION_SETS.items() if _needed(flags) <= cpu_flags()]
+    return tuple(name for name, flags in _INSTRUCTION_SETS.items() if _needed(flags) <= cpu_flags())
 
 
+@lru_cache(maxsize=1)
 def chosen_instruction_set() -> str:
-    """The widest available, or what ``ROTATEKV_CPU_KERNEL`` asks for."""
+    """The widest available, or what ``ROTATEKV_CPU_KERNEL`` asks for; read once."""
     return os.environ.get("ROTATEKV_CPU_KERNEL") or available_instruction_sets()[0]
 
 
 def load_library(name: str, instruction_set: str | None = None) -> ctypes.CDLL | None:
-    """The library made from ``<name>.cpp``; None, with one warning, where it cannot be built or run here."""
+    """The library made from ``<name>.cpp``, whose ``entry`` takes its arguments and returns an error's text or None.
+
+    None, with one warning, where it cannot be built or run here.
+    """
     instruction_set = instruction_set or chosen_instruction_set()
-    return None if instruction_set == "off" else _load(name, instruction_set, os.environ.get("ROTATEKV_CPU_FLAGS", ""))
+    return None if instruction_set == "off" else _load(name, instruction_set)
 
 
 @lru_cache(maxsize=32)
-def _load(name: str, instruction_set: str, more_flags: str) -> ctypes.CDLL | None:
+def _load(name: str, instruction_set: str) -> ctypes.CDLL | None:
     try:
         if instruction_set not in available_instruction_sets():
-            raise RuntimeError(f"this CPU cannot run {instruction_set!r} (it has {available_instruction_sets()})")
-        flags = [*_BASE_FLAGS, *_EXTRA_FLAGS[name], *(f"-m{x}" for x in _INSTRUCTION_SETS[instruction_set][0].split())]
-        return ctypes.CDLL(str(_build(name, flags + more_flags.split(), instruction_set)))
+            raise RuntimeError(f"this CPU cannot run {instruction_set!r}, it has {available_instruction_sets()}")
+        flags = [*_BASE_FLAGS, *_EXTRA_FLAGS[name], *(f"-m{x}" for x in _INSTRUCTION_SETS[instruction_set].split())]
+        flags += os.environ.get("ROTATEKV_CPU_FLAGS", "").split()
+        library = ctypes.CDLL(str(_build(name, flags, instruction_set)))
+        library.entry = getattr(library, f"rotatekv_{name}")
+        library.entry.argtypes, library.entry.restype = [ctypes.c_void_p], ctypes.c_char_p
+        return library
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"RotateKV's CPU kernel is not used, torch is: {reason}", RuntimeWarning, stacklevel=2)

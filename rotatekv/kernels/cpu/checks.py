@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from rotatekv.kernels.checks import packed_planes
+from rotatekv.kernels.checks import packed_planes, shape_of
 from rotatekv.kernels.cpu.arguments import PackedPointers
+from rotatekv.kernels.layout import Blocks
 from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
 
 def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> int:
@@ -26,8 +30,27 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
     return x.data_ptr()
 
 
+@lru_cache(maxsize=8)
+def rope_pointers(rope: RopeTables) -> dict[str, int]:
+    """The fields that say where a model's rope tables lie; checked once for all calls."""
+    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
+    found = {"rotary_dim": 2 * half, "coarse_rows": rows}
+    for name, shape in (("coarse_cos", (rows, half)), ("coarse_sin", (rows, half)),
+                        ("fine_cos", (half, FINE_POSITIONS)), ("fine_sin", (half, FINE_POSITIONS))):  # fmt: skip
+        found[name] = pointer(getattr(rope, name), torch.float32, shape, name)
+    return found
+
+
 def packed_pointers(packed: Packed, bits: int, batch: int, channels: int, name: str) -> PackedPointers:
-    """The addresses of one cache tensor's planes, scales and zeros, (B, N, ...) each."""
+    """The addresses of one cache tensor's planes, scales and zeros, (B, N, ...) each; checked once for ``Blocks``."""
+    checked = packed.checked if isinstance(packed, Blocks) else {}
+    found = checked.get((bits, batch, channels))
+    if found is None:
+        found = checked[bits, batch, channels] = _check_planes(packed, bits, batch, channels, name)
+    return found
+
+
+def _check_planes(packed: Packed, bits: int, batch: int, channels: int, name: str) -> PackedPointers:
     blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name)
     pointers = PackedPointers(blocks=blocks, groups=groups, bits=bits)
     for plane, (dtype, shape) in shapes.items():

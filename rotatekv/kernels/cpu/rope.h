@@ -14,17 +14,22 @@ struct RopeAngles {
     ROTATEKV_INLINE const float* at(int frequency) const { return table + frequency * 2 * kLanes; }
 };
 
+// cos and sin of one position's angle in frequency i.
+static ROTATEKV_INLINE void angle_at(const DecodeArguments& a, int64_t position, int64_t i, float* cos, float* sin) {
+    const int64_t half = a.rotary_dim / 2, row = position / kCoarseStep, offset = position % kCoarseStep;
+    const float coarse_cos = a.coarse_cos[row * half + i], coarse_sin = a.coarse_sin[row * half + i];
+    const float fine_cos = a.fine_cos[i * kFinePositions + offset], fine_sin = a.fine_sin[i * kFinePositions + offset];
+    *cos = coarse_cos * fine_cos - coarse_sin * fine_sin;
+    *sin = coarse_sin * fine_cos + coarse_cos * fine_sin;
+}
+
 // Tokens at any positions, (kLanes,). Below 0 they are padding, whose angle does not matter.
 static void set_scattered_angles(const DecodeArguments& a, const int64_t* positions, const RopeAngles& angles) {
     for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t position = positions[lane] < 0 ? 0 : positions[lane];
-        const int64_t row = position / kCoarseStep, offset = position % kCoarseStep;
         for (int i = 0; i < angles.half; ++i) {
-            const float cos = a.coarse_cos[row * angles.half + i], sin = a.coarse_sin[row * angles.half + i];
-            const float fine_cos = a.fine_cos[i * kFinePositions + offset];
-            const float fine_sin = a.fine_sin[i * kFinePositions + offset];
-            angles.table[i * 2 * kLanes + lane] = cos * fine_cos - sin * fine_sin;
-            angles.table[(i * 2 + 1) * kLanes + lane] = sin * fine_cos + cos * fine_sin;
+            float* at = angles.table + i * 2 * kLanes + lane;
+            angle_at(a, position, i, at, at + kLanes);
         }
     }
 }

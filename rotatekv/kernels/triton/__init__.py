@@ -10,6 +10,8 @@ would make the host wait for the GPU.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from rotatekv.kernels.checks import shape_of
@@ -18,19 +20,30 @@ from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope
 
-__all__ = ["available", "decode_attention", "dequantize_blocks", "interpreted", "quantize_into_blocks"]
+__all__ = ["available", "decode_attention", "dequantize_blocks", "interpreted", "needs", "quantize_into_blocks"]
+
+_OLDEST_GPU = 8  # compute capability
 
 
 def available(device: torch.device | str = "cuda") -> bool:
     """Whether the kernels can run on tensors of ``device``: triton is there, and a GPU of sm_80 or later or its
     interpreter."""
-    device = torch.device(device)
+    return _available(torch.device(device))
+
+
+def needs() -> str:
+    """What the kernels need, for an error's line."""
+    return f"it needs triton and a GPU of sm_{10 * _OLDEST_GPU} or later, or TRITON_INTERPRET=1 for tensors on the CPU"
+
+
+@lru_cache(maxsize=64)
+def _available(device: torch.device) -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
     if device.type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= _OLDEST_GPU
     return device.type == "cpu" and interpreted()
 
 
@@ -59,7 +72,8 @@ def decode_attention(
     ceil(packed_tokens / 16)). All tensors are contiguous, on one device; rope tables too.
 
     Args:
-        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i.
+        queries: (B, H, T_q, D) float32, before RoPE if ``options.rope`` is there. Query i sees the tokens up to
+            total_tokens − T_q + i.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
             rotated per head, quantization groups of consecutive channels.
         group_of_channel: (C,) int32, the quantization group of each key channel.
@@ -158,6 +172,4 @@ def dequantize_blocks(
     check_rope(rope, head_dim, tokens, device)
     from rotatekv.kernels.triton.dequantize import launch_dequantize
 
-    return launch_dequantize(
-        packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype
-    )
+    return launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype)

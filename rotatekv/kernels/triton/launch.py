@@ -29,6 +29,9 @@ def launch_decode(
     rope = options.rope
     factors = factor(options.rotation_width, dim)
     constants = shape_constants(factors, heads * dim // channels, query_tokens, rope.rotary_dim // 2 if rope else 0)
+    if rope is not None:
+        columns = torch.arange(total_tokens - query_tokens, total_tokens, device=device)
+        queries = rope.turn(queries, (columns - first[:, None]).clamp(min=0))
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
     splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1))

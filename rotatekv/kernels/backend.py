@@ -1,0 +1,48 @@
+"""Which package of fused kernels serves a device: ``kernels.cpu``, ``kernels.triton``, or none, where torch does it.
+
+Both packages offer ``quantize_into_blocks`` and ``decode_attention`` with the same arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from rotatekv.errors import UserError
+from rotatekv.kernels import cpu, triton
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def backend() -> str | None:
+    """``ROTATEKV_BACKEND``; None where it is not set: ``cpu`` for tensors on the CPU, ``triton`` on a GPU.
+
+    Raises:
+        UserError: a backend of another name.
+    """
+    name = os.environ.get("ROTATEKV_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise UserError(f"ROTATEKV_BACKEND={name} is not a backend: choose {', '.join(BACKENDS)}, or leave it out")
+    return name
+
+
+def kernels_on(device: torch.device) -> ModuleType | None:
+    """The fused kernels for tensors of this device; None: plain torch, as asked for or where nothing else runs.
+
+    Raises:
+        UserError: the backend asked for does not run on this device.
+    """
+    name = backend()
+    if name == "reference" or torch.compiler.is_compiling():
+        return None
+    if name is None:
+        name = "cpu" if device.type == "cpu" else "triton"
+    elif name == "cpu" and device.type != "cpu":
+        raise UserError(f"ROTATEKV_BACKEND=cpu reads no tensors on {device}: leave it out, or choose another")
+    elif name == "triton" and not triton.available(device):
+        raise UserError(f"ROTATEKV_BACKEND=triton does not run on {device}: {triton.needs()}")
+    if name == "cpu":
+        return cpu if cpu.available() else None
+    return triton if triton.available(device) else None
