@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from rotatekv.decode import FusedCall
+from rotatekv.decode import FusedCall, fuses_on
 from rotatekv.kernels import Packed, cpu
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
-from rotatekv.stores import BlockStore, Store
+from rotatekv.stores import BlockStore, HeadForm, Store
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -79,8 +79,11 @@ class RotateKVLayer(CacheLayerMixin):
 
     def can_attend(self) -> bool:
         """Whether ``attend`` works: the method has a fused form and codes lie in blocks already."""
+        return self.method.can_fuse and self._has_blocks()
+
+    def _has_blocks(self) -> bool:
         in_blocks = isinstance(self.packed_keys, BlockStore) and isinstance(self.packed_values, BlockStore)
-        return self.method.can_fuse and in_blocks and self.packed_keys.length > 0
+        return in_blocks and self.packed_keys.length > 0
 
     def attend(
         self,
@@ -161,9 +164,26 @@ class RotateKVLayer(CacheLayerMixin):
         return recent[:, :cut], recent[:, cut:].clone()
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        method, key_form, value_form = self.method, self.method.key_form, self.method.value_form
+        if key_form and value_form and self._has_blocks() and fuses_on(self.device):
+            keys = (self.packed_keys, self.window_keys, self.sink_keys, key_form, method.keys_out)
+            values = (self.packed_values, self.window_values, self.sink_values, value_form, method.values_out)
+            return self._read_blocks(*keys), self._read_blocks(*values)  # (B, H_kv, T, D)
         keys = self._restore(self.packed_keys, self.window_keys, self.sink_keys, self.method.decode_keys)
         values = self._restore(self.packed_values, self.window_values, self.sink_values, self.method.decode_values)
         return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
+
+    def _read_blocks(
+        self, packed: BlockStore, window, sinks, form: HeadForm, to_heads: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """What ``_restore`` and ``to_heads`` give, with the packed tokens straight from a kernel."""
+        heads = packed.heads(form, self.get_seq_length())  # (B, H_kv, T, D)
+        if window is not None:
+            heads[:, :, packed.length :] = to_heads(window.float())
+        if sinks is not None:
+            of_sinks = to_heads(sinks.float().unsqueeze(0))[0].transpose(0, 1)  # (S, H_kv, D)
+            heads[self.sink_rows.long(), :, self.sink_columns.long()] = of_sinks
+        return heads
 
     def _restore(self, packed: Store, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
         parts = [decode(packed.tokens())] if packed.length else []

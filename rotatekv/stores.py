@@ -83,6 +83,21 @@ class StoredOrder:
         return cls(position_of_channel, torch.argsort(position_of_channel), position_of_channel.to(torch.int32))
 
 
+@dataclass(frozen=True)
+class HeadForm:
+    """How the channels of a store's blocks become heads again, for a kernel to read.
+
+    Args:
+        head_dim: D.
+        group_of_channel: (C,) int32, the quantization group of each channel as it lies in the blocks.
+        rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
+    """
+
+    head_dim: int
+    group_of_channel: torch.Tensor
+    rotation_width: int = 0
+
+
 class BlockStore(Store):
     """Codes, scales and zero points in the block layout of ``kernels/layout.py``, grown by one block at a time.
 
@@ -131,6 +146,14 @@ class BlockStore(Store):
         if self.order is not None:
             codes = codes.index_select(-1, self.order.position_of_channel.to(codes.device))
         return {"codes": codes, "scale": scale, "zero": zero}
+
+    def heads(self, form: HeadForm, room: int) -> torch.Tensor:
+        """All tokens as heads (B, H_kv, room, D) float32, in one kernel; what lies past ``length`` is not set."""
+        batch, _, channels = self.tensors["low"].shape
+        return cpu.dequantize_blocks(
+            self.tensors, self.length, self.bits, form.group_of_channel, form.head_dim, form.rotation_width,
+            out=torch.empty(batch, channels // form.head_dim, room, form.head_dim),
+        )  # fmt: skip
 
     def crop(self, length: int) -> None:
         blocks = -(-length // BLOCK)

@@ -137,7 +137,7 @@ def dequantize_blocks(
 
     Args:
         packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; tokens ≤ 16·N. C = H_kv·head_dim, and
-            head_dim D is a multiple of 8 up to 1024.
+            head_dim D is a multiple of 8.
         group_of_channel: (C,) int32, the quantization group of each channel.
         rotation_width: order of the orthonormal Hadamard matrix whose inverse each run of so many channels is
             multiplied by: whole heads. 0: none.

@@ -31,7 +31,8 @@ class Dequantize {
         const int64_t blocks = (a_.tokens + kBlock - 1) / kBlock, tasks = a_.batch * blocks;
         const int64_t threads = std::max<int64_t>(1, std::min(a_.threads, tasks));
         std::vector<Room> rooms;
-        for (int64_t i = 0; i < threads; ++i) rooms.push_back({Floats(a_.blocks.groups * 2 * kLanes), Floats(width_ * kLanes)});
+        for (int64_t i = 0; i < threads; ++i)
+            rooms.push_back({Floats(a_.blocks.groups * 2 * kLanes), Floats(width_ * kLanes)});
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
         for (int64_t part = 0; part < threads; ++part)
             for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task)
@@ -79,8 +80,7 @@ class Dequantize {
 static const char* check_dequantize(const DequantizeArguments& a) {
     ROTATEKV_REQUIRE(a.structure_bytes == int64_t(sizeof(DequantizeArguments)), "built from other sources: rebuild");
     ROTATEKV_REQUIRE(a.batch >= 0 && a.kv_heads >= 1, "sizes must be positive");
-    ROTATEKV_REQUIRE(a.head_dim >= 8 && a.head_dim <= 1024 && a.head_dim % 8 == 0,
-                     "head_dim must be a multiple of 8 up to 1024");
+    ROTATEKV_REQUIRE(a.head_dim >= 8 && a.head_dim % 8 == 0, "head_dim must be a multiple of 8");
     ROTATEKV_REQUIRE(a.kv_heads * a.head_dim <= (1 << 20), "too many channels");
     ROTATEKV_REQUIRE(a.tokens >= 0 && a.tokens <= a.output_tokens, "tokens must be 0 … those of the output");
     ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
