@@ -13,7 +13,7 @@ from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
-from rotatekv.stores import BlockStore, Store
+from rotatekv.stores import BlockStore, HeadForm, Store
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -74,15 +74,19 @@ class RotateKVLayer(CacheLayerMixin):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             keys, values = key_states.detach(), value_states.detach()
-            self._write(keys if self.method.keys_before_rope else rope_new(keys), values, kernels_on(keys.device))
-            keys, values = self._read()
+            kernels = kernels_on(keys.device)
+            self._write(keys if self.method.keys_before_rope else rope_new(keys), values, kernels)
+            keys, values = self._read(kernels)
             keys = keys.to(self.dtype)
             return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
 
     def can_attend(self) -> bool:
         """Whether ``attend`` works: the method has a fused form and codes lie in blocks already."""
+        return self.method.can_fuse and self._has_blocks()
+
+    def _has_blocks(self) -> bool:
         in_blocks = isinstance(self.packed_keys, BlockStore) and isinstance(self.packed_values, BlockStore)
-        return self.method.can_fuse and in_blocks and self.packed_keys.length > 0
+        return in_blocks and self.packed_keys.length > 0
 
     def attend(
         self,
@@ -168,10 +172,28 @@ class RotateKVLayer(CacheLayerMixin):
         cut = max(recent.shape[1] - length, 0)
         return recent[:, :cut], recent[:, cut:].clone()
 
-    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, kernels: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor]:
+        method, key_form, value_form = self.method, self.method.key_form, self.method.value_form
+        if key_form and value_form and self._has_blocks() and kernels is not None:
+            keys = (self.packed_keys, self.window_keys, self.sink_keys, key_form, method.keys_out)
+            values = (self.packed_values, self.window_values, self.sink_values, value_form, method.values_out)
+            return self._read_blocks(kernels, *keys), self._read_blocks(kernels, *values)  # (B, H_kv, T, D)
         keys = self._restore(self.packed_keys, self.window_keys, self.sink_keys, self.method.decode_keys)
         values = self._restore(self.packed_values, self.window_values, self.sink_values, self.method.decode_values)
         return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
+
+    def _read_blocks(
+        self, kernels: ModuleType, packed: BlockStore, window, sinks, form: HeadForm,
+        to_heads: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """What ``_restore`` and ``to_heads`` give, with the packed tokens straight from a kernel."""
+        heads = packed.heads(form, self.get_seq_length(), kernels)  # (B, H_kv, T, D)
+        if window is not None:
+            heads[:, :, packed.length :] = to_heads(window.float())
+        if sinks is not None:
+            of_sinks = to_heads(packed.from_stored_order(sinks).float().unsqueeze(0))[0].transpose(0, 1)  # (S, H_kv, D)
+            heads[self.sink_rows.long(), :, self.sink_columns.long()] = of_sinks
+        return heads
 
     def _restore(self, packed: Store, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
         parts = [decode(packed.tokens())] if packed.length else []

@@ -93,6 +93,21 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class HeadForm:
+    """How the channels of a store's blocks become heads again, for a kernel to read.
+
+    Args:
+        head_dim: D.
+        group_of_channel: (C,) int32, the quantization group of each channel as it lies in the blocks.
+        rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
+    """
+
+    head_dim: int
+    group_of_channel: Constant
+    rotation_width: int = 0
+
+
+@dataclass(frozen=True)
 class StoredOrder:
     """Where a codec's channels lie in the blocks; made once per codec, so that its caches hold no copy.
 
@@ -163,6 +178,15 @@ class BlockStore(Store):
     def tokens(self) -> Packed:
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
         return {"codes": self.from_stored_order(codes), "scale": scale, "zero": zero}
+
+    def heads(self, form: HeadForm, room: int, kernels: ModuleType) -> torch.Tensor:
+        """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set."""
+        low = self.tensors["low"]
+        return kernels.dequantize_blocks(
+            self.tensors, self.length, self.bits, form.group_of_channel.on(low.device), form.head_dim,
+            form.rotation_width,
+            out=torch.empty(low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim, device=low.device),
+        )  # fmt: skip
 
     def crop(self, length: int) -> None:
         blocks = -(-length // BLOCK)

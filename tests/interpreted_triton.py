@@ -18,7 +18,7 @@ from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.layout import allocate_blocks, unpack_blocks, write_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
 from rotatekv.quantize import quantize_groups
-from rotatekv.transforms import channels_to_heads, heads_to_channels, rotate_channels
+from rotatekv.transforms import channels_to_heads, rotate_channels
 
 ATTENTION = {
     "one_token": Shape(tokens=1),
@@ -105,17 +105,18 @@ def test_quantize(bits, channels, group, tokens, start, clip, magnitude, reorder
 
 
 def _dequantized(step: dict, dtype: torch.dtype) -> torch.Tensor:
-    """(B, T, C) keys in plain torch, turned at positions t − first."""
+    """(B, H_kv, T, D) keys in plain torch, turned at positions t − first."""
     options, tokens = step["options"], step["packed_tokens"]
     group = step["group_of_channel"].long()
     codes, scale, zero = unpack_blocks(step["keys"], tokens, options.key_bits)
     x = (codes.to(dtype) - zero.to(dtype)[..., group]) * scale.to(dtype)[..., group]
     if options.rotation_width:
         x = rotate_channels(x, options.rotation_width, inverse=True)
+    x = channels_to_heads(x, options.head_dim)
     if options.rope is None:
         return x
     positions = (torch.arange(tokens) - step["first"].long()[:, None]).clamp(min=0)
-    return heads_to_channels(options.rope.turn(channels_to_heads(x, options.head_dim), positions))
+    return options.rope.turn(x, positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -132,7 +133,7 @@ def test_dequantize(name, dtype):
         options.rope, first, dtype,
     )  # fmt: skip
     assert out.dtype == dtype
-    seen = (torch.arange(tokens) >= first[:, None])[..., None]
+    seen = (torch.arange(tokens) >= first[:, None])[:, None, :, None]
     truth, eager = _dequantized(step, torch.float64) * seen, _dequantized(step, torch.float32).to(dtype) * seen
     assert error(out * seen, truth) <= 2 * error(eager, truth) + 1e-7
 

@@ -25,8 +25,9 @@ SHAPES = [
 
 def main() -> None:
     instruction_sets = cpu.available_instruction_sets()[:2]
+    libraries = product(("attention", "quantize", "dequantize"), instruction_sets)
     with ThreadPoolExecutor(2) as pool:  # compile side by side
-        list(pool.map(load_library, *zip(*product(("attention", "quantize"), instruction_sets), strict=True)))
+        list(pool.map(load_library, *zip(*libraries, strict=True)))
     for instruction_set in instruction_sets:
         for shape in SHAPES:
             cpu.decode_attention(**random_step(shape), threads=2, instruction_set=instruction_set)
@@ -35,6 +36,12 @@ def main() -> None:
                 blocks = allocate_blocks(2, 2, 48, 3, bits)
                 x = torch.randn(2, 20, 48) * magnitude
                 cpu.quantize_into_blocks(x, blocks, 12, bits, 16, instruction_set=instruction_set)
+            for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
+                channels = torch.arange(6 * head_dim, dtype=torch.int32)
+                blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits)
+                cpu.dequantize_blocks(
+                    blocks, tokens, bits, channels // head_dim, head_dim, width, 2, instruction_set=instruction_set
+                )
     print("clean")
 
 

@@ -440,7 +440,7 @@ def test_the_window_is_the_last_tokens_in_16_bits_and_the_rest_is_quantized_as_w
             assert torch.equal(layer.window_values, seen[number, "v"][:, -5:].half())
             want = layer.method.encode_keys(seen[number, "k"][:, :-5].half())
             assert all(torch.equal(layer.packed_keys.tokens()[name], want[name]) for name in want)
-            keys, _ = layer._read()
+            keys, _ = layer._read(None)
             exact = layer.method.keys_out(seen[number, "k"])
             error = (keys - exact).abs().amax(dim=(0, 1, 3))
             assert error[-5:].max() < 1e-2 < error[:-5].min()
@@ -461,7 +461,7 @@ def test_sinks_stay_exact_to_16_bits_and_the_others_do_not(tiny):
             is_sink[rows, columns] = True
             assert torch.equal(layer.sink_keys, seen[number, "k"][rows, columns].half())
             assert torch.equal(layer.sink_values, seen[number, "v"][rows, columns].half())
-            keys, values = layer._read()
+            keys, values = layer._read(None)
             for got, exact in (
                 (keys, layer.method.keys_out(seen[number, "k"])),
                 (values, layer.method.values_out(seen[number, "v"])),

@@ -97,7 +97,8 @@ def test_room_for_more_blocks_changes_nothing():
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     bits=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(0, 70), start=st.integers(0, 40),
-    geometry=st.sampled_from([(192, 64), (128, 128), (320, 80), (48, 16)]), magnitude=st.sampled_from([1e-7, 1, 3e4]),
+    geometry=st.sampled_from([(192, 64), (128, 128), (320, 80), (48, 16), (72, 24), (24, 8), (50, 5)]),
+    magnitude=st.sampled_from([1e-7, 1, 3e4]),
     clip=st.sampled_from([0.8, 1.0]), reorder=st.booleans(), threads=st.integers(1, 3),
     instruction_set=st.sampled_from(INSTRUCTION_SETS), seed=st.integers(0, 10**6),
 )  # fmt: skip

@@ -93,6 +93,41 @@ def test_reordered_keys_are_read_in_their_order(tiny, calls, tmp_path, monkeypat
     assert (fused - general).abs().median() < 5e-4 and (fused - general).abs().mean() < 0.005 * general.std()
 
 
+READ = CONFIGS | {
+    "K4 V2, groups of 8": replace(PLAIN, k_bits=4, k_groupsize=8, v_groupsize=8),
+    "long window": replace(PLAIN, residual_length=400),
+    "reordered, window": replace(PRESETS["RotateKV3"], residual_length=5, fuse_weights=False),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_prefill_reads_its_blocks_with_a_kernel(name, tiny, tmp_path, monkeypatch):
+    """The same keys and values as the general path reads from the same cache, sinks and window among them."""
+    from rotatekv.calibration import save_reorder_indices
+
+    reads, kernel = [], cpu.dequantize_blocks
+    monkeypatch.setattr(cpu, "dequantize_blocks", lambda *a, **b: reads.append(a[1]) or kernel(*a, **b))
+    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
+    path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
+    tiny.name_or_path = "tiny"
+    with patch_model(tiny, READ[name], path if READ[name].Outlier_Aware_Key_Rotation else None), torch.no_grad():
+        cache = RotateKVCache.for_model(tiny)
+        tiny(token_ids(2, 30), past_key_values=cache)
+        tiny(token_ids(2, 21, 1), past_key_values=cache)
+    packed = max(51 - READ[name].residual_length, 0)
+    assert reads == [max(packed - 21, 0)] * 4 + [packed] * 4 if packed else not reads
+    for layer in cache.layers:
+        for mine, general in zip(layer._read(cpu), layer._read(None), strict=True):
+            assert mine.shape == general.shape == (2, 3, 51, 16)
+            torch.testing.assert_close(mine, general, rtol=0, atol=1e-6 * general.abs().max().item())
+
+
+def test_the_reference_backend_reads_without_the_kernel(tiny, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    monkeypatch.setattr(cpu, "dequantize_blocks", lambda *args, **options: pytest.fail("the kernel was called"))
+    logits(tiny, PLAIN, (30, 21))
+
+
 def generated(model, **options) -> torch.Tensor:
     return model.generate(token_ids(1, 20), max_new_tokens=5, min_new_tokens=5, do_sample=False, **options)
 

@@ -301,7 +301,7 @@ def test_nothing_is_parked_on_the_patched_modules(preset, tiny):
     with patch_model(tiny, config), torch.no_grad():
         tiny(token_ids())
         if preset != "RotateKV2":  # which holds the originals of the folded weights
-            groups = 2 * 48 * 4 * (preset != "FP16")  # each key channel's group, int32, per layer
+            groups = 2 * 2 * 48 * 4 * (preset != "FP16")  # each channel's group, int32, of keys and values, per layer
             assert bytes_of_every_tensor_reachable(tiny) == stock + groups
         before, names = bytes_of_every_tensor_reachable(tiny), [set(vars(module)) for module in tiny.modules()]
         kept = tiny(token_ids(2, 300)).past_key_values

@@ -1,6 +1,6 @@
 """Which package of fused kernels serves a device: ``kernels.cpu``, ``kernels.triton``, or none, where torch does it.
 
-Both packages offer ``quantize_into_blocks`` and ``decode_attention`` with the same arguments.
+Both packages offer ``quantize_into_blocks``, ``dequantize_blocks`` and ``decode_attention`` with the same arguments.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.kernels import Packed
-from rotatekv.stores import Store, TokenStore
+from rotatekv.stores import HeadForm, Store, TokenStore
 from rotatekv.transforms import channels_to_heads, heads_to_channels
 
 
@@ -48,6 +48,9 @@ class KVMethod(ABC):
     keys_before_rope = False
     quantizes = True
     can_fuse = False  # decode attention has a fused kernel: RTN.decode_options
+    # How a kernel reads the stores' blocks: all that decode_* and *_out do. None: there is none, they do it.
+    key_form: HeadForm | None = None
+    value_form: HeadForm | None = None
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         self.config, self.layer = config, layer

@@ -64,7 +64,7 @@ class RotateKV(RTN):
         return channels if self.layer.values_folded else self.transform_value_channels(channels.float())
 
     def values_out(self, channels: torch.Tensor) -> torch.Tensor:
-        if not self.layer.values_folded:
+        if self.unrotates_values:
             channels = rotate_channels(channels.float(), self.layer.head_dim, inverse=True)
         return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
 

@@ -10,7 +10,7 @@ from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.reference_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
-from rotatekv.stores import BlockStore, Constant, StoredOrder
+from rotatekv.stores import BlockStore, Constant, HeadForm, StoredOrder
 
 _ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
 
@@ -25,6 +25,7 @@ class RTN(KVMethod):
         self.key_width = 0  # channels rotated together
         self.stored_order: StoredOrder | None = None
         self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
+        self.value_group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.v_groupsize)
         unused = [name for name in _ROTATION_FLAGS if getattr(config, name)]
         if unused and not self.rotates:
             raise UserError(f"RTN rotates nothing: leave out {', '.join(unused)}, or take a RotateKV method")
@@ -42,6 +43,20 @@ class RTN(KVMethod):
         return dequantize(tokens)
 
     @property
+    def unrotates_values(self) -> bool:
+        """Whether reading undoes the values' rotation; ``o_proj`` does where it is folded."""
+        return self.rotates and not self.layer.values_folded
+
+    @property
+    def key_form(self) -> HeadForm:
+        return HeadForm(self.layer.head_dim, self.group_of_channel, self.key_width)
+
+    @property
+    def value_form(self) -> HeadForm:
+        width = self.layer.head_dim if self.unrotates_values else 0
+        return HeadForm(self.layer.head_dim, self.value_group_of_channel, width)
+
+    @property
     def can_fuse(self) -> bool:
         return self.layer.head_dim % 16 == 0 and self.v_groupsize % 16 == 0
 
@@ -54,7 +69,7 @@ class RTN(KVMethod):
             softmax_scale=softmax_scale,
             rotation_width=self.key_width,
             rope=rope if self.keys_before_rope else None,
-            unrotate_values=self.rotates and not self.layer.values_folded,
+            unrotate_values=self.unrotates_values,
         )
 
     def key_store(self) -> BlockStore:

@@ -1,7 +1,9 @@
-"""Fused CPU kernels in C++: decode attention over the packed cache, and quantize-and-pack into it.
+"""Fused CPU kernels in C++: decode attention over the packed cache, quantize-and-pack into it, and reading it back.
 
 ``decode_attention`` equals ``rotatekv.kernels.reference_attention``; ``quantize_into_blocks`` equals
-``rotatekv.quantize.quantize_groups`` followed by ``rotatekv.kernels.layout.write_blocks``, bit for bit.
+``rotatekv.quantize.quantize_groups`` followed by ``rotatekv.kernels.layout.write_blocks``, bit for bit;
+``dequantize_blocks`` equals ``rotatekv.kernels.layout.unpack_blocks``, ``x̂ = (code − zero)·scale`` and
+``rotatekv.transforms.rotate_channels`` with ``inverse``.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ import ctypes
 import torch
 
 from rotatekv.kernels.checks import shape_of
-from rotatekv.kernels.cpu.arguments import DecodeArguments, QuantizeArguments
+from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
 from rotatekv.kernels.cpu.checks import packed_pointers, pointer, rope_pointers
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
-__all__ = ["available", "available_instruction_sets", "decode_attention", "quantize_into_blocks"]
+__all__ = ["available", "available_instruction_sets", "decode_attention", "dequantize_blocks", "quantize_into_blocks"]
+
+_LIBRARIES = ("attention", "quantize", "dequantize")
 
 
 def available(instruction_set: str | None = None) -> bool:
     """Whether the kernels are built and can run here; builds them at the first call (seconds)."""
     instruction_set = instruction_set or chosen_instruction_set()
-    return all(load_library(name, instruction_set) is not None for name in ("attention", "quantize"))
+    return all(load_library(name, instruction_set) is not None for name in _LIBRARIES)
 
 
 def decode_attention(
@@ -118,6 +122,54 @@ def quantize_into_blocks(
         order=None if order is None else pointer(order, torch.int32, (channels,), "order"),
     )  # fmt: skip
     _call("quantize", arguments, instruction_set)
+
+
+def dequantize_blocks(
+    packed: Packed,
+    tokens: int,
+    bits: int,
+    group_of_channel: torch.Tensor,
+    head_dim: int,
+    rotation_width: int = 0,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first ``tokens`` tokens of blocks as heads: unpacked, dequantized, and back from the Hadamard space.
+
+    Args:
+        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; tokens ≤ 16·N. C = H_kv·head_dim, and
+            head_dim D is a multiple of 8.
+        group_of_channel: (C,) int32, the quantization group of each channel.
+        rotation_width: order of the orthonormal Hadamard matrix whose inverse each run of so many channels is
+            multiplied by: whole heads. 0: none.
+        out: (B, H_kv, T, D) float32, contiguous, with room for T ≥ ``tokens`` tokens; later ones stay as they are.
+            None: a new one of just ``tokens``.
+
+    Returns:
+        (B, H_kv, T, D) float32, ``out`` where that is given.
+
+    Raises:
+        ValueError: a shape, dtype, stride or index is wrong.
+        RuntimeError: the kernel is not available, see ``available``.
+    """
+    batch, _, channels = shape_of(packed.get("low"), 3, "packed's plane of low bits")
+    if head_dim < 1 or channels % head_dim:
+        raise ValueError(f"{channels} channels are not whole heads of {head_dim}")
+    blocks = packed_pointers(packed, bits, batch, channels, "packed")
+    heads = channels // head_dim
+    if out is None:
+        out = torch.empty(batch, heads, max(tokens, 0), head_dim)
+    room = shape_of(out, 4, "out")[2]
+    arguments = DequantizeArguments(
+        structure_bytes=ctypes.sizeof(DequantizeArguments),
+        batch=batch, kv_heads=heads, head_dim=head_dim, tokens=tokens, output_tokens=room,
+        rotation_width=rotation_width, threads=threads or torch.get_num_threads(), blocks=blocks,
+        group_of_channel=pointer(group_of_channel, torch.int32, (channels,), "group_of_channel"),
+        output=pointer(out, torch.float32, (batch, heads, room, head_dim), "out"),
+    )  # fmt: skip
+    _call("dequantize", arguments, instruction_set)
+    return out
 
 
 def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:

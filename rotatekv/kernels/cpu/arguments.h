@@ -53,3 +53,15 @@ struct QuantizeArguments {
     const float* x;         // (B, tokens, C)
     const int32_t* order;   // (C,) destination channel of each channel of x
 };
+
+struct DequantizeArguments {
+    int64_t structure_bytes;
+    int64_t batch, kv_heads, head_dim;
+    int64_t tokens;          // tokens 0 … tokens − 1 are read
+    int64_t output_tokens;   // room for a head's tokens in `output`
+    int64_t rotation_width;  // W of the Hadamard matrix to undo; 0 = not rotated
+    int64_t threads;
+    PackedPointers blocks;
+    const int32_t* group_of_channel;  // (C,) quantization group of each channel
+    float* output;                    // (B, H_kv, output_tokens, D)
+};

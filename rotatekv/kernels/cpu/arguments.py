@@ -20,6 +20,9 @@ _DECODE_POINTERS = [
     "exact_columns", "exact_keys", "exact_values", "output",
 ]  # fmt: skip
 _QUANTIZE_SIZES = ["structure_bytes", "batch", "tokens", "channels", "start", "threads"]
+_DEQUANTIZE_SIZES = [
+    "structure_bytes", "batch", "kv_heads", "head_dim", "tokens", "output_tokens", "rotation_width", "threads",
+]  # fmt: skip
 
 
 class DecodeArguments(ctypes.Structure):
@@ -40,4 +43,13 @@ class QuantizeArguments(ctypes.Structure):
         ("blocks", PackedPointers),
         ("x", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
+    ]
+
+
+class DequantizeArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _DEQUANTIZE_SIZES),
+        ("blocks", PackedPointers),
+        ("group_of_channel", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
     ]

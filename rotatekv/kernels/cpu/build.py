@@ -21,6 +21,7 @@ _SOURCES = Path(__file__).parent
 _BASE_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]
 _EXTRA_FLAGS = {
     "attention": [],
+    "dequantize": [],
     "quantize": ["-ffp-contract=off"],  # bit-equal to torch: no product may merge with a sum
 }
 # Widest first: the flags of the compiler, which are what /proc/cpuinfo must list, see _needed.

@@ -25,12 +25,14 @@ static uint16_t float_to_half(float x) {
 }
 
 // Adding 1.5·2^23 rounds numbers below 2^22 to integers; larger ones end outside the clamp anyway. NaN gives `low`.
-static ROTATEKV_INLINE float round_and_clamp(float x, float offset, float low, float high) {
-    const float limit = 4194304.0f;  // 2^22
-    const float bounded = x < -limit ? -limit : x > limit ? limit : x;
-    const float rounded = bounded + 12582912.0f - 12582912.0f;
-    const float sum = rounded + offset;
-    return sum > low ? (sum < high ? sum : high) : low;
+template <class Number>  // float or Vec
+static ROTATEKV_INLINE Number round_and_clamp(Number x, float offset, float low, float high) {
+    const Number zero = {}, limit = zero + 4194304.0f;  // 2^22
+    const Number above = x > limit ? limit : x, bounded = x < -limit ? -limit : above;
+    const Number rounded = bounded + 12582912.0f - 12582912.0f;
+    const Number sum = rounded + offset, least = zero + low, most = zero + high;
+    const Number below = sum < most ? sum : most;
+    return sum > least ? below : least;
 }
 
 struct Scale {
@@ -41,7 +43,18 @@ struct Scale {
 
 static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bits) {
     float top = group[0], bottom = group[0];
-    for (int64_t i = 1; i < size; ++i) {
+    int64_t i = 0;
+    if (size >= kLanes) {
+        Vec tops = load(group), bottoms = tops;
+        for (i = kLanes; i + kLanes <= size; i += kLanes) {
+            const Vec x = load(group + i);
+            tops = max(tops, x);
+            bottoms = min(bottoms, x);
+        }
+        top = max_lanes(tops);
+        bottom = -max_lanes(-bottoms);
+    }
+    for (; i < size; ++i) {
         top = std::max(top, group[i]);
         bottom = std::min(bottom, group[i]);
     }
@@ -56,36 +69,76 @@ static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bi
     return scale;
 }
 
-// Puts `width` bits of a token's code into a word of its block.
-template <class Word>
-static ROTATEKV_INLINE void put(Word* word, int token, int width, uint32_t code) {
-    const uint32_t mask = (1u << width) - 1;
-    const int shift = token * width;
-    *word = Word((uint32_t(*word) & ~(mask << shift)) | (code & mask) << shift);
+// The codes of one block's tokens, as its words, channels in the order of x; 0 at the tokens that are not written.
+struct Words {
+    std::vector<uint32_t> low, high;  // (C,)
+
+    explicit Words(int64_t channels) : low(size_t(channels)), high(size_t(channels)) {}
+
+    void clear() {
+        std::fill(low.begin(), low.end(), 0);
+        std::fill(high.begin(), high.end(), 0);
+    }
+};
+
+constexpr int high_width(int64_t bits) { return int(bits) - 2; }  // bits of a code in the plane of high bits
+
+// Codes of the `size` channels of a group, put at token `lane` of the words.
+static void put_codes(const float* x, int64_t size, const Scale& scale, int bits, int lane, uint32_t* low,
+                      uint32_t* high) {
+    const float levels = float((1 << bits) - 1), zero = scale.zero;
+    const int shift = 2 * lane, high_shift = high_width(bits) * lane;
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+        const WordVec code = to_words(round_and_clamp(load(x + i) / scale.wide, zero, 0.0f, levels));
+        store_words(low + i, load_words(low + i) | (code & 3u) << shift);
+        if (bits > 2) store_words(high + i, load_words(high + i) | code >> 2 << high_shift);
+    }
+    for (; i < size; ++i) {
+        const uint32_t code = uint32_t(int(round_and_clamp(x[i] / scale.wide, zero, 0.0f, levels)));
+        low[i] |= (code & 3u) << shift;
+        high[i] |= code >> 2 << high_shift;
+    }
 }
 
-static void quantize_token(const QuantizeArguments& a, int64_t row, int64_t token, uint8_t* codes) {
+static void quantize_token(const QuantizeArguments& a, int64_t row, int64_t token, Words* words) {
     const PackedPointers& blocks = a.blocks;
     const int bits = int(blocks.bits), lane = int((a.start + token) % kBlock);
     const int64_t block = row * blocks.blocks + (a.start + token) / kBlock, size = a.channels / blocks.groups;
     const float* x = a.x + (row * a.tokens + token) * a.channels;
-    const float levels = float((1 << bits) - 1);
     for (int64_t group = 0; group < blocks.groups; ++group) {
         const Scale scale = scale_of(x + group * size, size, a.clip_ratio, bits);
-        const int64_t at = (block * blocks.groups + group) * kBlock + lane;
+        const int64_t at = (block * blocks.groups + group) * kBlock + lane, first = group * size;
         const_cast<uint16_t*>(blocks.scale)[at] = scale.stored;
         const_cast<int8_t*>(blocks.zero)[at] = scale.zero;
-        for (int64_t i = group * size; i < (group + 1) * size; ++i)
-            codes[i] = uint8_t(int(round_and_clamp(x[i] / scale.wide, float(scale.zero), 0.0f, levels)));
+        put_codes(x + first, size, scale, bits, lane, words->low.data() + first, words->high.data() + first);
     }
-    int32_t* low = const_cast<int32_t*>(blocks.low);
-    void* high = const_cast<void*>(blocks.high);
-    for (int64_t i = 0; i < a.channels; ++i) {
-        const int64_t to = block * a.channels + (a.order ? a.order[i] : i);
-        put(low + to, lane, 2, codes[i]);
-        if (bits == 3) put(static_cast<int16_t*>(high) + to, lane, 1, codes[i] >> 2);
-        if (bits == 4) put(static_cast<int32_t*>(high) + to, lane, 2, codes[i] >> 2);
+}
+
+// Puts words into a plane with `width` bits a token, where the tokens `from` … `to` − 1 of the block are new.
+template <class Word>
+static void write_plane(const uint32_t* words, int width, int from, int to, const int32_t* order, int64_t channels,
+                        Word* plane) {
+    const uint32_t mask = uint32_t((uint64_t(1) << to * width) - (uint64_t(1) << from * width));
+    for (int64_t i = 0; i < channels; ++i) {
+        Word& word = plane[order ? order[i] : i];
+        word = Word((uint32_t(word) & ~mask) | words[i]);
     }
+}
+
+// Tokens from … to − 1 of x, which lie in one block.
+static void quantize_block(const QuantizeArguments& a, int64_t row, int64_t from, int64_t to, Words* words) {
+    words->clear();
+    for (int64_t token = from; token < to; ++token) quantize_token(a, row, token, words);
+    const int64_t block = (a.start + from) / kBlock, at = (row * a.blocks.blocks + block) * a.channels;
+    const int first = int(a.start + from - block * kBlock), last = int(a.start + to - block * kBlock);
+    const auto write = [&](const std::vector<uint32_t>& plane, int width, auto* stored) {
+        write_plane(plane.data(), width, first, last, a.order, a.channels, stored + at);
+    };
+    void* high = const_cast<void*>(a.blocks.high);
+    write(words->low, 2, const_cast<int32_t*>(a.blocks.low));
+    if (a.blocks.bits == 3) write(words->high, high_width(3), static_cast<int16_t*>(high));
+    if (a.blocks.bits == 4) write(words->high, high_width(4), static_cast<int32_t*>(high));
 }
 
 static const char* check_order(const QuantizeArguments& a) {
@@ -119,15 +172,14 @@ extern "C" __attribute__((visibility("default"))) const char* rotatekv_quantize(
     if (const char* wrong = check_quantize(a)) return wrong;
     const int64_t first = a.start / kBlock, blocks = (a.start + a.tokens + kBlock - 1) / kBlock - first;
     const int64_t tasks = a.batch * blocks, threads = std::max<int64_t>(1, std::min(a.threads, tasks));
-    std::vector<uint8_t> codes(size_t(threads * a.channels));
+    std::vector<Words> words(size_t(threads), Words(a.channels));
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
     for (int64_t part = 0; part < threads; ++part) {
         for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task) {
             const int64_t row = task / blocks, block = first + task % blocks;
             const int64_t from = std::max(block * kBlock - a.start, int64_t(0));
             const int64_t to = std::min((block + 1) * kBlock - a.start, a.tokens);
-            for (int64_t token = from; token < to; ++token)
-                quantize_token(a, row, token, codes.data() + part * a.channels);
+            quantize_block(a, row, from, to, &words[part]);
         }
     }
     return nullptr;

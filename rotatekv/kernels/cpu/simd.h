@@ -32,6 +32,10 @@ static ROTATEKV_INLINE void store(float* to, Vec x) { *reinterpret_cast<Unaligne
 static ROTATEKV_INLINE WordVec load_words(const int32_t* from) {
     return *reinterpret_cast<const UnalignedWordVec*>(from);
 }
+static ROTATEKV_INLINE WordVec load_words(const uint32_t* from) {
+    return *reinterpret_cast<const UnalignedWordVec*>(from);
+}
+static ROTATEKV_INLINE void store_words(uint32_t* to, WordVec x) { *reinterpret_cast<UnalignedWordVec*>(to) = x; }
 static ROTATEKV_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x + 0 would cost an addition: −0 + 0 is not −0
 static ROTATEKV_INLINE WordVec broadcast_word(uint32_t x) { return WordVec{} + x; }
 
@@ -48,7 +52,9 @@ static ROTATEKV_INLINE Vec hidden_one() {
 }
 
 static ROTATEKV_INLINE Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
+static ROTATEKV_INLINE WordVec to_words(Vec x) { return (WordVec)__builtin_convertvector(x, IntVec); }  // 0 … 2^31 − 1
 static ROTATEKV_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static ROTATEKV_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 static ROTATEKV_INLINE float sum_lanes(Vec x) {
     float total = 0;

@@ -19,6 +19,7 @@ from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope
+from rotatekv.transforms import channels_to_heads
 
 __all__ = ["available", "decode_attention", "dequantize_blocks", "interpreted", "needs", "quantize_into_blocks"]
 
@@ -141,8 +142,9 @@ def dequantize_blocks(
     rope: RopeTables | None = None,
     first: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The first ``tokens`` tokens as plain numbers, un-rotated.
+    """The first ``tokens`` tokens as heads of plain numbers, un-rotated.
 
     Args:
         packed: blocks (B, N, C); for keys in Hadamard order.
@@ -151,9 +153,10 @@ def dequantize_blocks(
         rope: turn each head at its position t − first, counted from 0; None: no turn.
         first: (B,) int32, the first token of each sequence that is not padding; None: 0.
         dtype: float32, float16 or bfloat16.
+        out: (B, H_kv, T, D) with room for T ≥ ``tokens`` tokens, which the result is copied into.
 
     Returns:
-        (B, T, C); with ``rope``, padding tokens hold numbers without meaning.
+        (B, H_kv, T, D), ``out`` where that is given; with ``rope``, padding tokens hold numbers without meaning.
 
     Raises:
         ValueError: a shape, dtype, stride or device is wrong.
@@ -172,4 +175,9 @@ def dequantize_blocks(
     check_rope(rope, head_dim, tokens, device)
     from rotatekv.kernels.triton.dequantize import launch_dequantize
 
-    return launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype)
+    channels = launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype)
+    heads = channels_to_heads(channels, head_dim)
+    if out is None:
+        return heads
+    out[:, :, :tokens] = heads
+    return out
