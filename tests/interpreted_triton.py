@@ -6,14 +6,17 @@ TRITON_INTERPRET must be set before triton is imported and changes it for good, 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from conftest import tiny_model
 from kernel_cases import Shape, error, random_step, with_options
 
+from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.layout import allocate_blocks, unpack_blocks, write_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
@@ -165,3 +168,42 @@ def test_damaged_arguments_are_refused():
                 **{"x": torch.ones(2, 5, 48), "packed": packed, "start": 0, "bits": 3, "group_size": 16, **change}
             )
     assert not any(plane.any() for plane in packed.values())
+
+
+MODELS = {
+    "rotatekv2": replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False),
+    "rotatekv3_unfolded_window": replace(
+        PRESETS["RotateKV3"], Outlier_Aware_Key_Rotation=False, fuse_weights=False, residual_length=4
+    ),
+    "rtn4": PRESETS["RTN4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name, monkeypatch):
+    """Prefill, decode and two tokens at once through the patched model, left-padded, against plain torch."""
+    model, results, calls = tiny_model().double(), {}, []
+    kernel = kernels.decode_attention
+    monkeypatch.setattr(kernels, "decode_attention", lambda *a, **b: calls.append(1) or kernel(*a, **b))
+    ids = torch.randint(8, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+        with patch_model(model, MODELS[name]), torch.no_grad():
+            cache, parts = RotateKVCache.for_model(model), []
+            for start, end in ((0, 20), (20, 21), (21, 22), (22, 24)):
+                here = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+                parts.append(model(ids[:, start:end], past_key_values=cache, **here).logits)
+        results[backend] = torch.cat(parts, dim=1)
+    assert len(calls) == 3 * model.config.num_hidden_layers
+    difference = (results["triton"] - results["reference"])[mask.bool()].abs()
+    assert difference.median() < 5e-4 and difference.mean() < 0.005 * results["reference"].std()
+
+
+def test_model_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "triton")
+    monkeypatch.setattr(kernels, "available", lambda device: False)
+    with patch_model(tiny_model(), MODELS["rtn4"]) as handle, pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        handle.model(torch.arange(8, 14).view(1, 6))

@@ -1,6 +1,7 @@
 // The memory of one call, and of one thread within it.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "arguments.h"
@@ -35,7 +36,8 @@ struct Geometry {
         chunks = (a.packed_tokens + kChunk - 1) / kChunk;
         // Some parts more than threads, so that a thread that was held up leaves its share to the others.
         const int64_t wanted = a.threads == 1 ? 1 : (6 * a.threads + a.batch * groups - 1) / (a.batch * groups);
-        splits = wanted < chunks ? wanted : chunks;
+        const int64_t chunks_of_part = std::max<int64_t>(chunks / wanted, 1);
+        splits = (chunks + chunks_of_part - 1) / chunks_of_part;
         exact = a.exact_tokens > 0;
         plan_hadamard(a.rotation_width, &plan);
         fused = fused_form(plan, int(a.head_dim), int(a.rotary_dim), head_rows);
