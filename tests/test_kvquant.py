@@ -116,7 +116,8 @@ def test_a_store_crops_and_selects_as_plain_tensors_do():
     one = DenseSparseStore(3)
     one.append({name: tensor[:, :19] for name, tensor in expected.items()})
     assert all(torch.equal(store.tensors[name], tensor) for name, tensor in one.tensors.items())  # freed lanes are zero
-    assert sum(x.numel() * x.element_size() for x in store) == 3 * (2 * 6 * CHANNELS + 19 * 8)  # two blocks; offset, scale, outlier
+    held = sum(x.numel() * x.element_size() for x in store)
+    assert held == 3 * (2 * 6 * CHANNELS + 19 * 8)  # two blocks of codes; offset, scale, one outlier a token
 
 
 def weighted_error(x: torch.Tensor, weight: torch.Tensor, levels: torch.Tensor) -> float:
