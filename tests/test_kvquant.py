@@ -292,7 +292,7 @@ def test_ranges_and_levels_of_a_text_equal_those_of_all_its_numbers(tiny):
     assert weighted_error(x, weight, levels) < 1.02 * lloyd(x, weight, 8)
     unweighted = LevelHistogram()
     unweighted.add(x, torch.ones_like(x))
-    assert weighted_error(x, weight, levels) < 0.95 * weighted_error(x, weight, unweighted.levels((8,))[0])
+    assert weighted_error(x, weight, levels) < 0.99 * weighted_error(x, weight, unweighted.levels((8,))[0])
 
 
 def refused(path, **changes) -> str:
