@@ -23,6 +23,7 @@ from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.texts import cut_windows, load_text
+from rotatekv.methods import method_class
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--chunk_size", type=int, help="feed each window through the cache this many tokens at a time (default: all)"
     )
-    add_switch(group, "generate_for_calibration", "make the reorder indices instead, as calibrate_reorder.py does")
+    add_switch(group, "generate_for_calibration", "calibrate for the method instead, as calibrate_reorder.py does")
     add_capture_arguments(parser)
     return parser.parse_args(argv)
 
@@ -88,6 +89,8 @@ def calibration_flags(args: argparse.Namespace) -> list[str]:
     """The flags of this command that calibrate_reorder.py knows too."""
     names = ["model", "dtype", "device", "device_map", "attn_implementation", "data_dir", "dataset", "head_group_num"]
     values = {name: getattr(args, name) for name in names} | {"output": args.calibration_file}
+    config = method_from_args(args)[1]
+    values["statistics"] = method_class(config).statistics_kind(config)
     overwrite = ["--overwrite"] if args.overwrite else []
     return overwrite + [
         part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))

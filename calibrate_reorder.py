@@ -1,14 +1,20 @@
-"""Make the reorder indices of a model: the argsort of its summed, rotated pre-RoPE keys over a calibration text."""
+"""Calibrate a model on a text: RotateKV's reorder indices, or KVQuant's key ranges and levels.
+
+Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forward pass. KVQuant's statistics take two
+passes, one of them with gradients, and more memory.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from rotatekv import QuantConfig, load_model
-from rotatekv.calibration import collect_key_sums, indices_from_key_sums, model_slug, save_reorder_indices
+from rotatekv.calibration import KINDS, collect_key_sums, file_name, indices_from_key_sums, save_statistics
+from rotatekv.calibration_kvquant import collect_key_ranges, collect_levels
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
@@ -19,6 +25,12 @@ from rotatekv.patch import check_supported, find_text_model, resolved_head_group
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_model_arguments(parser)
+    parser.add_argument(
+        "--statistics",
+        default="reorder",
+        choices=list(KINDS),
+        help="reorder (RotateKV's indices; default) or kvquant",
+    )
     parser.add_argument(
         "--dataset",
         default="essays",
@@ -35,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--head_group_num", type=int, default=4, help="key heads rotated together, at most (default: 4)"
     )
-    parser.add_argument("--output", help="file to write (default: reorder_indices/<model>.safetensors)")
+    parser.add_argument("--output", help="file to write (default: reorder_indices/<model>[.kvquant].safetensors)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args(argv)
 
@@ -56,11 +68,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_positive(args, "calibration_tokens", "seq_length")
-    output = (
-        Path(args.output)
-        if args.output
-        else Path("reorder_indices") / f"{model_slug(ALIASES.get(args.model, args.model))}.safetensors"
-    )
+    usual = Path("reorder_indices") / file_name(args.statistics, ALIASES.get(args.model, args.model))
+    output = Path(args.output) if args.output else usual
     check_output(output, args.overwrite)
     config = QuantConfig(head_group_num=args.head_group_num)
     text = load_text(args.dataset, args.data_dir, calibration=True)
@@ -74,17 +83,38 @@ def main(argv: list[str] | None = None) -> None:
     length = min(args.seq_length, ids.shape[1])
     windows = list(windows_of(ids, length))
 
-    key_sums = collect_key_sums(model, text_model, tqdm(windows, desc="calibrate", unit="window"))
-    width = group * text_model.layers[0].self_attn.head_dim
-    indices = indices_from_key_sums(key_sums, width)
     metadata = {
-        "model": model.name_or_path, "revision": model_revision(model) or "none", "head_group_num": group,
-        "order": width, "dataset": text.name, "dataset_sha256": text.sha256, "tokens": length * len(windows),
+        "model": model.name_or_path, "revision": model_revision(model) or "none",
+        "dataset": text.name, "dataset_sha256": text.sha256, "tokens": length * len(windows),
     }  # fmt: skip
-    path = save_reorder_indices(output, indices, metadata)
-    layers, channels = indices.shape
-    print(f"{path}: {layers} layers × {channels} channels, {group} heads per group")
+    if args.statistics == "kvquant":
+        tensors = kvquant_statistics(model, text_model, windows)
+        layers, channels = tensors["key_offset"].shape
+        made = f"{layers} layers × {channels} channels, levels for 2, 3 and 4 bits"
+    else:
+        width = group * text_model.layers[0].self_attn.head_dim
+        tensors = {"indices": reorder_indices(model, text_model, windows, width)}
+        metadata |= {"head_group_num": group, "order": width}
+        layers, channels = tensors["indices"].shape
+        made = f"{layers} layers × {channels} channels, {group} heads per group"
+    print(f"{save_statistics(output, args.statistics, tensors, metadata)}: {made}")
     print(f"calibrated on {metadata['tokens']} tokens of {text.name}")
+
+
+def reorder_indices(model, text_model, windows: list, width: int) -> torch.Tensor:
+    key_sums = collect_key_sums(model, text_model, progress(windows, "calibrate"))
+    return indices_from_key_sums(key_sums, width)
+
+
+def kvquant_statistics(model, text_model, windows: list) -> dict[str, torch.Tensor]:
+    counted = sum(window.shape[1] - 1 for window in windows)
+    offset, scale = collect_key_ranges(model, text_model, progress(windows, "key ranges"), counted)
+    levels = collect_levels(model, text_model, progress(windows, "gradients"), offset, scale)
+    return {"key_offset": offset, "key_scale": scale, **levels}
+
+
+def progress(windows: list, stage: str) -> tqdm:
+    return tqdm(windows, desc=stage, unit="window")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAMES, find_cache
-from rotatekv.sinks import detect_sinks
+from rotatekv.sinks import sinks_of
 
 
 def attention_forward(
@@ -109,7 +109,7 @@ def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
     layer = cache.layers[decoder_layer.self_attn.layer_idx]
     if layer.get_seq_length() == 0:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        layer.set_sinks(*detect_sinks(hidden_states, cache.config.num_sink_entries, cache.token_mask))
+        layer.set_sinks(*sinks_of(cache.config, hidden_states, cache.token_mask))
 
 
 def _normed_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:

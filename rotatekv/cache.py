@@ -21,7 +21,7 @@ class CacheSpec:
 
     Args:
         methods: one codec per layer.
-        fingerprint: hash of the config, the model's shape and the reorder indices.
+        fingerprint: hash of the config, the model's shape and the calibrated statistics.
     """
 
     config: QuantConfig

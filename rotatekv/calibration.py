@@ -1,10 +1,15 @@
-"""Reorder indices for Outlier-Aware Rotation (paper section 4.2): made from a calibration text, stored, checked."""
+"""What methods take from a calibration text: reorder indices (paper section 4.2) made; all kinds stored and checked.
+
+Each kind of statistics has a file of its own per model, ``reorder_indices/<model><suffix>.safetensors``. A method names
+its kind (``KVMethod.statistics_kind``) and gets the tensors of its layer by name. To add tensors to a kind: name them
+in ``KINDS`` under a new format, and say in ``load_statistics`` what an older file means.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,14 +20,67 @@ from safetensors.torch import save
 from torch import nn
 
 from rotatekv.attention import project_qkv
+from rotatekv.config import SUPPORTED_BITS
 from rotatekv.errors import UserError
 from rotatekv.files import write_atomically
 from rotatekv.transforms import heads_to_channels, rotate_channels
 
-FORMAT_VERSION = "1"
 _ROOT = Path(__file__).resolve().parent.parent
 # The working folder, a checkout (or editable install), an installed wheel.
 INDEX_FOLDERS = (Path("reorder_indices"), _ROOT / "reorder_indices", Path(__file__).parent / "reorder_indices")
+_CHANNELS = None  # a width: H_kv·D
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of statistics: what its file is called and holds.
+
+    Args:
+        title: for messages. suffix: of the file's name, behind the model's. flags: of calibrate_reorder.py to make it.
+        without: how to do without, for messages.
+        tensors: name → dtype and width of each layer's row; the first dimension is the layer.
+        version: the ``format`` that is written and read.
+    """
+
+    title: str
+    suffix: str
+    flags: str
+    without: str
+    tensors: Mapping[str, tuple[torch.dtype, int | None]]
+    version: str = "1"
+
+    @property
+    def remake(self) -> str:
+        return f"make it with calibrate_reorder.py{self.flags}"
+
+
+KINDS = {
+    "reorder": Kind(
+        "reorder-indices", "", "", ", or do without (--Outlier_Aware_Key_Rotation False)",
+        {"indices": (torch.int32, _CHANNELS)},
+    ),
+    "kvquant": Kind(
+        "KVQuant-statistics", ".kvquant", " --statistics kvquant", "",
+        {
+            "key_offset": (torch.float32, _CHANNELS), "key_scale": (torch.float32, _CHANNELS),
+            **{f"{x}_levels{bits}": (torch.float32, 2**bits) for x in ("key", "value") for bits in SUPPORTED_BITS},
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CalibrationTarget:
+    """The model that statistics are wanted for.
+
+    Args:
+        channels: H_kv·D. head_group_num: G as used, the heads rotated together.
+    """
+
+    model_id: str
+    num_layers: int
+    channels: int
+    head_group_num: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,17 +115,36 @@ def collect_key_sums(model: nn.Module, text_model: nn.Module, windows: Iterable[
     Returns:
         (num_hidden_layers, H_kv·D) float64.
     """
-    attentions = [layer.self_attn for layer in text_model.layers]
-    sums: list[torch.Tensor | None] = [None] * len(attentions)
+    sums: list[torch.Tensor | None] = [None] * len(text_model.layers)
 
-    def add_keys(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        keys = heads_to_channels(project_qkv(attention, hidden_states)[1])  # (B, T, H_kv·D)
+    def add_keys(number: int, keys: torch.Tensor) -> None:
         total = keys.double().sum(dim=(0, 1))
-        slot = attention.layer_idx
-        sums[slot] = total if sums[slot] is None else sums[slot] + total
+        sums[number] = total if sums[number] is None else sums[number] + total
 
-    hooks = [attention.register_forward_pre_hook(add_keys, with_kwargs=True) for attention in attentions]
+    stream_keys(model, text_model, windows, add_keys)
+    if sums[0] is None:
+        raise UserError("the calibration text has no window to read")
+    return torch.stack([total.cpu() for total in sums])
+
+
+def stream_keys(
+    model: nn.Module,
+    text_model: nn.Module,
+    windows: Iterable[torch.Tensor],
+    take: Callable[[int, torch.Tensor], None],
+) -> None:
+    """Run an unpatched model over windows (1, T) of token ids; no gradients, nothing is kept.
+
+    Args:
+        take: gets the layer's number and its pre-RoPE keys, (B, T, H_kv·D), for every window.
+    """
+
+    def give(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        take(attention.layer_idx, heads_to_channels(project_qkv(attention, hidden_states)[1]))
+
+    attentions = [layer.self_attn for layer in text_model.layers]
+    hooks = [attention.register_forward_pre_hook(give, with_kwargs=True) for attention in attentions]
     try:
         with torch.no_grad():
             for window in windows:
@@ -75,9 +152,6 @@ def collect_key_sums(model: nn.Module, text_model: nn.Module, windows: Iterable[
     finally:
         for hook in hooks:
             hook.remove()
-    if sums[0] is None:
-        raise UserError("the calibration text has no window to read")
-    return torch.stack([total.cpu() for total in sums])
 
 
 def indices_from_key_sums(key_sums: torch.Tensor, width: int) -> torch.Tensor:
@@ -94,16 +168,55 @@ def indices_from_key_sums(key_sums: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def save_reorder_indices(path: str | Path, indices: torch.Tensor, metadata: dict[str, str]) -> Path:
-    """Write the indices file atomically; ``format`` and ``date`` are filled in."""
+    """``save_statistics`` of reorder indices."""
+    return save_statistics(path, "reorder", {"indices": indices}, metadata)
+
+
+def save_statistics(
+    path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]
+) -> Path:
+    """Write a file of one of ``KINDS`` atomically; ``format``, ``statistics`` and ``date`` are filled in.
+
+    Args:
+        tensors: (num_hidden_layers, ...) each, those that ``KINDS[kind]`` names.
+    """
     path = Path(path)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    metadata = {"format": FORMAT_VERSION, "date": date, **{key: str(value) for key, value in metadata.items()}}
+    filled_in = {"format": KINDS[kind].version, "statistics": kind, "date": date}
+    metadata = {**filled_in, **{key: str(value) for key, value in metadata.items()}}
+    rows = {name: tensors[name].to(dtype).contiguous() for name, (dtype, _) in KINDS[kind].tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"indices": indices.to(torch.int32).contiguous()}, metadata=metadata))
+        write_atomically(path, save(rows, metadata=metadata))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose another --output") from None
     return path
+
+
+def placeholders(kind: str, channels: int) -> dict[str, torch.Tensor]:
+    """Statistics of one layer that mean nothing, to try a config before its file is looked for."""
+    zeros = {name: torch.zeros(width or channels, dtype=dtype) for name, (dtype, width) in KINDS[kind].tensors.items()}
+    return {"reorder_index": zeros["indices"].long()} if kind == "reorder" else zeros
+
+
+def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | None = None) -> dict[str, torch.Tensor]:
+    """A kind's tensors by the names that codecs use, (num_hidden_layers, ...) each.
+
+    Args:
+        path: a file of ours (reorder indices: or of the authors); ``None`` looks the model up by name.
+
+    Raises:
+        UserError: no file, a damaged or foreign one, or one for another model or shape.
+    """
+    if kind == "reorder":
+        model = target.model_id, target.num_layers, target.channels, target.head_group_num
+        return {"reorder_index": load_reorder_indices(*model, path).indices}
+    path = _existing(kind, target.model_id, path)
+    tensors, metadata = _read_tensors(kind, path)
+    _check_model(kind, path, metadata, target.model_id)
+    for name, (_, width) in KINDS[kind].tensors.items():
+        _check_numbers(kind, path, name, tensors[name], (target.num_layers, width or target.channels))
+    return tensors
 
 
 def load_reorder_indices(
@@ -122,37 +235,53 @@ def load_reorder_indices(
     Raises:
         UserError: no file, a damaged or foreign one, or one for another model, shape or G.
     """
-    path = Path(path) if path is not None else _find(model_id, head_group_num)
-    if not path.is_file():
-        raise UserError(f"no calibration file {path}: make it with calibrate_reorder.py --output {path}")
+    path = _existing("reorder", model_id, path)
     found = _read_authors_tensor(path) if path.suffix in (".pt", ".pth") else _read_safetensors(path)
     _check(found, path, model_id, num_layers, channels, head_group_num)
     return replace(found, indices=found.indices.long())
 
 
-def _find(model_id: str, head_group_num: int) -> Path:
+def file_name(kind: str, model_id: str) -> str:
+    return f"{model_slug(model_id)}{KINDS[kind].suffix}.safetensors"
+
+
+def _existing(kind: str, model_id: str, path: str | Path | None) -> Path:
+    path = Path(path) if path is not None else _find(kind, model_id)
+    if not path.is_file():
+        raise UserError(f"no calibration file {path}: {KINDS[kind].remake} --output {path}")
+    return path
+
+
+def _find(kind: str, model_id: str) -> Path:
+    title = KINDS[kind].title.replace("-", " ")
     if not model_id:
-        raise UserError("the model has no name to find its reorder indices by: pass calibration_file")
-    name = f"{model_slug(model_id)}.safetensors"
+        raise UserError(f"the model has no name to find its {title} by: pass calibration_file")
+    name = file_name(kind, model_id)
     for folder in INDEX_FOLDERS:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"no reorder indices for {model_id}: run calibrate_reorder.py --model {model_id}, pass --calibration_file, "
-        "or do without (--Outlier_Aware_Key_Rotation False)"
+        f"no {title} for {model_id}: run calibrate_reorder.py{KINDS[kind].flags} --model {model_id}, "
+        f"or pass --calibration_file{KINDS[kind].without}"
     )
 
 
-def _read_safetensors(path: Path) -> ReorderIndices:
+def _read_tensors(kind: str, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The kind's tensors and the metadata of a file."""
+    wanted, made_by = KINDS[kind], KINDS[kind].remake
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT_VERSION or "indices" not in set(file.keys()):
-                raise UserError(f"{path} is not a reorder-indices file of format {FORMAT_VERSION}: {_REMAKE}")
-            indices = file.get_tensor("indices")
+            if metadata.get("format") != wanted.version or not set(wanted.tensors) <= set(file.keys()):
+                raise UserError(f"{path} is not a {wanted.title} file of format {wanted.version}: {made_by}")
+            return {name: file.get_tensor(name) for name in wanted.tensors}, metadata
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}): {_REMAKE}") from None
-    return ReorderIndices(indices, metadata, _sha256(path))
+        raise UserError(f"{path} is damaged or no safetensors file ({error}): {made_by}") from None
+
+
+def _read_safetensors(path: Path) -> ReorderIndices:
+    tensors, metadata = _read_tensors("reorder", path)
+    return ReorderIndices(tensors["indices"], metadata, _sha256(path))
 
 
 def _read_authors_tensor(path: Path) -> ReorderIndices:
@@ -174,9 +303,7 @@ def _read_authors_tensor(path: Path) -> ReorderIndices:
 def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, channels: int, group: int) -> None:
     indices = found.indices
     shape = tuple(indices.shape)
-    made_for = found.metadata.get("model")
-    if made_for is not None and not _same_model(made_for, model_id):
-        raise UserError(f"{path} was made for {made_for}, not for {model_id}: {_REMAKE}")
+    _check_model("reorder", path, found.metadata, model_id)
     if indices.is_floating_point() or indices.is_complex():
         raise UserError(f"{path} holds {indices.dtype} numbers, not indices: {_REMAKE}")
     if len(shape) != 2 or shape != (num_layers, channels):
@@ -193,6 +320,26 @@ def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, ch
         raise UserError(f"{path}: row {bad} is not a permutation of 0 … {channels - 1}: {_REMAKE}")
 
 
+def _check_model(kind: str, path: Path, metadata: Mapping[str, str], model_id: str) -> None:
+    made_for = metadata.get("model")
+    if made_for is not None and not _same_model(made_for, model_id):
+        raise UserError(f"{path} was made for {made_for}, not for {model_id}: {KINDS[kind].remake}")
+
+
+def _check_numbers(kind: str, path: Path, name: str, rows: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Finite float32 of the right shape; scales above zero, levels ascending."""
+    made_by = KINDS[kind].remake
+    if rows.dtype != torch.float32:
+        raise UserError(f"{path} holds {name} as {rows.dtype}, not float32: {made_by}")
+    if tuple(rows.shape) != shape:
+        raise UserError(f"{path} holds {name} of shape {tuple(rows.shape)}, the model needs {shape}: {made_by}")
+    damaged = not rows.isfinite().all()
+    damaged |= "scale" in name and bool((rows <= 0).any())
+    damaged |= "levels" in name and bool((rows.diff(dim=-1) < 0).any())
+    if damaged:
+        raise UserError(f"{path}: {name} is not finite, positive or ascending as it must be: {made_by}")
+
+
 def _same_model(one: str, other: str) -> bool:
     """Whole names must agree; a bare name, or a path against a Hub id, is held against the last part."""
     comparable = "/" in one and "/" in other and Path(one).is_absolute() == Path(other).is_absolute()
@@ -203,4 +350,4 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-_REMAKE = "make it with calibrate_reorder.py"
+_REMAKE = KINDS["reorder"].remake

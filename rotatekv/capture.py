@@ -18,7 +18,7 @@ from rotatekv.config import PRESETS
 from rotatekv.methods import KVMethod
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.patch import layer_geometry
-from rotatekv.sinks import detect_sinks
+from rotatekv.sinks import detect_sinks, first_tokens
 from rotatekv.transforms import heads_to_channels
 
 KINDS = (
@@ -131,8 +131,10 @@ class _Keeper:
             self._store("attention_scores", scores=scores, sinks=self.sinks[1])
         for name, codecs in self.request.codecs.items() if "quantization_error" in self.kinds else ():
             layer = RotateKVLayer(codecs[self.number])
-            if layer.method.config.Attention_Sink_Aware:
-                layer.set_sinks(*self.sinks)
+            config = layer.method.config
+            if config.Attention_Sink_Aware:
+                first = config.sink_choice == "first"
+                layer.set_sinks(*(first_tokens(hidden_states, config.num_sink_entries) if first else self.sinks))
             stored = layer.update(key, value, lambda x: rope(x, cos, sin), lambda x: rope(x, cos, sin))
             errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]
             self._store("quantization_error", **{f"{name}.keys": errors[0], f"{name}.values": errors[1]})

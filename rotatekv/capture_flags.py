@@ -18,6 +18,7 @@ from rotatekv.evals.texts import Text, cut_windows, load_text
 from rotatekv.models import load_model
 from rotatekv.patch import build_methods, check_supported, find_text_model, layer_geometry
 
+_COMPARED = ("rtn", "rotatekv")  # the methods of ``quantization_error``
 _LARGEST = 2 * 10**9  # bytes written without --force
 _HELP = {
     "k_pre_rope": "keys before RoPE",
@@ -25,7 +26,7 @@ _HELP = {
     "k_rotated": "keys after grouped-head rotation, and after reordering",
     "massive_activations": "per layer (all unless --save_layers), the largest hidden-state entries and their tokens",
     "attention_scores": "attention maps of --save_heads",
-    "quantization_error": "per layer (all unless --save_layers) and token, key and value error of every preset",
+    "quantization_error": "per layer (all unless --save_layers) and token, key and value error of RTN and RotateKV",
 }
 
 
@@ -112,7 +113,7 @@ def _request(args: argparse.Namespace, model, text_model) -> CaptureRequest:
         rotation = build_methods(model, text_model, config, args.calibration_file, fold=False)
     if "quantization_error" in kinds:
         for preset in PRESETS:
-            if preset != "FP16":
+            if PRESETS[preset].method in _COMPARED:
                 name, config = _config(args, preset)
                 codecs[name] = build_methods(model, text_model, config, args.calibration_file, fold=False)
     return CaptureRequest(kinds, layers, everywhere, heads, rotation, codecs)
@@ -122,7 +123,7 @@ def _config(args: argparse.Namespace, preset: str) -> tuple[str, QuantConfig]:
     """A preset with the flags that override it, but its own bits; its name has a ``*`` where a flag changed it."""
     rest = {name: None for name in PRESETS} | {"method": preset, "k_bits": None, "v_bits": None}
     rest["num_sink_entries"] = None  # the sinks are found once, for all methods
-    if not PRESETS[preset].needs_reorder_indices:  # the plain presets rotate nothing
+    if PRESETS[preset].method == "rtn":  # rotates nothing
         rest |= {name: None for name in ("head_group_num", "Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")}
     return method_from_args(argparse.Namespace(**{**vars(args), **rest}))
 

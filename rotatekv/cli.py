@@ -26,8 +26,9 @@ _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "head_group_num": (int, "key heads rotated together, at most"),
     "Grouped_Head_Key_Rotation": (bool, "rotate grouped heads before RoPE; False: each head after RoPE"),
     "Outlier_Aware_Key_Rotation": (bool, "reorder the rotated key channels with calibrated indices"),
-    "Attention_Sink_Aware": (bool, "keep the tokens with massive activations unquantized"),
+    "Attention_Sink_Aware": (bool, "keep attention sinks unquantized, the tokens with massive activations"),
     "num_sink_entries": (int, "largest hidden-state entries that name those tokens"),
+    "sink_choice": (str, "detected, or first: the first num_sink_entries tokens instead"),
     "residual_length": (int, "most recent tokens kept in 16 bits"),
     "fuse_weights": (bool, "fold the rotations into the projection weights; False: apply them online"),
 }
@@ -98,7 +99,11 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_METHOD})")
     for name in PRESETS:
         add_switch(group, name, f"the same as --method {name}")
-    group.add_argument("--calibration_file", help="reorder indices (default: reorder_indices/<model>.safetensors)")
+    group.add_argument(
+        "--calibration_file",
+        help="what calibrate_reorder.py made for the method (default: reorder_indices/<model>.safetensors; "
+        "KVQuant: <model>.kvquant.safetensors)",
+    )
     for name, (kind, text) in _METHOD_FLAGS.items():
         usual = getattr(PRESETS[DEFAULT_METHOD], name)
         default = "head_dim" if usual is None else f"the preset's; {DEFAULT_METHOD}: {usual}"

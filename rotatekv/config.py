@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from rotatekv.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4)
+SINK_CHOICES = ("detected", "first")
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class QuantConfig:
     """Every choice of one run's KV cache. Names are the paper's and its repository's flags.
 
     Args:
-        method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn`` or ``rotatekv``.
+        method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn``, ``rotatekv``, ``kvquant``.
         k_bits, v_bits: bits per quantized number, 2, 3 or 4.
         k_groupsize, v_groupsize: consecutive channels of one token that share a scale and a zero point; ``None``
             takes head_dim. Must divide ``num_key_value_heads * head_dim`` (keys) and ``head_dim`` (values).
@@ -25,8 +26,10 @@ class QuantConfig:
         Grouped_Head_Key_Rotation: rotate groups of heads before RoPE. ``False`` is where the paper's ablation
             starts: one Hadamard per head on the keys after RoPE, as in QuaRot.
         Outlier_Aware_Key_Rotation: reorder the rotated key channels with calibrated indices before they are grouped.
-        Attention_Sink_Aware: keep the tokens that carry massive activations unquantized.
+        Attention_Sink_Aware: keep some tokens, the attention sinks, unquantized.
         num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
+        sink_choice: ``detected``, the tokens that carry massive activations; ``first``, the first
+            ``num_sink_entries`` tokens of each sequence (KVQuant: 1).
         residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0).
         fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
 
@@ -46,6 +49,7 @@ class QuantConfig:
     Outlier_Aware_Key_Rotation: bool = True
     Attention_Sink_Aware: bool = True
     num_sink_entries: int = 20
+    sink_choice: str = "detected"
     residual_length: int = 0
     fuse_weights: bool = True
 
@@ -66,6 +70,8 @@ class QuantConfig:
             raise UserError(f"head_group_num must be at least 1 head, not {self.head_group_num}")
         if self.num_sink_entries < 1:
             raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
+        if self.sink_choice not in SINK_CHOICES:
+            raise UserError(f"sink_choice must be {' or '.join(SINK_CHOICES)}, not {self.sink_choice!r}")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
 
@@ -76,10 +82,6 @@ class QuantConfig:
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
             raise UserError(f"{name} must be of type {kind}, not {value!r}")
-
-    @property
-    def needs_reorder_indices(self) -> bool:
-        return self.method == "rotatekv" and self.Outlier_Aware_Key_Rotation
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -97,10 +99,16 @@ def _rotatekv(bits: int) -> QuantConfig:
     return QuantConfig(k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio)
 
 
+def _kvquant(bits: int) -> QuantConfig:
+    plain = replace(_plain_rounding(bits), method="kvquant")
+    return replace(plain, Attention_Sink_Aware=True, sink_choice="first", num_sink_entries=1)
+
+
 PRESETS: dict[str, QuantConfig] = {
     "FP16": replace(_plain_rounding(4), method="fp16"),
     **{f"RTN{bits}": _plain_rounding(bits) for bits in SUPPORTED_BITS},
     **{f"RotateKV{bits}": _rotatekv(bits) for bits in SUPPORTED_BITS},
+    **{f"KVQuant{bits}": _kvquant(bits) for bits in SUPPORTED_BITS},
 }
 
 

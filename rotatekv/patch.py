@@ -14,13 +14,13 @@ from torch import nn
 
 from rotatekv.attention import attention_forward, choose_sinks
 from rotatekv.cache import CacheSpec, RotateKVCache
-from rotatekv.calibration import load_reorder_indices
+from rotatekv.calibration import CalibrationTarget, load_statistics, placeholders
 from rotatekv.compat import CACHE_NAME, CACHE_NAMES, check_transformers_version, find_cache
 from rotatekv.config import QuantConfig, resolve_config
 from rotatekv.decode import RopeSource, plan_fused_call
 from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
-from rotatekv.methods import KVMethod, LayerGeometry, build_method
+from rotatekv.methods import KVMethod, LayerGeometry, build_method, method_class
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -79,7 +79,8 @@ def patch_model(
     Args:
         model: a causal language model, or a vision-language model with one inside, of a supported family.
         config: a preset's name or a ``QuantConfig``.
-        calibration_file: reorder indices; ``None`` looks in ``reorder_indices/`` for this model's.
+        calibration_file: what ``calibrate_reorder.py`` made for the method; ``None`` looks in ``reorder_indices/`` for
+            this model's.
 
     Raises:
         UserError: the model, its attention or the config is not supported; the line says what to change.
@@ -197,17 +198,16 @@ def build_methods(
         fold: the rotations are to be folded into the weights, where the config says so; False: always online.
 
     Raises:
-        UserError: no reorder indices where the config needs them, or shapes that do not fit.
+        UserError: no calibrated statistics where the config needs them, or shapes that do not fit.
     """
     attentions = [layer.self_attn for layer in text_model.layers]
     first = layer_geometry(attentions[0])
-    indices = None
-    if config.needs_reorder_indices:
-        build_method(config, first, torch.arange(first.channels))  # a bad config before a missing file
+    statistics = {}
+    if (kind := method_class(config).statistics_kind(config)) is not None:
+        build_method(config, first, placeholders(kind, first.channels))  # a bad config before a missing file
         group = resolved_head_group(text_model, config)
-        indices = load_reorder_indices(
-            model.name_or_path, len(attentions), first.channels, group, calibration_file
-        ).indices
+        target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group)
+        statistics = load_statistics(kind, target, calibration_file)
     fold = fold and config.fuse_weights and config.method == "rotatekv"
     methods = []
     for number, attention in enumerate(attentions):
@@ -215,7 +215,7 @@ def build_methods(
             check_foldable(attention)
         keys_folded = fold and can_fold_keys(attention) and config.Grouped_Head_Key_Rotation
         geometry = layer_geometry(attention, keys_folded=keys_folded, values_folded=fold)
-        methods.append(build_method(config, geometry, None if indices is None else indices[number]))
+        methods.append(build_method(config, geometry, {name: x[number] for name, x in statistics.items()}))
     return tuple(methods)
 
 
@@ -226,8 +226,8 @@ def _fingerprint(model, config: QuantConfig, methods: tuple[KVMethod, ...]) -> s
     identity |= {"heads": first.num_key_value_heads, "head_dim": first.head_dim}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for method in methods:
-        if (order := getattr(method, "order", None)) is not None:
-            digest.update(order.numpy().tobytes())
+        for name in sorted(method.statistics):
+            digest.update(name.encode() + method.statistics[name].numpy().tobytes())
     return digest.hexdigest()
 
 

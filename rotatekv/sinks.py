@@ -1,8 +1,31 @@
-"""Attention-Sink-Aware quantization: find the tokens that carry massive activations (paper section 4.3)."""
+"""Attention-Sink-Aware quantization: the tokens that stay unquantized, by massive activations (paper section 4.3)."""
 
 from __future__ import annotations
 
 import torch
+
+from rotatekv.config import QuantConfig
+
+
+def sinks_of(
+    config: QuantConfig, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that ``config`` keeps unquantized; see ``detect_sinks`` and ``first_tokens``."""
+    if config.sink_choice == "first":
+        return first_tokens(hidden_states, config.num_sink_entries, token_mask)
+    return detect_sinks(hidden_states, config.num_sink_entries, token_mask)
+
+
+def first_tokens(
+    hidden_states: torch.Tensor, count: int, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``count`` tokens of each sequence, padding left out (KVQuant, arXiv 2401.18079, section 3.5: one).
+
+    Args, returns: as ``detect_sinks``.
+    """
+    real = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
+    rows, columns = (real & (real.cumsum(1) <= count)).nonzero(as_tuple=True)
+    return rows.int(), columns.int()
 
 
 def detect_sinks(

@@ -1,4 +1,4 @@
-"""Where one layer's keys or values lie: packed in blocks of 16 tokens, or as plain tensors, cut and joined by token."""
+"""Where one layer's keys or values lie: packed in blocks of 16 tokens, as plain tensors by token, or both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from types import ModuleType
 import torch
 
 from rotatekv.kernels import Packed
-from rotatekv.kernels.layout import BLOCK, Blocks, allocate_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels.layout import (
+    BLOCK,
+    Blocks,
+    allocate_blocks,
+    allocate_planes,
+    unpack_blocks,
+    unpack_codes,
+    write_blocks,
+    write_codes,
+)
 
 
 class Store(ABC):
@@ -198,3 +207,49 @@ class BlockStore(Store):
                 tensor[:, length % BLOCK :] = 0
             write_blocks(last, 0, *kept, self.bits)
         self.length = length
+
+
+class DenseSparseStore(Store):
+    """Codes in the planes of ``kernels/layout.py``; what else a token has, ranges and outliers, as plain tensors.
+
+    Args:
+        bits: per code.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def append(self, new: Packed) -> None:
+        codes = new["codes"]  # (B, T, C)
+        batch, tokens, channels = codes.shape
+        planes, others = self._parts()
+        held = planes["low"].shape[1] if planes else 0
+        missing = -(-(self.length + tokens) // BLOCK) - held
+        if missing > 0:
+            fresh = allocate_planes(batch, missing, channels, self.bits, codes.device)
+            planes = {name: torch.cat([planes[name], x], dim=1) for name, x in fresh.items()} if held else fresh
+        write_codes(planes, self.length, codes, self.bits)
+        added = {name: x for name, x in new.items() if name != "codes"}
+        others = {name: torch.cat([others[name], x], dim=1) if others else x for name, x in added.items()}
+        self.tensors = planes | others
+        self.length += tokens
+
+    def tokens(self) -> Packed:
+        planes, others = self._parts()
+        return {"codes": unpack_codes(planes, self.bits)[:, : self.length], **others}
+
+    def crop(self, length: int) -> None:
+        planes, others = self._parts()
+        planes = {name: x[:, : -(-length // BLOCK)].clone() for name, x in planes.items()}
+        if length % BLOCK:  # lanes past the end are zero
+            batch, _, channels = planes["low"].shape
+            empty = planes["low"].new_zeros(batch, BLOCK - length % BLOCK, channels, dtype=torch.uint8)
+            write_codes(planes, length, empty, self.bits)
+        self.tensors = planes | {name: x[:, :length].clone() for name, x in others.items()}
+        self.length = length
+
+    def _parts(self) -> tuple[Packed, Packed]:
+        """The planes of codes, and the per-token tensors (B, T, ...)."""
+        planes = {name: x for name, x in self.tensors.items() if name in ("low", "high")}
+        return planes, {name: x for name, x in self.tensors.items() if name not in planes}

@@ -44,12 +44,18 @@ class Blocks(dict):
 
 def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Blocks:
     """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
-    packed = {"low": torch.zeros(batch, blocks, channels, dtype=torch.int32, device=device)}
-    if bits in HIGH_PLANE:
-        packed["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
+    packed = allocate_planes(batch, blocks, channels, bits, device)
     packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
     return Blocks(packed)
+
+
+def allocate_planes(batch: int, blocks: int, channels: int, bits: int, device=None) -> Packed:
+    """Zeroed planes of codes alone, ``low`` and ``high`` of the layout above."""
+    planes = {"low": torch.zeros(batch, blocks, channels, dtype=torch.int32, device=device)}
+    if bits in HIGH_PLANE:
+        planes["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
+    return planes
 
 
 def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:
@@ -63,11 +69,32 @@ def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bi
 
 def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
-    codes = _unpack_plane(packed["low"], 2)
-    if bits in HIGH_PLANE:
-        codes = codes | _unpack_plane(packed["high"], HIGH_PLANE[bits][1]) << 2
+    codes = unpack_codes(packed, bits)
     scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
     return codes[:, :tokens], scale[:, :tokens], zero[:, :tokens]
+
+
+def unpack_codes(planes: Packed, bits: int) -> torch.Tensor:
+    """The codes of all tokens that there is room for, (B, N·16, C) uint8."""
+    codes = _unpack_plane(planes["low"], 2)
+    return codes | _unpack_plane(planes["high"], HIGH_PLANE[bits][1]) << 2 if bits in HIGH_PLANE else codes
+
+
+def write_codes(planes: Packed, start: int, codes: torch.Tensor, bits: int) -> None:
+    """Write T tokens' codes (B, T, C) uint8 in place from token ``start`` on; see ``write_blocks``."""
+    tokens, capacity = codes.shape[1], planes["low"].shape[1] * BLOCK
+    if start < 0 or start + tokens > capacity:
+        raise ValueError(f"tokens {start} … {start + tokens} do not fit in {capacity} allocated tokens")
+    if not tokens:
+        return
+    first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
+    touched = {name: planes[name][:, first:last] for name in ("low", "high") if name in planes}
+    lanes = unpack_codes(touched, bits)
+    lanes[:, start - first * BLOCK : start - first * BLOCK + tokens] = codes
+    touched["low"].copy_(_pack_plane(lanes & 3, 2))
+    if bits in HIGH_PLANE:
+        dtype, width = HIGH_PLANE[bits]
+        touched["high"].copy_(_pack_plane(lanes >> 2, width).to(dtype))
 
 
 def write_blocks(
@@ -81,23 +108,16 @@ def write_blocks(
     Raises:
         ValueError: the tokens do not fit in the allocated blocks.
     """
-    tokens, capacity = codes.shape[1], packed["low"].shape[1] * BLOCK
-    if start < 0 or start + tokens > capacity:
-        raise ValueError(f"tokens {start} … {start + tokens} do not fit in {capacity} allocated tokens")
-    if not tokens:
+    write_codes(packed, start, codes, bits)
+    if not (tokens := codes.shape[1]):
         return
     first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
-    touched = {name: plane[:, first:last] for name, plane in packed.items()}
-    old = [x.clone() for x in unpack_blocks(touched, (last - first) * BLOCK, bits)]  # may be views of the storage
     where = slice(start - first * BLOCK, start - first * BLOCK + tokens)
-    for stored, new in zip(old, (codes, scale, zero), strict=True):
-        stored[:, where] = new
-    touched["low"].copy_(_pack_plane(old[0] & 3, 2))
-    if bits in HIGH_PLANE:
-        dtype, width = HIGH_PLANE[bits]
-        touched["high"].copy_(_pack_plane(old[0] >> 2, width).to(dtype))
-    for name, stored in (("scale", old[1]), ("zero", old[2])):
-        touched[name].copy_(stored.unflatten(1, (-1, BLOCK)).transpose(2, 3))
+    for name, new in (("scale", scale), ("zero", zero)):
+        touched = packed[name][:, first:last]  # (B, ·, groups, 16)
+        lanes = touched.transpose(2, 3).flatten(1, 2).clone()  # (B, ·, groups), maybe a view of the storage before
+        lanes[:, where] = new
+        touched.copy_(lanes.unflatten(1, (-1, BLOCK)).transpose(2, 3))
 
 
 def _pack_plane(bits_of_tokens: torch.Tensor, width: int) -> torch.Tensor:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.methods.base import KVMethod, LayerGeometry
+from rotatekv.methods.base import KVMethod, LayerGeometry, Statistics
 from rotatekv.methods.fp16 import FP16
+from rotatekv.methods.kvquant import KVQuant
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.methods.rtn import RTN
 
-METHODS: dict[str, type[KVMethod]] = {"fp16": FP16, "rtn": RTN, "rotatekv": RotateKV}
+METHODS: dict[str, type[KVMethod]] = {"fp16": FP16, "rtn": RTN, "rotatekv": RotateKV, "kvquant": KVQuant}
 
 
-def build_method(config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None) -> KVMethod:
+def method_class(config: QuantConfig) -> type[KVMethod]:
+    """The class of a config's codec.
+
+    Raises:
+        UserError: an unknown method.
+    """
+    if config.method not in METHODS:
+        raise UserError(f"unknown method {config.method!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[config.method]
+
+
+def build_method(config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None) -> KVMethod:
     """The codec of one layer.
 
     Args:
-        reorder_index: (H_kv·D,) int64 permutation of the rotated key channels, for methods that reorder.
+        statistics: the layer's calibrated tensors by name, for methods with a ``statistics_kind``.
 
     Raises:
         UserError: an unknown method, or one that does not fit the layer's shape.
     """
-    if config.method not in METHODS:
-        raise UserError(f"unknown method {config.method!r}: choose one of {', '.join(METHODS)}")
-    return METHODS[config.method](config, layer, reorder_index)
+    return method_class(config)(config, layer, statistics)
 
 
-__all__ = ["METHODS", "KVMethod", "LayerGeometry", "build_method"]
+__all__ = ["METHODS", "KVMethod", "LayerGeometry", "Statistics", "build_method", "method_class"]

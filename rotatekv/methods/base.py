@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from rotatekv.errors import UserError
 from rotatekv.kernels import Packed
 from rotatekv.stores import HeadForm, Store, TokenStore
 from rotatekv.transforms import channels_to_heads, heads_to_channels
+
+Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as calibration.py loads them
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class KVMethod(ABC):
     method. Attention sinks and the recent window are kept in the quantized space, in 16 bits. The default space is the
     keys and values as they are.
 
-    A codec is immutable and shared by all caches of a model.
+    A codec is immutable and shared by all caches of a model; calibrated statistics are the codec's, not the cache's.
+
+    Attributes:
+        statistics: those of the layer's calibrated tensors that the codec uses; they decide what its bytes mean.
     """
 
     keys_before_rope = False
@@ -52,12 +58,30 @@ class KVMethod(ABC):
     key_form: HeadForm | None = None
     value_form: HeadForm | None = None
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         self.config, self.layer = config, layer
+        self.statistics: Statistics = {}
         self.k_groupsize = config.k_groupsize or layer.head_dim
         self.v_groupsize = config.v_groupsize or layer.head_dim
         if self.quantizes:
             self._check_shapes()
+
+    @classmethod
+    def statistics_kind(cls, config: QuantConfig) -> str | None:
+        """Which calibrated statistics the codec needs, a name in ``calibration.KINDS``; None: none."""
+        return None
+
+    def use_statistics(self, statistics: Statistics | None, *names: str) -> list[torch.Tensor]:
+        """Take what the codec needs of the layer's statistics.
+
+        Raises:
+            UserError: they are not there.
+        """
+        missing = [name for name in names if statistics is None or name not in statistics]
+        if missing:
+            raise UserError(f"{self.config.method} needs calibrated statistics: {', '.join(missing)}")
+        self.statistics = {name: statistics[name] for name in names}
+        return list(self.statistics.values())
 
     def _check_shapes(self) -> None:
         layer = self.layer

@@ -8,7 +8,7 @@ import torch
 
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
+from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 
 
 class FP16(KVMethod):
@@ -16,8 +16,8 @@ class FP16(KVMethod):
 
     quantizes = False
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
-        super().__init__(config, layer, reorder_index)
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
+        super().__init__(config, layer, statistics)
         preset = replace(PRESETS["FP16"], method=config.method)
         changed = [field.name for field in fields(config) if getattr(config, field.name) != getattr(preset, field.name)]
         if changed:

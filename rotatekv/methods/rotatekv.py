@@ -6,7 +6,7 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.methods.base import LayerGeometry
+from rotatekv.methods.base import LayerGeometry, Statistics
 from rotatekv.methods.rtn import RTN
 from rotatekv.stores import Constant, StoredOrder
 from rotatekv.transforms import (
@@ -28,8 +28,8 @@ class RotateKV(RTN):
 
     rotates = True
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
-        super().__init__(config, layer, reorder_index)
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
+        super().__init__(config, layer, statistics)
         self.keys_before_rope = config.Grouped_Head_Key_Rotation
         self.heads_per_group = key_heads_per_group(config, layer)
         self.key_width = self.heads_per_group * layer.head_dim
@@ -40,14 +40,16 @@ class RotateKV(RTN):
                     "Outlier_Aware_Key_Rotation reorders the channels of Grouped_Head_Key_Rotation: "
                     "switch both off, or both on"
                 )
-            if reorder_index is None:
-                raise UserError("Outlier_Aware_Key_Rotation needs the reorder indices of a calibration")
-            self.order = reorder_index
-            self.inverse_order = torch.argsort(reorder_index)
+            (self.order,) = self.use_statistics(statistics, "reorder_index")
+            self.inverse_order = torch.argsort(self.order)
             # Blocks hold keys in Hadamard order, so that a kernel reads without an inverse permutation
             # (kernels/layout.py); a stored channel's group is then that of its reordered place.
-            self.stored_order = StoredOrder.of(reorder_index)
+            self.stored_order = StoredOrder.of(self.order)
             self.group_of_channel = Constant(self.group_of_channel.tensor[self.inverse_order])
+
+    @classmethod
+    def statistics_kind(cls, config: QuantConfig) -> str | None:
+        return "reorder" if config.Outlier_Aware_Key_Rotation else None
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         channels = heads_to_channels(keys)  # (B, T, H_kv·D)

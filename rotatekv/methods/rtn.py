@@ -9,7 +9,7 @@ from rotatekv.errors import UserError
 from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.reference_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
+from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.stores import BlockStore, Constant, HeadForm, StoredOrder
 
 _ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
@@ -20,8 +20,8 @@ class RTN(KVMethod):
 
     rotates = False
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
-        super().__init__(config, layer, reorder_index)
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
+        super().__init__(config, layer, statistics)
         self.key_width = 0  # channels rotated together
         self.stored_order: StoredOrder | None = None
         self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
