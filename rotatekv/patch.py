@@ -40,9 +40,15 @@ class PatchHandle:
     rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     saved_weights: list = field(default_factory=list)
 
+    external = False  # as against HF's own cache: rotatekv/external.py
+
     @property
     def config(self) -> QuantConfig:
         return self.spec.config
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
 
     def bind(self, module: nn.Module, name: str, function) -> None:
         """Shadow ``module.name`` for this instance alone."""
@@ -130,9 +136,13 @@ def unpatch_model(model: nn.Module) -> None:
         delattr(patched, _HANDLE)
 
 
+def is_patched(model: nn.Module) -> bool:
+    return hasattr(model, _HANDLE)
+
+
 def handle_of(model: nn.Module) -> PatchHandle:
     """The handle of a patched model (UserError if it is not)."""
-    if not hasattr(model, _HANDLE):
+    if not is_patched(model):
         raise UserError("the model is not patched: call patch_model(model, ...) first")
     return getattr(model, _HANDLE)
 
