@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAMES, find_cache
-from rotatekv.sinks import detect_sinks
+from rotatekv.sinks import detect_sinks, first_sinks
 
 
 def attention_forward(
@@ -109,7 +109,8 @@ def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
     layer = cache.layers[decoder_layer.self_attn.layer_idx]
     if layer.get_seq_length() == 0:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        layer.set_sinks(*detect_sinks(hidden_states, cache.config.num_sink_entries, cache.token_mask))
+        choose = first_sinks if cache.config.sink_selection == "first" else detect_sinks
+        layer.set_sinks(*choose(hidden_states, cache.config.num_sink_entries, cache.token_mask))
 
 
 def _normed_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:

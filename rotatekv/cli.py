@@ -30,6 +30,7 @@ _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "Outlier_Aware_Key_Rotation": (bool, "reorder the rotated key channels with calibrated indices"),
     "Attention_Sink_Aware": (bool, "keep the tokens with massive activations unquantized"),
     "num_sink_entries": (int, "largest hidden-state entries that name those tokens"),
+    "sink_selection": (str, "detected, or first: the first num_sink_entries tokens of each sequence"),
     "residual_length": (int, "most recent tokens kept in 16 bits"),
     "fuse_weights": (bool, "fold the rotations into the projection weights; False: apply them online"),
 }

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from rotatekv.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4)
+SINK_SELECTIONS = ("detected", "first")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class QuantConfig:
         Outlier_Aware_Key_Rotation: reorder the rotated key channels with calibrated indices before they are grouped.
         Attention_Sink_Aware: keep the tokens that carry massive activations unquantized.
         num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
+        sink_selection: ``detected`` names them so (the paper); ``first`` keeps the first ``num_sink_entries`` tokens of
+            each sequence instead, padding not counted.
         residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0).
         fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
 
@@ -46,6 +49,7 @@ class QuantConfig:
     Outlier_Aware_Key_Rotation: bool = True
     Attention_Sink_Aware: bool = True
     num_sink_entries: int = 20
+    sink_selection: str = "detected"
     residual_length: int = 0
     fuse_weights: bool = True
 
@@ -66,6 +70,8 @@ class QuantConfig:
             raise UserError(f"head_group_num must be at least 1 head, not {self.head_group_num}")
         if self.num_sink_entries < 1:
             raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
+        if self.sink_selection not in SINK_SELECTIONS:
+            raise UserError(f"sink_selection must be {' or '.join(SINK_SELECTIONS)}, not {self.sink_selection!r}")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
 

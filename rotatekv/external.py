@@ -57,7 +57,11 @@ class ExternalConfig:
         return PACKAGES[self.backend]
 
     def to_dict(self) -> dict:
-        return {"method": f"HF-{self.backend}", **asdict(self), "package": f"{self.package} {self.package_version()}"}
+        return {**self.settings(), "package": f"{self.package} {self.package_version()}"}
+
+    def settings(self) -> dict:
+        """``to_dict`` without the package's version, so that it needs no package."""
+        return {"method": f"HF-{self.backend}", **asdict(self)}
 
     def package_version(self) -> str:
         """Raises UserError where the backend's package is not installed."""

@@ -229,6 +229,12 @@ def build_methods(
     return tuple(methods)
 
 
+def plan_fingerprint(model, config: QuantConfig, calibration_file: str | Path | None = None) -> str:
+    """The fingerprint ``patch_model`` would give; the model may be one on the meta device, without weights."""
+    methods = build_methods(model, find_text_model(model), config, calibration_file, fold=False)  # it has no weights
+    return _fingerprint(model, config, methods)
+
+
 def _fingerprint(model, config: QuantConfig, methods: tuple[KVMethod, ...]) -> str:
     """A hash of all that decides what a cache's bytes mean."""
     first = methods[0].layer

@@ -32,3 +32,18 @@ def detect_sinks(
         is_sink &= token_mask
     rows, columns = is_sink.nonzero(as_tuple=True)
     return rows.int(), columns.int()
+
+
+def first_sinks(
+    hidden_states: torch.Tensor, num_tokens: int, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``num_tokens`` tokens of every sequence; takes and returns what ``detect_sinks`` does.
+
+    For the ablation of the detector: what a method keeps that takes the sinks to be the first tokens.
+    """
+    batch, tokens, _ = hidden_states.shape
+    if token_mask is None:
+        token_mask = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
+    token_mask = token_mask.to(hidden_states.device)
+    rows, columns = (token_mask & (token_mask.cumsum(1) <= num_tokens)).nonzero(as_tuple=True)
+    return rows.int(), columns.int()

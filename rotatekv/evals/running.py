@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 from transformers import QuantizedCache
@@ -41,8 +39,6 @@ def open_run(
     }  # fmt: skip
     if handle.external:
         config["external"] = True
-    if args.calibration_file is not None:
-        config["calibration_sha256"] = hashlib.sha256(Path(args.calibration_file).read_bytes()).hexdigest()
     return Run(args.output_dir, task, args.model, config, args.resume, args.overwrite)
 
 
