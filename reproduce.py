@@ -85,9 +85,11 @@ def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
     )  # fmt: skip
     if table == "ablation":
         rows = (ablation_cells(model, options, figures, runs.geometry(model), tuple(shared)) for model in models)
-        return [cell for found in rows for cell in found]
-    methods = default_methods() if args.methods is None else check_methods(_names(args.methods, "--methods"))
-    return method_cells(table, models, methods, options, figures)
+        cells = [cell for found in rows for cell in found]
+    else:
+        methods = default_methods() if args.methods is None else check_methods(_names(args.methods, "--methods"))
+        cells = method_cells(table, models, methods, options, figures)
+    return [runs.calibrated(cell, tuple(shared)) for cell in cells]
 
 
 def fill(table: str, cells: Sequence[Cell], runs: Runs, made_by: str) -> int:

@@ -130,6 +130,11 @@ def load_reorder_indices(
     return replace(found, indices=found.indices.long())
 
 
+def has_reorder_indices(model_id: str) -> bool:
+    """Whether a model's own indices are there, shipped or made."""
+    return any((folder / f"{model_slug(model_id)}.safetensors").is_file() for folder in INDEX_FOLDERS)
+
+
 def _find(model_id: str, head_group_num: int) -> Path:
     if not model_id:
         raise UserError("the model has no name to find its reorder indices by: pass calibration_file")

@@ -119,15 +119,19 @@ def test_a_longer_limit_runs_again_and_takes_over_the_samples(flags, tmp_path, s
     assert len(started) == 6
 
 
-def test_a_failed_cell_is_one_line_and_the_others_go_on(flags, tmp_path, started, capsys):
+def test_a_failed_cell_is_one_line_and_the_others_go_on(flags, tmp_path, monkeypatch, started, capsys):
+    start = reproduce_runs._start
+    monkeypatch.setattr(
+        reproduce_runs, "_start", lambda command, log: "no luck" if "RTN2" in command else start(command, log)
+    )
     with pytest.raises(SystemExit) as end:
-        reproduce.main([*flags, "--methods", "RotateKV2,RTN4", "--limit", "1"])  # the tiny model has no indices
+        reproduce.main([*flags, "--methods", "RTN2,RTN4", "--limit", "1"])
     assert end.value.code == 1
     assert [(record["row"], record["status"]) for record in read_csv(tmp_path)] == [
-        ("RotateKV2", "failed"), ("RotateKV2", "failed"), ("RTN4", "done"), ("RTN4", "done"),
+        ("RTN2", "failed"), ("RTN2", "failed"), ("RTN4", "done"), ("RTN4", "done"),
     ]  # fmt: skip
     assert read_rows(tmp_path)[0][4:] == ["failed", "", "", "", "failed", "", "", ""]
-    assert len(re.findall("RotateKV2, one-shot: failed, exit status 2", capsys.readouterr().err)) == 1
+    assert len(re.findall("RTN2, one-shot: failed, no luck", capsys.readouterr().err)) == 1
 
 
 def test_after_an_interruption_the_rest_is_run(flags, tmp_path, monkeypatch, started):
@@ -211,6 +215,20 @@ def test_the_newest_of_several_dtypes(folder, text_file, tmp_path, started):
         (folder_ / "metrics.json").write_text(json.dumps({**metrics, "started": moment}))
     assert runs.find(cell).folder == str(other)
     assert Runs(tmp_path, limit=1, dtype="float32").find(cell).folder == first.folder
+
+
+def test_a_model_without_indices_is_calibrated_first(flags, tmp_path, started):
+    reproduce.main([*flags, "--methods", "RTN4,RotateKV2,RotateKV3", "--limit", "1"])
+    assert {record["status"] for record in read_csv(tmp_path)} == {"done"}
+    assert [command[0] for command in started].count("calibrate_reorder.py") == 1
+    assert all(
+        ("--calibration_file" in record["command"]) == (record["row"] != "RTN4") for record in read_csv(tmp_path)
+    )
+    runs, options = Runs(tmp_path), Options()
+    for method, model, needs in (("RotateKV2", "smollm2-135m", False), ("RTN2", "m", False), ("RotateKV2", "m", True)):
+        cell = runs.calibrated(ppl_cell(model, method, options), ("--data_dir", "x"))
+        assert (cell.calibration is not None) == needs
+    assert cell.calibration.flags == ("--model", "m", "--data_dir", "x")
 
 
 def test_calibrations_are_made_once_and_handed_over(folder, text_file, tmp_path, started):

@@ -10,17 +10,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rotatekv.calibration import model_slug
+from rotatekv.calibration import has_reorder_indices, model_slug
 from rotatekv.cli import evaluation_parser, method_from_args
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.evals.reproduce_plan import Calibration, Cell
 from rotatekv.external import EXTERNAL
 from rotatekv.methods import LayerGeometry
-from rotatekv.models import EMBEDDED_MODEL, load_skeleton
+from rotatekv.models import ALIASES, EMBEDDED_MODEL, load_skeleton
 from rotatekv.patch import find_text_model, layer_geometry, plan_fingerprint
 from rotatekv.results import config_hash
 from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES
@@ -69,6 +69,20 @@ class Runs:
     def geometry(self, model: str) -> LayerGeometry | None:
         skeleton = self.skeleton(model)
         return None if skeleton is None else layer_geometry(find_text_model(skeleton).layers[0].self_attn)
+
+    def calibrated(self, cell: Cell, flags: tuple[str, ...]) -> Cell:
+        """The cell, with a calibration of its own where its method needs reorder indices and the model has none.
+
+        Args:
+            flags: what calibrate_reorder.py shares with the evaluations (``--data_dir``, ``--device``, …).
+        """
+        if cell.calibration is not None or cell.method in EXTERNAL or cell.model == RANDOM_LLAVA:
+            return cell
+        quant = method_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])[1]
+        name = {**ALIASES, **VISION_ALIASES}.get(cell.model, cell.model)
+        if not quant.needs_reorder_indices or has_reorder_indices(name):
+            return cell
+        return replace(cell, calibration=Calibration("usual", ("--model", cell.model, *flags)))
 
     def command(self, cell: Cell) -> list[str]:
         """Script and flags, as they stand behind ``python``."""
