@@ -34,7 +34,8 @@ class ExternalConfig:
     Args:
         backend: ``quanto`` or ``hqq``, each a package of its own.
         nbits: bits per key and value number.
-        axis: what HF's guide advises: 0 for quanto, 1 for hqq (whose 0 would group numbers of different tokens).
+        axis: 0 for quanto (transformers' default); 1 for hqq, as its own README advises, since its 0 (transformers'
+            default here too) would group numbers of different tokens.
         q_group_size: consecutive channels that share a scale and a shift, both in the model's dtype.
         residual_length: recent tokens kept in the model's dtype, at most.
 

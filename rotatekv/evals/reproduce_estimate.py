@@ -15,9 +15,9 @@ from rotatekv.vision_models import RANDOM_LLAVA
 
 # Without a finished run: 2 operations per parameter and token, at what a small CPU and a data-centre GPU sustain.
 CPU_RATE, GPU_RATE = 40e9, 50e12  # operations per second
-# Tokens of a prompt and its answer where the flags do not say (8-shot GSM8K, LongBench's mean, MileBench's cut).
+# Rough assumptions, used until a run has finished: tokens of a prompt and its answer where the flags do not say.
 _USUAL_TOKENS = {"gsm8k": 1200, "longbench": 8000, "milebench": 3000}
-# Samples without --limit: WikiText-2 test in LLaMA-2 tokens, GSM8K's questions, 8 LongBench tasks × 200, MileBench's.
+# Samples without --limit: WikiText-2 test in LLaMA-2 tokens, GSM8K's questions; LongBench and MileBench assumed.
 _WIKITEXT_TOKENS = 341_469
 _USUAL_SAMPLES = {"gsm8k": 1319, "longbench": 1600, "milebench": 6440}
 _LIMITED_TASKS = {"longbench": 8, "milebench": 29}  # --limit counts records of each of these
