@@ -10,12 +10,13 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from rotatekv import load_model, patch_model
+from rotatekv import load_model
 from rotatekv.cli import check_positive, evaluation_parser, exit_on_user_error, method_from_args, model_flags
 from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.external import use_method
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         return [gsm8k.score({**record, "answers": s["answers"]}) for s, record in zip(batch, records, strict=True)]
 
     samples = questions[: args.limit]
-    with patch_model(model, quant_config, args.calibration_file) as handle:
+    with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "gsm8k", name, handle, dataset, **protocol)
         if not score_samples(
             run,

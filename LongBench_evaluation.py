@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import version
 
-from rotatekv import load_model, patch_model
+from rotatekv import load_model
 from rotatekv.cli import (
     add_switch,
     check_positive,
@@ -23,6 +23,7 @@ from rotatekv.evals.generation import complete, context_length
 from rotatekv.evals.longbench import Task
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.external import use_method
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         for task, records in data
         for number, record in enumerate(records[: args.limit])
     ]
-    with patch_model(model, quant_config, args.calibration_file) as handle:
+    with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "longbench", name, handle, dataset, **protocol)
         if not score_samples(
             run,

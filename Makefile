@@ -2,6 +2,7 @@
 # make test   the tests
 # make figures  the figures of visualize/gallery/, from one captured window
 # make report   report.html, from results/ and the gallery
+# make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
 # make lint   ruff
 VENV ?= .venv
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DATA_DIR ?= ../shared/data
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint clean figures report
+.PHONY: install demo test lint clean figures report tables
 
 install: $(VENV)/.installed
 
@@ -39,6 +40,12 @@ figures: install
 
 report: install
 	$(BIN)/python visualize/report.py
+
+PASSKEY := --needle_type passkey --context_lengths 512,1024,2048,4096 --depths 10,50,90 --max_new_tokens 16
+LOCAL_DATA := $(if $(wildcard $(DATA_DIR)/wikitext2/wiki.test.raw),--data_dir $(DATA_DIR))
+
+tables: install
+	$(BIN)/python reproduce.py --table ppl,needle --limit 16 $(PASSKEY) $(LOCAL_DATA)
 
 lint: install
 	$(BIN)/python -m ruff check .

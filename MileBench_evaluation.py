@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 
-from rotatekv import patch_model
 from rotatekv.cli import (
     add_switch,
     check_positive,
@@ -23,6 +22,7 @@ from rotatekv.evals.milebench import build_prompt, encode_prompt, load_datasets
 from rotatekv.evals.milebench_metrics import category_of, rescored, score_record, summarize
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.external import use_method
 from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES, load_vision_model
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         "sha256": records_sha256(records),
     }
     protocol = {"max_new_tokens": args.max_new_tokens, "adv": args.adv, "combine_image": args.combine_image}
-    with patch_model(model, quant_config, args.calibration_file) as handle:
+    with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "milebench", name, handle, dataset, **protocol)
         if not score_samples(
             run,

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import calibrate_reorder
-from rotatekv import load_model, patch_model
+from rotatekv import load_model
 from rotatekv.capture_flags import add_capture_arguments, save_captures, wanted_kinds
 from rotatekv.cli import (
     add_switch,
@@ -23,6 +23,7 @@ from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.texts import cut_windows, load_text
+from rotatekv.external import use_method
 from rotatekv.methods import method_class
 
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = {"id": text.name, "sha256": text.sha256}
     protocol = {"PPL_seq_length": args.PPL_seq_length, "chunk_size": args.chunk_size}
     samples = [{"id": number, "window": window} for number, window in enumerate(windows)][: args.limit]
-    with patch_model(model, quant_config, args.calibration_file) as handle:
+    with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "ppl", name, handle, dataset, **protocol)
         if not score_samples(
             run,

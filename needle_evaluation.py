@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rotatekv import load_model, patch_model
+from rotatekv import load_model
 from rotatekv.cli import (
     add_switch,
     check_positive,
@@ -37,6 +37,7 @@ from rotatekv.evals.needle import (
 )
 from rotatekv.evals.needle_figure import read_grid, write_heat_maps, write_report
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.external import use_method
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         "retrieval_question": question, "key_phrase": key_phrase, "max_new_tokens": args.max_new_tokens,
         "chat_template": chat,
     }  # fmt: skip
-    with patch_model(model, quant_config, args.calibration_file) as handle:
+    with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "needle", name, handle, dataset, **protocol)
         if not score_samples(
             run,

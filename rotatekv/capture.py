@@ -133,7 +133,7 @@ class _Keeper:
             layer = RotateKVLayer(codecs[self.number])
             config = layer.method.config
             if config.Attention_Sink_Aware:
-                first = config.sink_choice == "first"
+                first = config.sink_selection == "first"
                 layer.set_sinks(*(first_tokens(hidden_states, config.num_sink_entries) if first else self.sinks))
             stored = layer.update(key, value, lambda x: rope(x, cos, sin), lambda x: rope(x, cos, sin))
             errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]

@@ -13,9 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 from rotatekv import distributed
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
+from rotatekv.external import EXTERNAL, ExternalConfig
 from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
+METHOD_NAMES = (*PRESETS, *EXTERNAL)
 _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "k_bits": (int, "bits per key number: 2, 3 or 4"),
     "k_groupsize": (int, "key channels that share a scale"),
@@ -28,7 +30,7 @@ _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "Outlier_Aware_Key_Rotation": (bool, "reorder the rotated key channels with calibrated indices"),
     "Attention_Sink_Aware": (bool, "keep attention sinks unquantized, the tokens with massive activations"),
     "num_sink_entries": (int, "largest hidden-state entries that name those tokens"),
-    "sink_choice": (str, "detected, or first: the first num_sink_entries tokens instead"),
+    "sink_selection": (str, "detected, or first: the first num_sink_entries tokens of each sequence"),
     "residual_length": (int, "most recent tokens kept in 16 bits"),
     "fuse_weights": (bool, "fold the rotations into the projection weights; False: apply them online"),
 }
@@ -96,7 +98,8 @@ def model_flags(args: argparse.Namespace) -> dict:
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method", "A preset, then flags that override it.")
-    group.add_argument("--method", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_METHOD})")
+    names = f"{', '.join(PRESETS)} (default: {DEFAULT_METHOD}), or transformers' own cache: {', '.join(EXTERNAL)}"
+    group.add_argument("--method", metavar="NAME", help=f"one of {names}")
     for name in PRESETS:
         add_switch(group, name, f"the same as --method {name}")
     group.add_argument(
@@ -126,11 +129,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:
     )
 
 
-def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
+def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig | ExternalConfig]:
     """The preset's name (``*`` behind it where a flag changed it) and the config.
 
     Raises:
-        UserError: an unknown method, two of them, or a value out of range.
+        UserError: an unknown method, two of them, a value out of range, or an external one that is not installed.
     """
     chosen = [name for name in PRESETS if getattr(args, name)]
     if args.method is not None:
@@ -138,16 +141,28 @@ def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
     if len(set(chosen)) > 1:
         raise UserError(f"two methods at once: {' and '.join(dict.fromkeys(chosen))}; choose one")
     name = chosen[0] if chosen else DEFAULT_METHOD
-    if name not in PRESETS:
-        raise UserError(f"unknown method {name!r}: choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
+    if name not in METHOD_NAMES:
+        raise UserError(f"unknown method {name!r}: choose one of {', '.join(METHOD_NAMES)}")
+    preset = PRESETS[name] if name in PRESETS else EXTERNAL[name]
     given = {field.name: getattr(args, field.name, None) for field in fields(QuantConfig)}
-    config = replace(preset, **{key: value for key, value in given.items() if value is not None and key != "method"})
+    given = {key: value for key, value in given.items() if value is not None and key != "method"}
+    if name in EXTERNAL:
+        preset.package_version()
+        if foreign := sorted(set(given) - {"residual_length"}):
+            raise UserError(f"{name} is HF's own cache: leave out --{', --'.join(foreign)}")
+    config = replace(preset, **given)
     return (name if config == preset else f"{name}*"), config
 
 
 def methods_from_args(args: argparse.Namespace) -> dict[str, QuantConfig]:
     """``--methods``, each with the flags that override a preset; without it the one method of ``--method``."""
+    methods = _methods_from_args(args)
+    if outside := [name for name, config in methods.items() if isinstance(config, ExternalConfig)]:
+        raise UserError(f"{', '.join(outside)} runs the unpatched model and is not measured here: choose presets")
+    return methods
+
+
+def _methods_from_args(args: argparse.Namespace) -> dict[str, QuantConfig | ExternalConfig]:
     if args.methods is None:
         return dict([method_from_args(args)])
     if args.method is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from rotatekv.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4)
-SINK_CHOICES = ("detected", "first")
+SINK_SELECTIONS = ("detected", "first")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class QuantConfig:
         Outlier_Aware_Key_Rotation: reorder the rotated key channels with calibrated indices before they are grouped.
         Attention_Sink_Aware: keep some tokens, the attention sinks, unquantized.
         num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
-        sink_choice: ``detected``, the tokens that carry massive activations; ``first``, the first
+        sink_selection: ``detected``, the tokens that carry massive activations (paper); ``first``, the first
             ``num_sink_entries`` tokens of each sequence (KVQuant: 1).
         residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0).
         fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
@@ -49,7 +49,7 @@ class QuantConfig:
     Outlier_Aware_Key_Rotation: bool = True
     Attention_Sink_Aware: bool = True
     num_sink_entries: int = 20
-    sink_choice: str = "detected"
+    sink_selection: str = "detected"
     residual_length: int = 0
     fuse_weights: bool = True
 
@@ -70,8 +70,8 @@ class QuantConfig:
             raise UserError(f"head_group_num must be at least 1 head, not {self.head_group_num}")
         if self.num_sink_entries < 1:
             raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
-        if self.sink_choice not in SINK_CHOICES:
-            raise UserError(f"sink_choice must be {' or '.join(SINK_CHOICES)}, not {self.sink_choice!r}")
+        if self.sink_selection not in SINK_SELECTIONS:
+            raise UserError(f"sink_selection must be {' or '.join(SINK_SELECTIONS)}, not {self.sink_selection!r}")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
 
@@ -101,7 +101,7 @@ def _rotatekv(bits: int) -> QuantConfig:
 
 def _kvquant(bits: int) -> QuantConfig:
     plain = replace(_plain_rounding(bits), method="kvquant")
-    return replace(plain, Attention_Sink_Aware=True, sink_choice="first", num_sink_entries=1)
+    return replace(plain, Attention_Sink_Aware=True, sink_selection="first", num_sink_entries=1)
 
 
 PRESETS: dict[str, QuantConfig] = {

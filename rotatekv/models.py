@@ -88,6 +88,23 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_skeleton(name: str) -> PreTrainedModel | None:
+    """The shape of the model ``load_model`` would load, on the meta device; None where its config is out of reach."""
+    options = {"gguf_file": _EMBEDDED_FILE} if name == EMBEDDED_MODEL else {}
+    try:
+        folder = _embedded_folder() if name == EMBEDDED_MODEL else ALIASES.get(name, name)
+        if not os.path.isdir(folder):
+            hub_is_offline()
+        config = AutoConfig.from_pretrained(folder, **options)
+        auto_class = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+    except (OSError, ValueError, ImportError, RuntimeError, UserError):
+        return None
+    model.name_or_path = EMBEDDED_MODEL if name == EMBEDDED_MODEL else folder
+    return model.eval()
+
+
 def check_placement(
     dtype: str, device: str | None, device_map: str | None, attn_implementation: str
 ) -> torch.device | None:

@@ -40,9 +40,15 @@ class PatchHandle:
     rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     saved_weights: list = field(default_factory=list)
 
+    external = False  # as against HF's own cache: rotatekv/external.py
+
     @property
     def config(self) -> QuantConfig:
         return self.spec.config
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
 
     def bind(self, module: nn.Module, name: str, function) -> None:
         """Shadow ``module.name`` for this instance alone."""
@@ -131,9 +137,13 @@ def unpatch_model(model: nn.Module) -> None:
         delattr(patched, _HANDLE)
 
 
+def is_patched(model: nn.Module) -> bool:
+    return hasattr(model, _HANDLE)
+
+
 def handle_of(model: nn.Module) -> PatchHandle:
     """The handle of a patched model (UserError if it is not)."""
-    if not hasattr(model, _HANDLE):
+    if not is_patched(model):
         raise UserError("the model is not patched: call patch_model(model, ...) first")
     return getattr(model, _HANDLE)
 
@@ -217,6 +227,12 @@ def build_methods(
         geometry = layer_geometry(attention, keys_folded=keys_folded, values_folded=fold)
         methods.append(build_method(config, geometry, {name: x[number] for name, x in statistics.items()}))
     return tuple(methods)
+
+
+def plan_fingerprint(model, config: QuantConfig, calibration_file: str | Path | None = None) -> str:
+    """The fingerprint ``patch_model`` would give; the model may be one on the meta device, without weights."""
+    methods = build_methods(model, find_text_model(model), config, calibration_file, fold=False)  # it has no weights
+    return _fingerprint(model, config, methods)
 
 
 def _fingerprint(model, config: QuantConfig, methods: tuple[KVMethod, ...]) -> str:

@@ -11,7 +11,7 @@ def sinks_of(
     config: QuantConfig, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that ``config`` keeps unquantized; see ``detect_sinks`` and ``first_tokens``."""
-    if config.sink_choice == "first":
+    if config.sink_selection == "first":
         return first_tokens(hidden_states, config.num_sink_entries, token_mask)
     return detect_sinks(hidden_states, config.num_sink_entries, token_mask)
 
@@ -23,7 +23,9 @@ def first_tokens(
 
     Args, returns: as ``detect_sinks``.
     """
-    real = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
+    real = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+    if token_mask is not None:
+        real = token_mask.to(hidden_states.device)
     rows, columns = (real & (real.cumsum(1) <= count)).nonzero(as_tuple=True)
     return rows.int(), columns.int()
 

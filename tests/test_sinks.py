@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotatekv.sinks import detect_sinks
+from rotatekv import RotateKVCache, patch_model
+from rotatekv.compat import CACHE_NAME
+from rotatekv.config import PRESETS
+from rotatekv.sinks import detect_sinks, first_tokens
 
 
 def naive_sinks(hidden_states: torch.Tensor, num_entries: int, token_mask=None) -> list[tuple[int, int]]:
@@ -93,3 +98,24 @@ def test_detection_leaves_the_hidden_states_and_the_graph_alone():
     before = hidden_states.detach().clone()
     detect_sinks(hidden_states, 2, torch.tensor([[False, True, True, True]]))
     assert torch.equal(hidden_states.detach(), before) and hidden_states.grad is None
+
+
+def test_first_tokens_skip_the_padding():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    rows, columns = first_tokens(torch.randn(4, 5, 3), 2, mask)
+    assert rows.dtype == columns.dtype == torch.int32
+    pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert pairs == [(0, 2), (0, 3), (1, 0), (1, 1), (2, 1), (2, 3), (3, 4)]
+    assert len(first_tokens(torch.randn(2, 3, 4), 20)[0]) == 6
+
+
+def test_the_model_keeps_the_first_tokens_where_the_config_says_so(tiny):
+    ids = torch.randint(8, 128, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    config = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, sink_selection="first", num_sink_entries=3)
+    with patch_model(tiny, config), torch.no_grad():
+        cache = RotateKVCache.for_model(tiny)
+        tiny(ids, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache})
+    for layer in cache.layers:
+        assert layer.sink_rows.tolist() == [0, 0, 0, 1, 1, 1] and layer.sink_columns.tolist() == [4, 5, 6, 0, 1, 2]

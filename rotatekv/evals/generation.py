@@ -1,4 +1,4 @@
-"""Greedy completions of a patched model, with what their cache took."""
+"""Greedy completions of a patched model, or one with HF's cache, with what their cache took."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from transformers import StoppingCriteria
 
-from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAME
 from rotatekv.errors import UserError
 from rotatekv.evals.running import cache_use
+from rotatekv.external import new_cache
 
 
 def complete(
@@ -61,7 +61,7 @@ def complete_inputs(
     Args:
         inputs: ``input_ids`` and ``attention_mask`` (B, T), left-padded, and whatever else the model takes.
     """
-    cache = RotateKVCache.for_model(model)
+    cache = new_cache(model)
     length = inputs["input_ids"].shape[1]
     stop = {"stopping_criteria": [_StopAt(tokenizer, stop_strings, length)]} if stop_strings else {}
     with torch.no_grad():

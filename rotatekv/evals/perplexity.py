@@ -7,15 +7,15 @@ import math
 import torch
 from torch.nn import functional as F
 
-from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAME
 from rotatekv.evals.running import cache_use
+from rotatekv.external import new_cache
 
 _LOSS_CHUNK = 512  # tokens whose float32 logits are held at once
 
 
 def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> dict:
-    """Score one window of a patched model from an empty cache.
+    """Score one window of a patched model, or one with HF's cache, from an empty cache.
 
     Args:
         window: (1, T) token ids, T ≥ 2.
@@ -25,7 +25,7 @@ def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> 
     Returns:
         ``nll``, mean negative log-likelihood in nats per predicted token, and what ``cache_use`` measures.
     """
-    cache = RotateKVCache.for_model(model)
+    cache = new_cache(model)
     length = window.shape[1]
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():

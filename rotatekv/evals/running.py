@@ -9,16 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
+from transformers import QuantizedCache
 
 from rotatekv import distributed
 from rotatekv.cache import RotateKVCache
 from rotatekv.errors import UserError
+from rotatekv.external import ExternalHandle, external_use
 from rotatekv.models import model_revision
 from rotatekv.patch import PatchHandle
 from rotatekv.results import Run
 
 
-def open_run(args: argparse.Namespace, task: str, method: str, handle: PatchHandle, dataset: dict, **protocol) -> Run:
+def open_run(
+    args: argparse.Namespace, task: str, method: str, handle: PatchHandle | ExternalHandle, dataset: dict, **protocol
+) -> Run:
     """The run of one command.
 
     Args:
@@ -30,9 +34,11 @@ def open_run(args: argparse.Namespace, task: str, method: str, handle: PatchHand
     config = {
         "task": task, "model": model.name_or_path, "revision": model_revision(model),
         "dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": args.attn_implementation,
-        "method": method, "quant": handle.config.to_dict(), "fingerprint": handle.spec.fingerprint,
+        "method": method, "quant": handle.config.to_dict(), "fingerprint": handle.fingerprint,
         "dataset": dataset["id"], "dataset_sha256": dataset["sha256"], "seed": args.seed, **protocol,
     }  # fmt: skip
+    if handle.external:
+        config["external"] = True
     return Run(args.output_dir, task, args.model, config, args.resume, args.overwrite)
 
 
@@ -148,8 +154,10 @@ def _measures(records: Sequence[dict]) -> dict:
     }  # fmt: skip
 
 
-def cache_use(cache: RotateKVCache) -> dict:
+def cache_use(cache: RotateKVCache | QuantizedCache) -> dict:
     """What a sample's cache took: measured bytes, the tokens it holds, and average bits per number."""
+    if isinstance(cache, QuantizedCache):
+        return external_use(cache)
     bits = cache.avg_bits()
     return {
         "tokens": cache.positions.numel(), "cache_bytes": cache.nbytes(),

@@ -30,7 +30,7 @@ class KVQuant(KVMethod):
     Outliers (section 3.4): the ceil(1 % of H_kv·D) numbers of a token farthest outside their channel's range (keys) or
     from the token's median (values, left out of its range) are stored in float16 with their channel, and replace the
     decoded numbers.
-    The first token stays in 16 bits (section 3.5): the presets' ``sink_choice``.
+    The first token stays in 16 bits (section 3.5): the presets' ``sink_selection``.
 
     A token stores, per kind, ``codes`` (C,), ``outliers`` (n,) float16 and ``outlier_channels`` (n,) int16, and for
     values ``offset`` and ``scale`` (1,) float16. The statistics belong to the codec:

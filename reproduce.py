@@ -1,0 +1,127 @@
+"""The paper's tables, and ours beside them: runs what is missing and writes results/tables/<table>.md and .csv.
+
+Perplexity, all methods:  python reproduce.py --table ppl --limit 16
+What that would take:     python reproduce.py --table ppl --limit 16 --dry_run
+
+A finished run is reused, a broken-off one goes on. Every table is written anew after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rotatekv.cli import check_positive, exit_on_user_error, make_parser
+from rotatekv.errors import UserError
+from rotatekv.evals.paper_figures import load_paper_figures
+from rotatekv.evals.reproduce_ablation import ablation_cells
+from rotatekv.evals.reproduce_estimate import list_commands
+from rotatekv.evals.reproduce_plan import TABLES, Cell, Options, check_methods, default_methods, method_cells
+from rotatekv.evals.reproduce_runs import Runs
+from rotatekv.evals.reproduce_tables import write_tables
+from rotatekv.models import DTYPES, EMBEDDED_MODEL
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--table", default="ppl", help=f"{', '.join(TABLES)} or all; several as a list (default: ppl)")
+    parser.add_argument("--models", default=EMBEDDED_MODEL, help="as --model of the scripts (default: %(default)s)")
+    parser.add_argument("--methods", help=f"NAME,NAME (default: {','.join(default_methods())}); not for ablation")
+    parser.add_argument("--dry_run", action="store_true", help="list the commands, with time and memory; run nothing")
+    group = parser.add_argument_group("handed to the scripts")
+    group.add_argument("--data_dir", help="folder with local data sets (default: the Hub)")
+    group.add_argument("--output_dir", default="results", help="runs, and tables/ in it (default: results)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 …")
+    group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    group.add_argument("--limit", type=int, help="windows, questions, records per task, cells (default: all)")
+    group.add_argument("--dataset", default="wikitext2", help="of ppl and ablation (default: wikitext2)")
+    group.add_argument("--PPL_seq_length", type=int, help="default: 4096 for the paper's models, else 2048")
+    group.add_argument("--chunk_size", type=int, default=64, help="tokens a call of a streamed window (default: 64)")
+    group.add_argument("--context_lengths", default="1024,2048,4096", help="of needle (default: %(default)s)")
+    group.add_argument("--depths", default="0:100:10", help="of needle (default: %(default)s)")
+    group.add_argument("--needle_type", choices=["standard", "passkey"], default="standard")
+    group.add_argument("--max_new_tokens", type=int, help="of the generating scripts (default: each one's own)")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_positive(args, "limit", "chunk_size", "PPL_seq_length", "max_new_tokens")
+    tables = _names(args.table, "--table")
+    tables = list(TABLES) if tables == ["all"] else tables
+    if unknown := [name for name in tables if name not in TABLES]:
+        raise UserError(f"no table {', '.join(unknown)}: choose {', '.join(TABLES)} or all")
+    runs = Runs(args.output_dir, args.limit, args.dtype)
+    cells = {table: cells_of(table, args, runs) for table in tables}
+    if args.dry_run:
+        return list_commands(cells, runs)
+    made_by = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)])
+    failed = {table: fill(table, found, runs, made_by) for table, found in cells.items()}
+    for table in tables:
+        print(f"{table}: {Path(args.output_dir) / 'tables' / table}.md and .csv, {failed[table]} of the cells failed")
+    if any(failed.values()):
+        sys.exit(1)
+
+
+def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
+    models = _names(args.models, "--models")
+    figures = load_paper_figures()
+    shared = [
+        part
+        for name in ("data_dir", "device")
+        if (value := getattr(args, name)) is not None
+        for part in (f"--{name}", value)
+    ] + (["--dtype", args.dtype] if args.dtype != "auto" else [])
+    options = Options(
+        tuple(shared), args.limit, args.chunk_size, args.PPL_seq_length, args.dataset, args.context_lengths,
+        args.depths, args.needle_type, args.max_new_tokens,
+    )  # fmt: skip
+    if table == "ablation":
+        rows = (ablation_cells(model, options, figures, runs.geometry(model), tuple(shared)) for model in models)
+        cells = [cell for found in rows for cell in found]
+    else:
+        methods = default_methods() if args.methods is None else check_methods(_names(args.methods, "--methods"))
+        cells = method_cells(table, models, methods, options, figures)
+    return [runs.calibrated(cell, tuple(shared)) for cell in cells]
+
+
+def fill(table: str, cells: Sequence[Cell], runs: Runs, made_by: str) -> int:
+    """Run what is missing and write the table after each run → the number of failed cells."""
+    outcomes = {cell: runs.find(cell) for cell in cells}
+    folder = runs.output_dir / "tables"
+    write_tables(folder, table, outcomes, runs, made_by)
+    missing = [cell for cell, outcome in outcomes.items() if outcome.status != "done" and not outcome.reason]
+    for cell, outcome in outcomes.items():
+        if outcome.reason:
+            tqdm.write(f"{table}: {cell.label}, {cell.view}: {outcome.status}, {outcome.reason}", file=sys.stderr)
+    with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=table, unit="cell", file=sys.stderr) as bar:
+        for number, cell in enumerate(missing):
+            bar.set_postfix(row=cell.label, view=cell.view)
+            outcome = runs.find(cell)  # an earlier cell may have been the same run
+            if outcome.status != "done":
+                outcome = runs.run(cell, folder / "logs" / f"{table}-{number}.log")
+            outcomes[cell] = outcome
+            if outcome.status == "failed":
+                bar.write(f"{table}: {cell.label}, {cell.view}: failed, {outcome.reason}", file=sys.stderr)
+            write_tables(folder, table, outcomes, runs, made_by)
+            bar.update()
+    return sum(outcome.status == "failed" for outcome in outcomes.values())
+
+
+def _names(text: str, flag: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"{flag} needs names: NAME,NAME")
+    return names
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a script under way is stopped, too
+    main()
