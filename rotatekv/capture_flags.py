@@ -25,7 +25,7 @@ _HELP = {
     "k_rotated": "keys after grouped-head rotation, and after reordering",
     "massive_activations": "per layer (all unless --save_layers), the largest hidden-state entries and their tokens",
     "attention_scores": "attention maps of --save_heads",
-    "quantization_error": "per layer (all unless --save_layers) and token, key and value error of every preset",
+    "quantization_error": "per layer (all unless --save_layers) and token, key and value error of RTN and RotateKV",
 }
 
 
@@ -112,7 +112,7 @@ def _request(args: argparse.Namespace, model, text_model) -> CaptureRequest:
         rotation = build_methods(model, text_model, config, args.calibration_file, fold=False)
     if "quantization_error" in kinds:
         for preset in PRESETS:
-            if preset != "FP16":
+            if PRESETS[preset].method in ("rtn", "rotatekv"):  # the figure has seven colours
                 name, config = _config(args, preset)
                 codecs[name] = build_methods(model, text_model, config, args.calibration_file, fold=False)
     return CaptureRequest(kinds, layers, everywhere, heads, rotation, codecs)

@@ -20,7 +20,7 @@ from rotatekv.config import QuantConfig, resolve_config
 from rotatekv.decode import RopeSource, plan_fused_call
 from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
-from rotatekv.methods import KVMethod, LayerGeometry, build_method
+from rotatekv.methods import METHODS, KVMethod, LayerGeometry, build_method
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -208,7 +208,7 @@ def build_methods(
         indices = load_reorder_indices(
             model.name_or_path, len(attentions), first.channels, group, calibration_file
         ).indices
-    fold = fold and config.fuse_weights and config.method == "rotatekv"
+    fold = fold and config.fuse_weights and issubclass(METHODS.get(config.method, KVMethod), RotateKV)
     methods = []
     for number, attention in enumerate(attentions):
         if fold:

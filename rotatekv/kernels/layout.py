@@ -12,6 +12,8 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
 ``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. Values are grouped in consecutive
 channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so the group of channel c is looked
 up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's lanes past T are zero.
+
+Codecs whose scales are not per token keep the planes ``low`` and ``high`` alone in blocks: ``stores.PlaneStore``.
 """
 
 from __future__ import annotations
@@ -42,11 +44,17 @@ class Blocks(dict):
         return Blocks, (dict(self),)
 
 
-def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Blocks:
-    """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
+def allocate_planes(batch: int, blocks: int, channels: int, bits: int, device=None) -> Packed:
+    """Zeroed ``low`` and, for 3 and 4 bits, ``high`` for ``blocks`` blocks of 16 tokens a sequence."""
     packed = {"low": torch.zeros(batch, blocks, channels, dtype=torch.int32, device=device)}
     if bits in HIGH_PLANE:
         packed["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
+    return packed
+
+
+def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Blocks:
+    """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
+    packed = allocate_planes(batch, blocks, channels, bits, device)
     packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
     return Blocks(packed)
@@ -61,13 +69,33 @@ def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bi
     return packed
 
 
-def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
+def unpack_codes(packed: Packed, tokens: int, bits: int) -> torch.Tensor:
+    """The codes of the first ``tokens`` tokens, (B, T, C) uint8."""
     codes = _unpack_plane(packed["low"], 2)
     if bits in HIGH_PLANE:
         codes = codes | _unpack_plane(packed["high"], HIGH_PLANE[bits][1]) << 2
+    return codes[:, :tokens]
+
+
+def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
     scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
-    return codes[:, :tokens], scale[:, :tokens], zero[:, :tokens]
+    return unpack_codes(packed, tokens, bits), scale[:, :tokens], zero[:, :tokens]
+
+
+def write_codes(packed: Packed, start: int, codes: torch.Tensor, bits: int) -> None:
+    """Write the codes (B, T, C) uint8 of T tokens in place from token ``start`` on; other tokens keep theirs.
+
+    Raises:
+        ValueError: the tokens do not fit in the allocated blocks.
+    """
+    touched, where = _touched_blocks(packed, start, codes.shape[1])
+    old = unpack_codes(touched, touched["low"].shape[1] * BLOCK, bits)
+    old[:, where] = codes
+    touched["low"].copy_(_pack_plane(old & 3, 2))
+    if bits in HIGH_PLANE:
+        dtype, width = HIGH_PLANE[bits]
+        touched["high"].copy_(_pack_plane(old >> 2, width).to(dtype))
 
 
 def write_blocks(
@@ -81,23 +109,23 @@ def write_blocks(
     Raises:
         ValueError: the tokens do not fit in the allocated blocks.
     """
-    tokens, capacity = codes.shape[1], packed["low"].shape[1] * BLOCK
+    write_codes(packed, start, codes, bits)
+    touched, where = _touched_blocks(packed, start, codes.shape[1])
+    for name, new in (("scale", scale), ("zero", zero)):
+        old = touched[name].transpose(2, 3).flatten(1, 2).clone()  # (B, N·16, groups); may be a view of the storage
+        old[:, where] = new
+        touched[name].copy_(old.unflatten(1, (-1, BLOCK)).transpose(2, 3))
+
+
+def _touched_blocks(packed: Packed, start: int, tokens: int) -> tuple[Packed, slice]:
+    """Views of the blocks that tokens ``start`` … ``start`` + T − 1 lie in, and those tokens' place in them."""
+    capacity = packed["low"].shape[1] * BLOCK
     if start < 0 or start + tokens > capacity:
         raise ValueError(f"tokens {start} … {start + tokens} do not fit in {capacity} allocated tokens")
-    if not tokens:
-        return
-    first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
-    touched = {name: plane[:, first:last] for name, plane in packed.items()}
-    old = [x.clone() for x in unpack_blocks(touched, (last - first) * BLOCK, bits)]  # may be views of the storage
+    first = start // BLOCK
+    last = max(-(-(start + tokens) // BLOCK), first)  # blocks
     where = slice(start - first * BLOCK, start - first * BLOCK + tokens)
-    for stored, new in zip(old, (codes, scale, zero), strict=True):
-        stored[:, where] = new
-    touched["low"].copy_(_pack_plane(old[0] & 3, 2))
-    if bits in HIGH_PLANE:
-        dtype, width = HIGH_PLANE[bits]
-        touched["high"].copy_(_pack_plane(old[0] >> 2, width).to(dtype))
-    for name, stored in (("scale", old[1]), ("zero", old[2])):
-        touched[name].copy_(stored.unflatten(1, (-1, BLOCK)).transpose(2, 3))
+    return {name: plane[:, first:last] for name, plane in packed.items()}, where
 
 
 def _pack_plane(bits_of_tokens: torch.Tensor, width: int) -> torch.Tensor:

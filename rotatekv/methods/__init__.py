@@ -8,10 +8,20 @@ from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
+from rotatekv.methods.kivi import KIVI
+from rotatekv.methods.quarot import QuaRot
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.methods.rtn import RTN
+from rotatekv.methods.turboquant import TurboQuant
 
-METHODS: dict[str, type[KVMethod]] = {"fp16": FP16, "rtn": RTN, "rotatekv": RotateKV}
+METHODS: dict[str, type[KVMethod]] = {
+    "fp16": FP16,
+    "rtn": RTN,
+    "kivi": KIVI,
+    "quarot": QuaRot,
+    "turboquant": TurboQuant,
+    "rotatekv": RotateKV,
+}
 
 
 def build_method(config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None) -> KVMethod:

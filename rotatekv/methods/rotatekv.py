@@ -27,6 +27,7 @@ class RotateKV(RTN):
     """
 
     rotates = True
+    unused_flags = ()
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, reorder_index: torch.Tensor | None = None):
         super().__init__(config, layer, reorder_index)
