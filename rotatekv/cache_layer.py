@@ -21,7 +21,8 @@ class RotateKVLayer(CacheLayerMixin):
 
     Tensors, each cut and joined along B and T by the cache's operations:
         packed_keys, packed_values: the stores of what the method's ``encode_*`` made of the first tokens.
-        window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D).
+        window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D), and up to
+            ``tokens_per_flush`` − 1 before them: tokens are packed in whole groups, counted from the first one.
         sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
         sink_keys, sink_values: (S, H_kv·D) in 16 bits, in the stores' order; they replace the decoded tokens.
     """
@@ -164,12 +165,12 @@ class RotateKVLayer(CacheLayerMixin):
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
-        length = self.method.config.residual_length
-        if not length:
+        length, group = self.method.config.residual_length, self.method.tokens_per_flush
+        if not length and group == 1:
             return new, None
         new = self._to_storage(new)
         recent = new if window is None else torch.cat([window, new], dim=1)
-        cut = max(recent.shape[1] - length, 0)
+        cut = max(recent.shape[1] - length, 0) // group * group
         return recent[:, :cut], recent[:, cut:].clone()
 
     def _read(self, kernels: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +223,11 @@ class RotateKVLayer(CacheLayerMixin):
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0."""
+        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0.
+
+        What was packed stays packed, but for the first tokens of a group that is cut (``tokens_per_flush`` > 1): these
+        go back to the window as they decode, in 16 bits, and are quantized again once the group is full again.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
@@ -232,15 +237,24 @@ class RotateKVLayer(CacheLayerMixin):
             return self.reset()
         window = 0 if self.window_keys is None else self.window_keys.shape[1]
         packed = self.get_seq_length() - window
-        if length < packed:
-            self.packed_keys.crop(length)
-            self.packed_values.crop(length)
+        if self.sink_keys is not None:
+            self._keep_sinks(self.sink_rows, (self.sink_columns < length).nonzero()[:, 0])
         if window:  # a clone, not a view: a view would keep the dropped tokens' bytes alive
             left = max(length - packed, 0)
             self.window_keys = self.window_keys[:, :left].clone()
             self.window_values = self.window_values[:, :left].clone()
-        if self.sink_keys is not None:
-            self._keep_sinks(self.sink_rows, (self.sink_columns < length).nonzero()[:, 0])
+        if length < packed:
+            self._crop_packed(length)
+
+    def _crop_packed(self, length: int) -> None:
+        """Keep the first ``length`` packed tokens: whole groups packed, the rest of them in the (empty) window."""
+        whole = length // self.method.tokens_per_flush * self.method.tokens_per_flush
+        if whole < length:
+            keys = self._restore(self.packed_keys, None, self.sink_keys, self.method.decode_keys)
+            values = self._restore(self.packed_values, None, self.sink_values, self.method.decode_values)
+            self.window_keys, self.window_values = (self._to_storage(x[:, whole:length]) for x in (keys, values))
+        self.packed_keys.crop(whole)
+        self.packed_values.crop(whole)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` of the batch what row ``rows[i]`` was: packed codes move, nothing is quantized again."""

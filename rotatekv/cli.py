@@ -20,7 +20,7 @@ DEFAULT_METHOD = "RotateKV2"
 METHOD_NAMES = (*PRESETS, *EXTERNAL)
 _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "k_bits": (int, "bits per key number: 2, 3 or 4"),
-    "k_groupsize": (int, "key channels that share a scale"),
+    "k_groupsize": (int, "key channels that share a scale (KIVI: tokens of a channel)"),
     "k_clip_ratio": (float, "factor on a key group's maximum and minimum, in (0, 1]"),
     "v_bits": (int, "bits per value number: 2, 3 or 4"),
     "v_groupsize": (int, "value channels that share a scale"),

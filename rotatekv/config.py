@@ -16,10 +16,12 @@ class QuantConfig:
     """Every choice of one run's KV cache. Names are the paper's and its repository's flags.
 
     Args:
-        method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn``, ``rotatekv``, ``kvquant``.
+        method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn``, ``kivi``, ``quarot``, ``turboquant``,
+            ``kvquant`` or ``rotatekv``. A flag that means nothing to it must keep its preset's value.
         k_bits, v_bits: bits per quantized number, 2, 3 or 4.
         k_groupsize, v_groupsize: consecutive channels of one token that share a scale and a zero point; ``None``
             takes head_dim. Must divide ``num_key_value_heads * head_dim`` (keys) and ``head_dim`` (values).
+            For ``kivi``, k_groupsize counts consecutive tokens of one channel, any number of them; ``None`` takes 32.
         k_clip_ratio, v_clip_ratio: factor on the group's maximum and minimum, in (0, 1] (paper: 0.8 at 2 bits).
         head_group_num: key heads rotated together (paper section 4.1: 4). The largest divisor of
             ``num_key_value_heads`` up to it with a Hadamard matrix is taken; 1 rotates each head alone.
@@ -30,7 +32,8 @@ class QuantConfig:
         num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
         sink_selection: ``detected``, the tokens that carry massive activations (paper); ``first``, the first
             ``num_sink_entries`` tokens of each sequence (KVQuant: 1).
-        residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0).
+        residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0). ``kivi`` keeps up to
+            k_groupsize − 1 more, since tokens leave in whole groups.
         fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
 
     Raises:
@@ -61,7 +64,7 @@ class QuantConfig:
                 raise UserError(f"{name} must be 2, 3 or 4, not {getattr(self, name)}")
         for name in ("k_groupsize", "v_groupsize"):
             if (size := getattr(self, name)) is not None and size < 1:
-                raise UserError(f"{name} must be at least 1 channel, not {size}")
+                raise UserError(f"{name} must be at least 1, not {size}")
         for name in ("k_clip_ratio", "v_clip_ratio"):
             ratio = getattr(self, name)
             if not (math.isfinite(ratio) and 0.0 < ratio <= 1.0):
@@ -94,6 +97,16 @@ def _plain_rounding(bits: int) -> QuantConfig:
     )  # fmt: skip
 
 
+def _kivi(bits: int) -> QuantConfig:
+    # KIVI (arXiv 2402.02750, section 4.1): groups of 32, and a residual of 128 tokens.
+    return replace(_plain_rounding(bits), method="kivi", k_groupsize=32, v_groupsize=32, residual_length=128)
+
+
+def _quarot(bits: int) -> QuantConfig:
+    # QuaRot (arXiv 2404.00456, section 5): the cache's clip ratio is 0.95.
+    return replace(_plain_rounding(bits), method="quarot", k_clip_ratio=0.95, v_clip_ratio=0.95, fuse_weights=True)
+
+
 def _rotatekv(bits: int) -> QuantConfig:
     clip_ratio = 0.8 if bits == 2 else 1.0
     return QuantConfig(k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio)
@@ -107,6 +120,9 @@ def _kvquant(bits: int) -> QuantConfig:
 PRESETS: dict[str, QuantConfig] = {
     "FP16": replace(_plain_rounding(4), method="fp16"),
     **{f"RTN{bits}": _plain_rounding(bits) for bits in SUPPORTED_BITS},
+    **{f"KIVI{bits}": _kivi(bits) for bits in (2, 4)},
+    **{f"QuaRot{bits}": _quarot(bits) for bits in SUPPORTED_BITS},
+    **{f"TurboQuant{bits}": replace(_plain_rounding(bits), method="turboquant") for bits in SUPPORTED_BITS},
     **{f"RotateKV{bits}": _rotatekv(bits) for bits in SUPPORTED_BITS},
     **{f"KVQuant{bits}": _kvquant(bits) for bits in SUPPORTED_BITS},
 }

@@ -218,7 +218,7 @@ def build_methods(
         group = resolved_head_group(text_model, config)
         target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group)
         statistics = load_statistics(kind, target, calibration_file)
-    fold = fold and config.fuse_weights and config.method == "rotatekv"
+    fold = fold and config.fuse_weights and issubclass(method_class(config), RotateKV)
     methods = []
     for number, attention in enumerate(attentions):
         if fold:

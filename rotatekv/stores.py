@@ -209,47 +209,58 @@ class BlockStore(Store):
         self.length = length
 
 
-class DenseSparseStore(Store):
-    """Codes in the planes of ``kernels/layout.py``; what else a token has, ranges and outliers, as plain tensors.
+class PlaneStore(Store):
+    """Codes in the bit planes of ``kernels/layout.py``, beside side tensors with one row per ``tokens_per_row`` tokens.
+
+    For T tokens of C channels, N = ceil(T / 16) and g = ``tokens_per_row``:
+
+        low, high   (B, N, C)         the codes' planes, dtypes as in ``kernels/layout.py``; lanes past T are zero
+        others      (B, T / g, ...)   as the codec made them; row r belongs to tokens g·r … g·r + g − 1
+
+    T is always a multiple of g, so no row ever stands for a part of its tokens.
 
     Args:
         bits: per code.
+        tokens_per_row: g.
     """
 
-    def __init__(self, bits: int):
+    def __init__(self, bits: int, tokens_per_row: int = 1):
         super().__init__()
-        self.bits = bits
+        self.bits, self.tokens_per_row = bits, tokens_per_row
 
     def append(self, new: Packed) -> None:
-        codes = new["codes"]  # (B, T, C)
+        """Add T tokens: ``codes`` (B, T, C) uint8 and side tensors (B, T / g, ...) (ValueError: cut groups)."""
+        codes = new["codes"]
+        self._check_whole(codes.shape[1])
         batch, tokens, channels = codes.shape
-        planes, others = self._parts()
-        held = planes["low"].shape[1] if planes else 0
+        held = self.tensors["low"].shape[1] if self.tensors else 0
         missing = -(-(self.length + tokens) // BLOCK) - held
+        grown = {name: x for name, x in new.items() if name != "codes"}
         if missing > 0:
-            fresh = allocate_planes(batch, missing, channels, self.bits, codes.device)
-            planes = {name: torch.cat([planes[name], x], dim=1) for name, x in fresh.items()} if held else fresh
-        write_codes(planes, self.length, codes, self.bits)
-        added = {name: x for name, x in new.items() if name != "codes"}
-        others = {name: torch.cat([others[name], x], dim=1) if others else x for name, x in added.items()}
-        self.tensors = planes | others
+            grown |= allocate_planes(batch, missing, channels, self.bits, codes.device)
+        joined = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in grown.items() if name in self.tensors}
+        self.tensors = {**{name: x.contiguous() for name, x in grown.items()}, **self.tensors, **joined}
+        write_codes(self._planes(), self.length, codes, self.bits)
         self.length += tokens
 
     def tokens(self) -> Packed:
-        planes, others = self._parts()
-        return {"codes": unpack_codes(planes, self.bits)[:, : self.length], **others}
+        sides = {name: x for name, x in self.tensors.items() if name not in ("low", "high")}
+        return {"codes": unpack_codes(self._planes(), self.length, self.bits), **sides}
 
     def crop(self, length: int) -> None:
-        planes, others = self._parts()
-        planes = {name: x[:, : -(-length // BLOCK)].clone() for name, x in planes.items()}
-        if length % BLOCK:  # lanes past the end are zero
-            batch, _, channels = planes["low"].shape
-            empty = planes["low"].new_zeros(batch, BLOCK - length % BLOCK, channels, dtype=torch.uint8)
-            write_codes(planes, length, empty, self.bits)
-        self.tensors = planes | {name: x[:, :length].clone() for name, x in others.items()}
+        """Keep the first ``length`` tokens, whole groups (ValueError otherwise); the others' bytes are freed."""
+        self._check_whole(length)
+        blocks, planes = -(-length // BLOCK), self._planes()
+        rows = {name: blocks if name in planes else length // self.tokens_per_row for name in self.tensors}
+        self.tensors = {name: x[:, : rows[name]].clone() for name, x in self.tensors.items()}
         self.length = length
+        if past := -length % BLOCK:  # lanes past the end are zero
+            batch, _, channels = self.tensors["low"].shape
+            write_codes(self._planes(), length, self.tensors["low"].new_zeros(batch, past, channels).byte(), self.bits)
 
-    def _parts(self) -> tuple[Packed, Packed]:
-        """The planes of codes, and the per-token tensors (B, T, ...)."""
-        planes = {name: x for name, x in self.tensors.items() if name in ("low", "high")}
-        return planes, {name: x for name, x in self.tensors.items() if name not in planes}
+    def _planes(self) -> Packed:
+        return {name: self.tensors[name] for name in ("low", "high") if name in self.tensors}
+
+    def _check_whole(self, tokens: int) -> None:
+        if tokens % self.tokens_per_row:
+            raise ValueError(f"{tokens} tokens are not whole groups of {self.tokens_per_row}")

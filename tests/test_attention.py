@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from rotatekv import PRESETS, RotateKVCache, patch_model
 from rotatekv.attention import rope_function
 from rotatekv.calibration import save_reorder_indices
+from rotatekv.kernels.backend import kernels_on
 
 KEYS = slice(96, 144)  # phi3's qkv_proj yields 6 · 16 query channels, then 3 · 16 keys, then 3 · 16 values
 VALUES = slice(144, 192)
@@ -103,7 +104,7 @@ def test_a_key_is_given_rope_at_its_own_position_on_every_read():
         model(ids[:, 4:], position_ids=positions[:, 4:], past_key_values=cache)
         assert torch.equal(cache.positions, positions.int())
         layer = cache.layers[0]
-        keys = layer._read()[0].double()
+        keys = layer._read(kernels_on(cache.positions.device))[0].double()
         cos, sin = model.model.rotary_emb(torch.empty(0, dtype=torch.double), position_ids=positions)
         want = rope_function(model.model.layers[0].self_attn)(keys, cos, sin)
     assert seen[0][0].shape[2] == 4 and seen[0][1].shape[2] == 7

@@ -26,6 +26,10 @@ CONFIGS = {
     "window": replace(ROTATEKV2, residual_length=5),
     "long window": replace(ROTATEKV2, residual_length=400),
     "RTN2 with window": replace(PRESETS["RTN2"], residual_length=7),
+    "KIVI2": replace(PRESETS["KIVI2"], k_groupsize=6, v_groupsize=16, residual_length=4),
+    "KIVI4 without window": replace(PRESETS["KIVI4"], k_groupsize=5, v_groupsize=8, residual_length=0),
+    "QuaRot3": PRESETS["QuaRot3"],
+    "TurboQuant3": PRESETS["TurboQuant3"],
 }
 
 
@@ -65,7 +69,7 @@ def bytes_held(cache) -> int:
         elif isinstance(thing, (list, tuple)):
             for item in thing:
                 visit(item)
-        elif type(thing).__name__ in ("RotateKVCache", "RotateKVLayer", "TokenStore", "BlockStore"):
+        elif type(thing).__name__ in ("RotateKVCache", "RotateKVLayer", "TokenStore", "BlockStore", "PlaneStore"):
             visit(vars(thing))
 
     visit(cache)
@@ -73,7 +77,10 @@ def bytes_held(cache) -> int:
 
 
 def bytes_by_formula(config: QuantConfig, rows: int, tokens: int, sinks: int, window: int) -> int:
-    """Codes in blocks of 16 tokens, a float16 scale and an int8 zero per group, 16-bit windows, sinks, positions."""
+    """Codes in blocks of 16 tokens, a float16 scale and an int8 zero per group, 16-bit windows, sinks, positions.
+
+    KIVI's keys: a scale and a zero per channel and group of tokens. TurboQuant: a float16 norm per token and head.
+    """
     positions = rows * tokens * 4
     if config.method == "fp16":
         return LAYERS * rows * tokens * 2 * CHANNELS * 4 + positions  # in the model's dtype, here float32
@@ -82,6 +89,14 @@ def bytes_by_formula(config: QuantConfig, rows: int, tokens: int, sinks: int, wi
     for bits, group in ((config.k_bits, config.k_groupsize or DIM), (config.v_bits, config.v_groupsize or DIM)):
         per_token += CHANNELS * bits // 8 + CHANNELS // group * (2 + 1)
     per_layer = rows * (packed * per_token + window * 2 * CHANNELS * 2)
+    if config.method == "kivi":  # the values' scales, and the keys' by group
+        assert (tokens - window) % config.k_groupsize == 0
+        codes = CHANNELS * (config.k_bits + config.v_bits) // 8
+        values = packed * (codes + CHANNELS // config.v_groupsize * 3)
+        keys = (tokens - window) // config.k_groupsize * CHANNELS * 3
+        per_layer = rows * (values + keys + window * 2 * CHANNELS * 2)
+    if config.method == "turboquant":
+        per_layer = rows * (packed * CHANNELS * (config.k_bits + config.v_bits) // 8 + tokens * 2 * KV_HEADS * 2)
     return LAYERS * per_layer + sinks * (2 * CHANNELS * 2 + 2 * 4) + positions
 
 
@@ -89,10 +104,17 @@ def sinks_of(cache) -> int:
     return sum(len(layer.sink_rows) for layer in cache.layers if layer.sink_rows is not None)
 
 
+def window_of(config: QuantConfig, tokens: int, packed: int = 0) -> int:
+    """Tokens in the recent window of a cache that has packed so many: ``residual_length``, for KIVI a ragged group."""
+    group = config.k_groupsize if config.method == "kivi" else 1
+    packed = max(packed, max(tokens - config.residual_length, 0) // group * group)
+    return tokens - min(packed, tokens // group * group)
+
+
 def assert_bytes(cache, rows: int, tokens: int, window: int | None = None) -> None:
-    """``window``: tokens in the recent window, ``residual_length`` of them unless a crop took some away."""
+    """``window``: tokens in the recent window, unless a crop took some away what ``window_of`` says."""
     assert cache.get_seq_length() == tokens
-    window = min(cache.config.residual_length, tokens) if window is None else window
+    window = window_of(cache.config, tokens) if window is None else window
     by_formula = bytes_by_formula(cache.config, rows, tokens, sinks_of(cache), window)
     assert cache.nbytes() == bytes_held(cache) == by_formula
     numbers = LAYERS * 2 * rows * tokens * CHANNELS
@@ -140,13 +162,14 @@ def test_bytes_after_generate(patched):
 
 
 def test_bytes_at_batch_four_and_after_every_operation(patched):
-    residual = patched._rotatekv_handle.config.residual_length
+    config = patched._rotatekv_handle.config
     cache = filled(patched, rows=4, tokens=23)
+    packed = 23 - window_of(config, 23)
     assert_bytes(cache, 4, 23)
     cache.reorder_cache(torch.tensor([3, 3, 0, 1]))
     assert_bytes(cache, 4, 23)
     cache.crop(-3)  # what was packed stays packed, so the window is three tokens short
-    window = max(min(residual, 23) - 3, 0)
+    window = window_of(config, 20, packed)
     assert_bytes(cache, 4, 20, window)
     cache.batch_select_indices(torch.tensor([0, 2, 3]))
     assert_bytes(cache, 3, 20, window)
@@ -157,10 +180,9 @@ def test_bytes_at_batch_four_and_after_every_operation(patched):
     patched(token_ids(2, 3, 5), past_key_values=cache)
     assert_bytes(cache, 2, 23)
     cache.crop(-21)
-    window = max(min(residual, 23) - 21, 0)
-    assert_bytes(cache, 2, 2, window)
+    assert_bytes(cache, 2, 2, window_of(config, 2, packed))
     patched(token_ids(2, 1, 6), past_key_values=cache)
-    assert_bytes(cache, 2, 3, min(residual, window + 1))
+    assert_bytes(cache, 2, 3, window_of(config, 3, min(packed, 2)))
     cache.reset()
     assert cache.nbytes() == bytes_held(cache) == cache.numbers() == 0
     assert cache.avg_bits() == {"k": 0.0, "v": 0.0, "total": 0.0}
@@ -232,7 +254,7 @@ def test_a_reset_cache_behaves_like_a_fresh_one(patched):
 @pytest.mark.parametrize("removed", [1, 4, 6, 11])
 def test_crop_leaves_what_the_first_tokens_alone_had_made(removed, tiny):
     """Without sinks (their choice looks at the whole first call) and windows, codes depend on no later token."""
-    for config in (NO_SINKS, PRESETS["RTN2"], PRESETS["FP16"]):
+    for config in (NO_SINKS, PRESETS["RTN2"], PRESETS["FP16"], PRESETS["QuaRot2"], PRESETS["TurboQuant2"]):
         with patch_model(tiny, config), torch.no_grad():
             cropped = filled(tiny, rows=2, tokens=12)
             cropped.crop(-removed)

@@ -23,6 +23,7 @@ CONFIGS = {
     "after RoPE": replace(PLAIN, Grouped_Head_Key_Rotation=False),
     "RTN2": PRESETS["RTN2"],
     "RTN3, window": replace(PRESETS["RTN3"], residual_length=3),
+    "QuaRot3": PRESETS["QuaRot3"],
 }
 
 

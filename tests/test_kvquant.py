@@ -19,7 +19,7 @@ from rotatekv.calibration_kvquant import _with_gradients, collect_key_ranges, co
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.nonuniform import LevelHistogram, nearest_level
 from rotatekv.sinks import first_tokens
-from rotatekv.stores import DenseSparseStore
+from rotatekv.stores import PlaneStore
 
 LAYERS, HEADS, DIM = 2, 3, 16
 CHANNELS = HEADS * DIM
@@ -114,7 +114,7 @@ def test_a_store_crops_and_selects_as_plain_tensors_do():
     expected, found = codec.encode_values(x[rows, :30]), store.tokens()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     store.crop(19)
-    one = DenseSparseStore(3)
+    one = PlaneStore(3)
     one.append({name: tensor[:, :19] for name, tensor in expected.items()})
     assert all(torch.equal(store.tensors[name], tensor) for name, tensor in one.tensors.items())  # freed lanes are zero
     held = sum(x.numel() * x.element_size() for x in store)

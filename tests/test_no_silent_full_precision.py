@@ -294,15 +294,18 @@ def bytes_of_every_tensor_reachable(model) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("preset", ["FP16", "RTN2", "RotateKV2"])
+@pytest.mark.parametrize("preset", ["FP16", "RTN2", "RotateKV2", "KIVI2", "QuaRot2", "TurboQuant2"])
 def test_nothing_is_parked_on_the_patched_modules(preset, tiny):
     config = replace(PRESETS[preset], Outlier_Aware_Key_Rotation=False, residual_length=4 * (preset != "FP16"))
+    config = replace(config, v_groupsize=16) if preset == "KIVI2" else config
     stock = bytes_of_every_tensor_reachable(tiny)
     with patch_model(tiny, config), torch.no_grad():
         tiny(token_ids())
-        if preset != "RotateKV2":  # which holds the originals of the folded weights
-            groups = 2 * 2 * 48 * 4 * (preset != "FP16")  # each channel's group, int32, of keys and values, per layer
-            assert bytes_of_every_tensor_reachable(tiny) == stock + groups
+        if preset not in ("RotateKV2", "QuaRot2"):  # which hold the originals of the folded weights
+            groups = 2 * 48 * 4 * (preset != "FP16")  # each channel's group, int32, of keys and values, per layer
+            signs_and_levels = (16 + 4 + 4) * 4  # float32
+            own = signs_and_levels if preset == "TurboQuant2" else groups
+            assert bytes_of_every_tensor_reachable(tiny) == stock + 2 * own
         before, names = bytes_of_every_tensor_reachable(tiny), [set(vars(module)) for module in tiny.modules()]
         kept = tiny(token_ids(2, 300)).past_key_values
         tiny.generate(token_ids(2, 200), max_new_tokens=20, num_beams=2)

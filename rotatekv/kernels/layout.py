@@ -12,6 +12,8 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
 ``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. Values are grouped in consecutive
 channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so the group of channel c is looked
 up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's lanes past T are zero.
+
+Codecs whose scales are not per token keep the planes ``low`` and ``high`` alone in blocks: ``stores.PlaneStore``.
 """
 
 from __future__ import annotations
@@ -67,34 +69,33 @@ def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bi
     return packed
 
 
+def unpack_codes(packed: Packed, tokens: int, bits: int) -> torch.Tensor:
+    """The codes of the first ``tokens`` tokens, (B, T, C) uint8."""
+    codes = _unpack_plane(packed["low"], 2)
+    if bits in HIGH_PLANE:
+        codes = codes | _unpack_plane(packed["high"], HIGH_PLANE[bits][1]) << 2
+    return codes[:, :tokens]
+
+
 def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
-    codes = unpack_codes(packed, bits)
     scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
-    return codes[:, :tokens], scale[:, :tokens], zero[:, :tokens]
+    return unpack_codes(packed, tokens, bits), scale[:, :tokens], zero[:, :tokens]
 
 
-def unpack_codes(planes: Packed, bits: int) -> torch.Tensor:
-    """The codes of all tokens that there is room for, (B, N·16, C) uint8."""
-    codes = _unpack_plane(planes["low"], 2)
-    return codes | _unpack_plane(planes["high"], HIGH_PLANE[bits][1]) << 2 if bits in HIGH_PLANE else codes
+def write_codes(packed: Packed, start: int, codes: torch.Tensor, bits: int) -> None:
+    """Write the codes (B, T, C) uint8 of T tokens in place from token ``start`` on; other tokens keep theirs.
 
-
-def write_codes(planes: Packed, start: int, codes: torch.Tensor, bits: int) -> None:
-    """Write T tokens' codes (B, T, C) uint8 in place from token ``start`` on; see ``write_blocks``."""
-    tokens, capacity = codes.shape[1], planes["low"].shape[1] * BLOCK
-    if start < 0 or start + tokens > capacity:
-        raise ValueError(f"tokens {start} … {start + tokens} do not fit in {capacity} allocated tokens")
-    if not tokens:
-        return
-    first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
-    touched = {name: planes[name][:, first:last] for name in ("low", "high") if name in planes}
-    lanes = unpack_codes(touched, bits)
-    lanes[:, start - first * BLOCK : start - first * BLOCK + tokens] = codes
-    touched["low"].copy_(_pack_plane(lanes & 3, 2))
+    Raises:
+        ValueError: the tokens do not fit in the allocated blocks.
+    """
+    touched, where = _touched_blocks(packed, start, codes.shape[1])
+    old = unpack_codes(touched, touched["low"].shape[1] * BLOCK, bits)
+    old[:, where] = codes
+    touched["low"].copy_(_pack_plane(old & 3, 2))
     if bits in HIGH_PLANE:
         dtype, width = HIGH_PLANE[bits]
-        touched["high"].copy_(_pack_plane(lanes >> 2, width).to(dtype))
+        touched["high"].copy_(_pack_plane(old >> 2, width).to(dtype))
 
 
 def write_blocks(
@@ -109,15 +110,22 @@ def write_blocks(
         ValueError: the tokens do not fit in the allocated blocks.
     """
     write_codes(packed, start, codes, bits)
-    if not (tokens := codes.shape[1]):
-        return
-    first, last = start // BLOCK, -(-(start + tokens) // BLOCK)  # blocks
-    where = slice(start - first * BLOCK, start - first * BLOCK + tokens)
+    touched, where = _touched_blocks(packed, start, codes.shape[1])
     for name, new in (("scale", scale), ("zero", zero)):
-        touched = packed[name][:, first:last]  # (B, ·, groups, 16)
-        lanes = touched.transpose(2, 3).flatten(1, 2).clone()  # (B, ·, groups), maybe a view of the storage before
-        lanes[:, where] = new
-        touched.copy_(lanes.unflatten(1, (-1, BLOCK)).transpose(2, 3))
+        old = touched[name].transpose(2, 3).flatten(1, 2).clone()  # (B, N·16, groups); may be a view of the storage
+        old[:, where] = new
+        touched[name].copy_(old.unflatten(1, (-1, BLOCK)).transpose(2, 3))
+
+
+def _touched_blocks(packed: Packed, start: int, tokens: int) -> tuple[Packed, slice]:
+    """Views of the blocks that tokens ``start`` … ``start`` + T − 1 lie in, and those tokens' place in them."""
+    capacity = packed["low"].shape[1] * BLOCK
+    if start < 0 or start + tokens > capacity:
+        raise ValueError(f"tokens {start} … {start + tokens} do not fit in {capacity} allocated tokens")
+    first = start // BLOCK
+    last = max(-(-(start + tokens) // BLOCK), first)  # blocks
+    where = slice(start - first * BLOCK, start - first * BLOCK + tokens)
+    return {name: plane[:, first:last] for name, plane in packed.items()}, where
 
 
 def _pack_plane(bits_of_tokens: torch.Tensor, width: int) -> torch.Tensor:

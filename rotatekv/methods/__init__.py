@@ -6,11 +6,22 @@ from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry, Statistics
 from rotatekv.methods.fp16 import FP16
+from rotatekv.methods.kivi import KIVI
 from rotatekv.methods.kvquant import KVQuant
+from rotatekv.methods.quarot import QuaRot
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.methods.rtn import RTN
+from rotatekv.methods.turboquant import TurboQuant
 
-METHODS: dict[str, type[KVMethod]] = {"fp16": FP16, "rtn": RTN, "rotatekv": RotateKV, "kvquant": KVQuant}
+METHODS: dict[str, type[KVMethod]] = {
+    "fp16": FP16,
+    "rtn": RTN,
+    "kivi": KIVI,
+    "quarot": QuaRot,
+    "turboquant": TurboQuant,
+    "kvquant": KVQuant,
+    "rotatekv": RotateKV,
+}
 
 
 def method_class(config: QuantConfig) -> type[KVMethod]:

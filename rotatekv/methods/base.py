@@ -49,8 +49,12 @@ class KVMethod(ABC):
 
     Attributes:
         statistics: those of the layer's calibrated tensors that the codec uses; they decide what its bytes mean.
+        tokens_per_flush: tokens leave the recent window in multiples of it, so ``encode_*`` gets whole groups.
+        unused_flags: fields of ``QuantConfig`` that mean nothing to the method: any but the default is refused.
     """
 
+    tokens_per_flush = 1
+    unused_flags: tuple[str, ...] = ()
     keys_before_rope = False
     quantizes = True
     can_fuse = False  # decode attention has a fused kernel: RTN.decode_options
@@ -61,6 +65,7 @@ class KVMethod(ABC):
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         self.config, self.layer = config, layer
         self.statistics: Statistics = {}
+        self._refuse_unused_flags()
         self.k_groupsize = config.k_groupsize or layer.head_dim
         self.v_groupsize = config.v_groupsize or layer.head_dim
         if self.quantizes:
@@ -87,13 +92,24 @@ class KVMethod(ABC):
         layer = self.layer
         if layer.head_dim % 8:
             raise UserError(f"head_dim {layer.head_dim} is not a multiple of 8: its codes do not fill whole bytes")
+        self._check_key_groups()
+        if layer.head_dim % self.v_groupsize:
+            raise UserError(f"v_groupsize {self.v_groupsize} does not divide head_dim {layer.head_dim}")
+
+    def _check_key_groups(self) -> None:
+        layer = self.layer
         if layer.channels % self.k_groupsize:
             raise UserError(
                 f"k_groupsize {self.k_groupsize} does not divide the {layer.channels} key channels "
                 f"({layer.num_key_value_heads} heads × {layer.head_dim})"
             )
-        if layer.head_dim % self.v_groupsize:
-            raise UserError(f"v_groupsize {self.v_groupsize} does not divide head_dim {layer.head_dim}")
+
+    def _refuse_unused_flags(self) -> None:
+        name = type(self).__name__
+        neutral = {"k_groupsize": None, "v_groupsize": None, "k_clip_ratio": 1.0, "v_clip_ratio": 1.0}
+        given = [flag for flag in self.unused_flags if getattr(self.config, flag) != neutral.get(flag, False)]
+        if given:
+            raise UserError(f"{name} has no use for {', '.join(given)}: leave that out, or take another method")
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return heads_to_channels(keys)  # (B, T, H_kv·D)

@@ -10,7 +10,7 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.nonuniform import nearest_level, split_values
-from rotatekv.stores import DenseSparseStore
+from rotatekv.stores import PlaneStore
 
 OUTLIER_SHARE = 0.01  # of all numbers (section 3.4)
 _MOST_CHANNELS = 2**15  # int16 names an outlier's channel
@@ -83,11 +83,11 @@ class KVQuant(KVMethod):
         dense = levels[tokens["codes"].long()].mul_(tokens["scale"].float()).add_(tokens["offset"].float())
         return _restore(dense, tokens)
 
-    def key_store(self) -> DenseSparseStore:
-        return DenseSparseStore(self.config.k_bits)
+    def key_store(self) -> PlaneStore:
+        return PlaneStore(self.config.k_bits)
 
-    def value_store(self) -> DenseSparseStore:
-        return DenseSparseStore(self.config.v_bits)
+    def value_store(self) -> PlaneStore:
+        return PlaneStore(self.config.v_bits)
 
     def _key_tables(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         return tuple(x.to(device) for x in (self.key_offset, self.key_scale, self.key_levels))

@@ -27,6 +27,7 @@ class RotateKV(RTN):
     """
 
     rotates = True
+    unused_flags = ()
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 
 from rotatekv.config import QuantConfig
-from rotatekv.errors import UserError
 from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.reference_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.stores import BlockStore, Constant, HeadForm, StoredOrder
 
-_ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
+ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
 
 
 class RTN(KVMethod):
     """Asymmetric per-token group quantization without any transform (the paper's RTN baseline)."""
 
     rotates = False
+    unused_flags = ROTATION_FLAGS
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
@@ -26,9 +26,6 @@ class RTN(KVMethod):
         self.stored_order: StoredOrder | None = None
         self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
         self.value_group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.v_groupsize)
-        unused = [name for name in _ROTATION_FLAGS if getattr(config, name)]
-        if unused and not self.rotates:
-            raise UserError(f"RTN rotates nothing: leave out {', '.join(unused)}, or take a RotateKV method")
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         return quantize(channels, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)

@@ -1,0 +1,60 @@
+"""KIVI (arXiv 2402.02750): keys per channel in groups of tokens, values per token in groups of channels."""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.config import QuantConfig
+from rotatekv.kernels import dequantize, quantize
+from rotatekv.methods.base import LayerGeometry, Packed
+from rotatekv.methods.rtn import RTN
+from rotatekv.stores import Constant, PlaneStore
+
+DEFAULT_GROUP = 32  # tokens
+
+
+class KIVI(RTN):
+    """Asymmetric rounding of post-RoPE keys per channel and of values per token (section 3.2, algorithm 1).
+
+    A channel of ``k_groupsize`` consecutive tokens shares a scale and a zero point, so that a channel that is large
+    for every token costs the others nothing. The last ``residual_length`` tokens wait in 16 bits, and leave that
+    window in whole groups: it holds ``residual_length`` … ``residual_length + k_groupsize − 1`` tokens of a long text.
+
+    Keys are kept in a ``PlaneStore``, T a multiple of g = ``k_groupsize``, C = H_kv·D, N = ceil(T / 16):
+
+        low, high  (B, N, C)              codes in blocks of 16 tokens (kernels/layout.py); head h has h·D … h·D + D − 1
+        scale      (B, T / g, C) float16  of tokens g·r … g·r + g − 1 of the channel
+        zero       (B, T / g, C) int8     ``x̂[t, c] = (code[t, c] − zero[t // g, c])·scale[t // g, c]``
+
+    Groups count from the cache's first token, left padding included, as in the original.
+    """
+
+    # AUTHORS: they keep T mod R keys (R = residual_length) in 16 bits and flush all R when they are full, but always
+    # the last R values; here keys and values leave together, k_groupsize at a time, and never fewer than R stay.
+    # AUTHORS: they store a group's minimum in 16 bits; here the zero point is an int8, as for every method, which
+    # widens the scale of a group that lies further from 0 than 127 / (2^bits − 1) times its range.
+    can_fuse = False
+    key_form = None  # no kernel reads these keys
+
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics=None):
+        super().__init__(config, layer, statistics)
+        self.tokens_per_flush = self.k_groupsize = config.k_groupsize or DEFAULT_GROUP
+        self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32))
+
+    def _check_key_groups(self) -> None:
+        """Any number of tokens makes a group."""
+
+    def key_store(self) -> PlaneStore:
+        return PlaneStore(self.config.k_bits, self.tokens_per_flush)
+
+    def encode_keys(self, channels: torch.Tensor) -> Packed:
+        """(B, T, C), T a multiple of g → ``codes`` (B, T, C), ``scale`` and ``zero`` (B, T / g, C)."""
+        columns = channels.unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
+        packed = quantize(columns, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)
+        codes = packed["codes"].transpose(2, 3).flatten(1, 2)  # (B, T, C)
+        return {"codes": codes, "scale": packed["scale"].squeeze(-1), "zero": packed["zero"].squeeze(-1)}
+
+    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+        codes = tokens["codes"].unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
+        sides = {name: tokens[name].unsqueeze(-1) for name in ("scale", "zero")}
+        return dequantize({"codes": codes, **sides}).transpose(2, 3).flatten(1, 2)  # (B, T, C)
