@@ -241,9 +241,9 @@ def load_reorder_indices(
     return replace(found, indices=found.indices.long())
 
 
-def has_reorder_indices(model_id: str) -> bool:
-    """Whether a model's own indices are there, shipped or made."""
-    return any((folder / file_name("reorder", model_id)).is_file() for folder in INDEX_FOLDERS)
+def has_statistics(kind: str, model_id: str) -> bool:
+    """Whether a model's own statistics are there, shipped or made."""
+    return any((folder / file_name(kind, model_id)).is_file() for folder in INDEX_FOLDERS)
 
 
 def file_name(kind: str, model_id: str) -> str:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rotatekv.calibration import has_reorder_indices, model_slug
+from rotatekv.calibration import has_statistics, model_slug
 from rotatekv.cli import evaluation_parser, method_from_args
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.evals.reproduce_plan import Calibration, Cell
 from rotatekv.external import EXTERNAL
-from rotatekv.methods import LayerGeometry
+from rotatekv.methods import LayerGeometry, method_class
 from rotatekv.models import ALIASES, EMBEDDED_MODEL, load_skeleton
 from rotatekv.patch import find_text_model, layer_geometry, plan_fingerprint
 from rotatekv.results import config_hash
@@ -71,7 +71,7 @@ class Runs:
         return None if skeleton is None else layer_geometry(find_text_model(skeleton).layers[0].self_attn)
 
     def calibrated(self, cell: Cell, flags: tuple[str, ...]) -> Cell:
-        """The cell, with a calibration of its own where its method needs reorder indices and the model has none.
+        """The cell, with a calibration of its own where its method needs statistics that the model has none of.
 
         Args:
             flags: what calibrate_reorder.py shares with the evaluations (``--data_dir``, ``--device``, …).
@@ -80,9 +80,10 @@ class Runs:
             return cell
         quant = method_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])[1]
         name = {**ALIASES, **VISION_ALIASES}.get(cell.model, cell.model)
-        if not quant.needs_reorder_indices or has_reorder_indices(name):
+        kind = method_class(quant).statistics_kind(quant)
+        if kind is None or has_statistics(kind, name):
             return cell
-        return replace(cell, calibration=Calibration("usual", ("--model", cell.model, *flags)))
+        return replace(cell, calibration=Calibration(kind, ("--model", cell.model, "--statistics", kind, *flags)))
 
     def command(self, cell: Cell) -> list[str]:
         """Script and flags, as they stand behind ``python``."""
