@@ -6,7 +6,7 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.kernels import dequantize, quantize
-from rotatekv.methods.base import LayerGeometry, Packed
+from rotatekv.methods.base import LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import RTN
 from rotatekv.stores import Constant, PlaneStore
 
@@ -36,7 +36,7 @@ class KIVI(RTN):
     can_fuse = False
     key_form = None  # no kernel reads these keys
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics=None):
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
         self.tokens_per_flush = self.k_groupsize = config.k_groupsize or DEFAULT_GROUP
         self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32))

@@ -10,7 +10,7 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.methods.base import KVMethod, LayerGeometry, Packed
+from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import ROTATION_FLAGS
 from rotatekv.stores import Constant, PlaneStore
 from rotatekv.transforms import channels_to_heads, has_hadamard, heads_to_channels, rotate_channels
@@ -38,7 +38,7 @@ class TurboQuant(KVMethod):
     # errs by 0.26 of its square instead of theorem 1's 0.117.
     unused_flags = (*ROTATION_FLAGS, "k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio")
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics=None):
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
         if not has_hadamard(layer.head_dim):
             raise UserError(
