@@ -116,9 +116,3 @@ def test_damaged_planes_are_refused(plane):
     for bad in (x.to(other), x[:-1], x[:, :-1], x.unsqueeze(0), torch.stack([x, x], -1)[..., 0], None):
         with pytest.raises(ValueError):
             cpu.dequantize_blocks({**packed, plane: bad}, 20, 3, GROUPS, 48)
-
-
-def test_the_environment_switches_the_kernel_off(monkeypatch):
-    monkeypatch.setenv("ROTATEKV_CPU_KERNEL", "off")
-    with pytest.raises(RuntimeError, match="not available"):
-        cpu.dequantize_blocks(allocate_blocks(1, 2, 96, 2, 3), 20, 3, GROUPS, 48)

@@ -266,8 +266,11 @@ def test_the_environment_switches_kernels_off(monkeypatch):
     build.chosen_instruction_set.cache_clear()  # it is read once
     try:
         assert not cpu.available()
+        step = random_step(Shape())
         with pytest.raises(RuntimeError, match="not available"):
-            cpu.decode_attention(**random_step(Shape()))
+            cpu.decode_attention(**step)
+        with pytest.raises(RuntimeError, match="not available"):
+            cpu.dequantize_blocks(step["keys"], 20, 2, step["group_of_channel"], 64)
     finally:
         build.chosen_instruction_set.cache_clear()
 
