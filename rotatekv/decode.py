@@ -23,6 +23,7 @@ class FusedCall:
     Args:
         first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
         length: tokens of a sequence, the new ones included.
+        source: of the model's rope tables.
     """
 
     first: torch.Tensor
