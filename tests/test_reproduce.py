@@ -225,10 +225,14 @@ def test_a_model_without_indices_is_calibrated_first(flags, tmp_path, started):
         ("--calibration_file" in record["command"]) == (record["row"] != "RTN4") for record in read_csv(tmp_path)
     )
     runs, options = Runs(tmp_path), Options()
-    for method, model, needs in (("RotateKV2", "smollm2-135m", False), ("RTN2", "m", False), ("RotateKV2", "m", True)):
-        cell = runs.calibrated(ppl_cell(model, method, options), ("--data_dir", "x"))
-        assert (cell.calibration is not None) == needs
-    assert cell.calibration.flags == ("--model", "m", "--data_dir", "x")
+    for method, model, kind in (
+        ("RotateKV2", "smollm2-135m", None), ("KVQuant2", "smollm2-135m", None), ("RTN2", "m", None),
+        ("RotateKV2", "m", "reorder"), ("KVQuant2", "m", "kvquant"),
+    ):  # fmt: skip
+        calibration = runs.calibrated(ppl_cell(model, method, options), ("--data_dir", "x")).calibration
+        assert (None if calibration is None else calibration.flags) == (
+            None if kind is None else ("--model", "m", "--statistics", kind, "--data_dir", "x")
+        )
 
 
 def test_calibrations_are_made_once_and_handed_over(folder, text_file, tmp_path, started):
