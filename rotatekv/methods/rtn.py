@@ -24,7 +24,7 @@ class RTN(KVMethod):
         super().__init__(config, layer, statistics)
         self.key_width = 0  # channels rotated together
         self.stored_order: StoredOrder | None = None
-        self.group_of_channel: Constant | None = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
+        self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
         self.value_group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.v_groupsize)
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
