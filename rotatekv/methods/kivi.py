@@ -28,6 +28,7 @@ class KIVI(RTN):
         zero       (B, T / g, C) int8     ``x̂[t, c] = (code[t, c] − zero[t // g, c])·scale[t // g, c]``
 
     Groups count from the cache's first token, left padding included, as in the original.
+    Where 16 divides g, the CPU's kernels decode and read them as they lie.
     """
 
     # AUTHORS: they keep T mod R keys (R = residual_length) in 16 bits and flush all R when they are full, but always
