@@ -89,12 +89,9 @@ class RotateKVCache(Cache):
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
         needs_gradient = torch.is_grad_enabled() and query.requires_grad
         call = self.fused_call
-        return (
-            call is not None
-            and not needs_gradient
-            and call.kernels(query.device) is not None
-            and self.layers[layer_idx].can_attend()
-        )
+        if call is None or needs_gradient:
+            return False
+        return self.layers[layer_idx].can_attend(call.kernels(query.device))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer_idx: int, scaling: float, rope_new

@@ -13,7 +13,7 @@ from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
-from rotatekv.stores import BlockStore, HeadForm, Store
+from rotatekv.stores import CodeStore, HeadForm, Store
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -81,13 +81,14 @@ class RotateKVLayer(CacheLayerMixin):
             keys = keys.to(self.dtype)
             return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
 
-    def can_attend(self) -> bool:
-        """Whether ``attend`` works: the method has a fused form and codes lie in blocks already."""
-        return self.method.can_fuse and self._has_blocks()
+    def can_attend(self, kernels: ModuleType | None) -> bool:
+        """Whether ``attend`` works with these kernels: the method has a fused form and codes are packed already."""
+        return self.method.can_fuse and self._are_read_by(kernels)
 
-    def _has_blocks(self) -> bool:
-        in_blocks = isinstance(self.packed_keys, BlockStore) and isinstance(self.packed_values, BlockStore)
-        return in_blocks and self.packed_keys.length > 0
+    def _are_read_by(self, kernels: ModuleType | None) -> bool:
+        if kernels is None or not self.packed_keys.length:
+            return False
+        return kernels.READS_TOKEN_GROUPS or not self.method.key_tokens_per_scale
 
     def attend(
         self,
@@ -117,7 +118,7 @@ class RotateKVLayer(CacheLayerMixin):
                 query.float().contiguous(),
                 self.packed_keys.tensors,
                 self.packed_values.tensors,
-                self.method.group_of_channel.on(device),
+                self.method.key_form.groups_on(device),
                 call.first.to(device),
                 self.packed_keys.length,
                 self.get_seq_length(),
@@ -175,7 +176,7 @@ class RotateKVLayer(CacheLayerMixin):
 
     def _read(self, kernels: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor]:
         method, key_form, value_form = self.method, self.method.key_form, self.method.value_form
-        if key_form and value_form and self._has_blocks() and kernels is not None:
+        if key_form and value_form and self._are_read_by(kernels):
             keys = (self.packed_keys, self.window_keys, self.sink_keys, key_form, method.keys_out)
             values = (self.packed_values, self.window_values, self.sink_values, value_form, method.values_out)
             return self._read_blocks(kernels, *keys), self._read_blocks(kernels, *values)  # (B, H_kv, T, D)
@@ -184,7 +185,7 @@ class RotateKVLayer(CacheLayerMixin):
         return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
 
     def _read_blocks(
-        self, kernels: ModuleType, packed: BlockStore, window, sinks, form: HeadForm,
+        self, kernels: ModuleType, packed: CodeStore, window, sinks, form: HeadForm,
         to_heads: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         """What ``_restore`` and ``to_heads`` give, with the packed tokens straight from a kernel."""

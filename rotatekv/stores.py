@@ -107,13 +107,19 @@ class HeadForm:
 
     Args:
         head_dim: D.
-        group_of_channel: (C,) int32, the quantization group of each channel as it lies in the blocks.
+        group_of_channel: (C,) int32, the quantization group of each channel as it lies in the blocks; None: scales
+            are per channel.
         rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
+        tokens_per_scale: tokens that share a channel's scale, a multiple of 16; 0: scales are per token.
     """
 
     head_dim: int
-    group_of_channel: Constant
+    group_of_channel: Constant | None
     rotation_width: int = 0
+    tokens_per_scale: int = 0
+
+    def groups_on(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.group_of_channel is None else self.group_of_channel.on(device)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,24 @@ class StoredOrder:
         return cls(*map(Constant, (position_of_channel, inverse, position_of_channel.to(torch.int32))))
 
 
-class BlockStore(Store):
+class CodeStore(Store):
+    """Codes in the bit planes of ``kernels/layout.py``, ``bits`` per code: what a kernel can read."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def heads(self, form: HeadForm, room: int, kernels: ModuleType) -> torch.Tensor:
+        """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set."""
+        low = self.tensors["low"]
+        return kernels.dequantize_blocks(
+            self.tensors, self.length, self.bits, form.groups_on(low.device), form.head_dim, form.rotation_width,
+            out=torch.empty(low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim, device=low.device),
+            tokens_per_scale=form.tokens_per_scale,
+        )  # fmt: skip
+
+
+class BlockStore(CodeStore):
     """Codes, scales and zero points in the block layout of ``kernels/layout.py``, grown by one block at a time.
 
     Args:
@@ -145,9 +168,9 @@ class BlockStore(Store):
     """
 
     def __init__(self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None):
-        super().__init__()
+        super().__init__(bits)
         self.tensors = Blocks({})
-        self.bits, self.group_size, self.clip_ratio, self.order = bits, group_size, clip_ratio, order
+        self.group_size, self.clip_ratio, self.order = group_size, clip_ratio, order
 
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)
@@ -188,15 +211,6 @@ class BlockStore(Store):
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
         return {"codes": self.from_stored_order(codes), "scale": scale, "zero": zero}
 
-    def heads(self, form: HeadForm, room: int, kernels: ModuleType) -> torch.Tensor:
-        """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set."""
-        low = self.tensors["low"]
-        return kernels.dequantize_blocks(
-            self.tensors, self.length, self.bits, form.group_of_channel.on(low.device), form.head_dim,
-            form.rotation_width,
-            out=torch.empty(low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim, device=low.device),
-        )  # fmt: skip
-
     def crop(self, length: int) -> None:
         blocks = -(-length // BLOCK)
         self._each(lambda x: x[:, :blocks].clone())
@@ -209,7 +223,7 @@ class BlockStore(Store):
         self.length = length
 
 
-class PlaneStore(Store):
+class PlaneStore(CodeStore):
     """Codes in the bit planes of ``kernels/layout.py``, beside side tensors with one row per ``tokens_per_row`` tokens.
 
     For T tokens of C channels, N = ceil(T / 16) and g = ``tokens_per_row``:
@@ -225,8 +239,8 @@ class PlaneStore(Store):
     """
 
     def __init__(self, bits: int, tokens_per_row: int = 1):
-        super().__init__()
-        self.bits, self.tokens_per_row = bits, tokens_per_row
+        super().__init__(bits)
+        self.tokens_per_row = tokens_per_row
 
     def append(self, new: Packed) -> None:
         """Add T tokens: ``codes`` (B, T, C) uint8 and side tensors (B, T / g, ...) (ValueError: cut groups)."""

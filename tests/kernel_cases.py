@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rotatekv.kernels.layout import pack_blocks
+from rotatekv.kernels.layout import BLOCK, allocate_planes, pack_blocks, write_codes
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
 
@@ -27,6 +27,7 @@ class Shape:
     key_bits: int = 2
     value_bits: int = 2
     value_group: int = 0  # channels; 0: head_dim
+    tokens_per_scale: int = 0  # of keys, per channel; 0: per token and group of channels
     rotary_dim: int = 0  # 0: keys are stored after RoPE
     unrotate_values: bool = False
     padding: tuple[int, ...] = ()
@@ -44,16 +45,22 @@ def random_step(shape: Shape) -> dict:
         rope = RopeTables.build(frequencies, shape.tokens, attention_scaling=1.2)
     options = DecodeOptions(
         shape.head_dim, shape.key_bits, shape.value_bits, shape.head_dim**-0.5,
-        shape.heads_per_group * shape.head_dim, rope, shape.unrotate_values,
+        shape.heads_per_group * shape.head_dim, rope, shape.unrotate_values, shape.tokens_per_scale,
     )  # fmt: skip
     heads = shape.repeat * shape.kv_heads
     padding = [*shape.padding, *[0] * shape.batch][: shape.batch]
     value_groups = channels // (shape.value_group or shape.head_dim)
+    if shape.tokens_per_scale:
+        keys = random_planes(shape.batch, packed_tokens, channels, shape.key_bits, shape.tokens_per_scale, generator)
+        group_of_channel = None
+    else:
+        keys = _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator)
+        group_of_channel = torch.randint(0, 3, (channels,), generator=generator, dtype=torch.int32)
     return {
         "queries": torch.randn(shape.batch, heads, shape.query_tokens, shape.head_dim, generator=generator),
-        "keys": _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator),
+        "keys": keys,
         "values": _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator),
-        "group_of_channel": torch.randint(0, 3, (channels,), generator=generator, dtype=torch.int32),
+        "group_of_channel": group_of_channel,
         "first": torch.tensor(padding, dtype=torch.int32),
         "packed_tokens": packed_tokens,
         "total_tokens": shape.tokens,
@@ -71,6 +78,15 @@ def _random_blocks(batch, tokens, channels, groups, bits, generator) -> dict[str
     scale = torch.rand(batch, tokens, groups, generator=generator).add(0.2).half()
     zero = torch.randint(-2, 2**bits + 2, (batch, tokens, groups), generator=generator, dtype=torch.int8)
     return pack_blocks(codes, scale, zero, bits)
+
+
+def random_planes(batch, tokens, channels, bits, tokens_per_scale, generator) -> dict[str, torch.Tensor]:
+    """Codes with a scale and zero per channel and ``tokens_per_scale`` tokens, in just as many rows as are needed."""
+    planes, rows = allocate_planes(batch, -(-tokens // BLOCK), channels, bits), -(-tokens // tokens_per_scale)
+    write_codes(planes, 0, torch.randint(0, 2**bits, (batch, tokens, channels), generator=generator).byte(), bits)
+    scale = torch.rand(batch, rows, channels, generator=generator).add(0.2).half()
+    zero = torch.randint(-2, 2**bits + 2, (batch, rows, channels), generator=generator, dtype=torch.int8)
+    return {**planes, "scale": scale, "zero": zero}
 
 
 def _random_exact(shape: Shape, generator: torch.Generator) -> ExactTokens | None:

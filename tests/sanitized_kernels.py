@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
-from kernel_cases import Shape, random_step
+from kernel_cases import Shape, random_planes, random_step
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.cpu.build import load_library
@@ -19,11 +19,14 @@ SHAPES = [
           key_bits=3, value_bits=4, value_group=16, unrotate_values=True, sinks=20, window=40, padding=(270, 5)),
     Shape(tokens=33, kv_heads=2, head_dim=112, heads_per_group=0, repeat=1),
     Shape(tokens=300, kv_heads=4, head_dim=128, heads_per_group=4, repeat=4, rotary_dim=128, unrotate_values=True),
+    Shape(batch=2, tokens=290, repeat=5, kv_heads=2, head_dim=16, heads_per_group=0, tokens_per_scale=48, value_bits=3),
+    Shape(tokens=70, window=6, key_bits=3, tokens_per_scale=32, heads_per_group=0, padding=(9,)),
     Shape(tokens=40, window=40, kv_heads=4, head_dim=96, heads_per_group=4, rotary_dim=96),
 ]  # fmt: skip
 
 
 def main() -> None:
+    generator = torch.Generator().manual_seed(0)
     instruction_sets = cpu.available_instruction_sets()[:2]
     libraries = product(("attention", "quantize", "dequantize"), instruction_sets)
     with ThreadPoolExecutor(2) as pool:  # compile side by side
@@ -37,6 +40,10 @@ def main() -> None:
                 x = torch.randn(2, 20, 48) * magnitude
                 cpu.quantize_into_blocks(x, blocks, 12, bits, 16, instruction_set=instruction_set)
             for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
+                planes = random_planes(2, tokens, 6 * head_dim, bits, 16, generator)
+                cpu.dequantize_blocks(
+                    planes, tokens, bits, None, head_dim, width, 2, instruction_set, tokens_per_scale=16
+                )
                 channels = torch.arange(6 * head_dim, dtype=torch.int32)
                 blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits)
                 cpu.dequantize_blocks(

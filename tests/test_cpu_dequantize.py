@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_cases import random_planes
 
 from rotatekv.kernels import cpu
-from rotatekv.kernels.layout import allocate_blocks, pack_blocks
+from rotatekv.kernels.layout import allocate_blocks, pack_blocks, unpack_codes
 from rotatekv.transforms import hadamard_matrix
 
 if not cpu.available("portable"):
@@ -63,6 +64,43 @@ def test_heads_are_those_of_float64(geometry, bits, batch, tokens, groups, spare
     largest = runs.norm(dim=-1, keepdim=True).expand_as(runs).flatten(-2)  # what any channel of a run can be
     largest = torch.stack(largest.split(head_dim, dim=-1), dim=1)
     assert ((out.double() - truth).abs() <= 4 * torch.finfo(torch.float32).eps * largest).all()
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    geometry=st.sampled_from([g for g in GEOMETRIES if g[0] * g[1] % 16 == 0]), bits=st.integers(2, 4),
+    batch=st.integers(1, 3), tokens=st.integers(1, 150), group=st.sampled_from([16, 32, 80]),
+    spare=st.integers(0, 2), threads=st.integers(1, 3),
+    instruction_set=st.sampled_from(cpu.available_instruction_sets()), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_scales_per_channel_are_those_of_the_tokens_group(
+    geometry, bits, batch, tokens, group, spare, threads, instruction_set, seed
+):
+    head_dim, heads, width = geometry
+    generator = torch.Generator().manual_seed(seed)
+    held = random_planes(batch, tokens + 20 * spare, heads * head_dim, bits, group, generator)
+    out = cpu.dequantize_blocks(
+        held, tokens, bits, None, head_dim, width, threads, instruction_set, tokens_per_scale=group
+    )
+    row = torch.arange(tokens) // group
+    stored = unpack_codes(held, tokens, bits), held["scale"][:, row], held["zero"][:, row]  # (B, T, C)
+    truth = exact_heads(*stored, torch.arange(heads * head_dim), head_dim, width)
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=1e-5 * truth.abs().max().item() if width else 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("tokens_per_scale", {"tokens_per_scale": 8}), ("tokens_per_scale", {"tokens_per_scale": -16}),
+        ("no scales", {"tokens_per_scale": 16}), ("16 channels", {"head_dim": 24, "channels": 24}),
+        ("only there", {"group_of_channel": torch.zeros(48, dtype=torch.int32)}), ("4 dim", {"tokens_per_scale": 0}),
+    ],
+)  # fmt: skip
+def test_wrong_scales_per_channel_are_refused(message, change):
+    packed = random_planes(2, 40, change.pop("channels", 48), 3, 32, torch.Generator().manual_seed(0))
+    arguments = {"tokens": 40, "bits": 3, "group_of_channel": None, "head_dim": 48, "tokens_per_scale": 32}
+    with pytest.raises(ValueError, match=message):
+        cpu.dequantize_blocks(packed, **{**arguments, **change})
 
 
 @pytest.mark.parametrize("instruction_set", cpu.available_instruction_sets())

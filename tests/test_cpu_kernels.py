@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def shapes(draw) -> Shape:
         heads_per_group=heads_per_group, query_tokens=min(draw(st.sampled_from([1, 1, 2, 5, 16])), tokens),
         tokens=tokens, window=window, sinks=draw(st.sampled_from([0, 0, 3, 20])),
         key_bits=draw(st.integers(2, 4)), value_bits=draw(st.integers(2, 4)), value_group=draw(st.sampled_from(groups)),
+        tokens_per_scale=draw(st.sampled_from([0, 0, 16, 32, 48, 128])),
         rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
         unrotate_values=has_matrix and draw(st.booleans()),
         padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
@@ -53,7 +55,7 @@ def shapes(draw) -> Shape:
     )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(shape=shapes(), instruction_set=st.sampled_from(INSTRUCTION_SETS), threads=st.integers(1, 3))
 def test_attention_is_as_exact_as_torch_in_bfloat16(shape, instruction_set, threads):
     step = random_step(shape)
@@ -86,8 +88,10 @@ def test_far_positions_do_not_drift():
     assert error(cpu.decode_attention(**step), truth) < 1e-3
 
 
-def test_room_for_more_blocks_changes_nothing():
-    step = random_step(Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4))
+@pytest.mark.parametrize("tokens_per_scale", [0, 32])
+def test_room_for_more_blocks_changes_nothing(tokens_per_scale):
+    shape = Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4, tokens_per_scale=tokens_per_scale)
+    step = random_step(shape)
     out = cpu.decode_attention(**step)
     for name in ("keys", "values"):
         step[name] = {k: torch.cat([x, torch.full_like(x[:, :1], 77)], 1) for k, x in step[name].items()}
@@ -142,12 +146,15 @@ def test_blocks_written_in_parts_equal_blocks_packed_at_once(bits, lengths, seed
 
 
 GOOD = Shape(batch=2, tokens=70, window=5, sinks=3, rotary_dim=64, key_bits=3, value_bits=4)
+TOKEN_GROUPS = replace(GOOD, tokens_per_scale=32)
 
 
 def _damaged_tensors(step: dict) -> list:
     """Every tensor of the call, each with a wrong dtype, a wrong shape and wrong strides."""
     cases = []
     for name in ("queries", "group_of_channel", "first"):
+        if step[name] is None:
+            continue
         cases += [({**step, name: bad}, name) for bad in _damage(step[name])]
     for name in ("keys", "values"):
         for plane, tensor in step[name].items():
@@ -169,8 +176,9 @@ def _damage(x: torch.Tensor) -> list:
     return [x.to(other), x[:-1], x.unsqueeze(0), stretched, None]
 
 
-def test_damaged_tensors_are_refused():
-    for step, name in _damaged_tensors(random_step(GOOD)):
+@pytest.mark.parametrize("shape", [GOOD, TOKEN_GROUPS], ids=["token scales", "channel scales"])
+def test_damaged_tensors_are_refused(shape):
+    for step, name in _damaged_tensors(random_step(shape)):
         with pytest.raises(ValueError):
             cpu.decode_attention(**step)
             pytest.fail(f"accepted a damaged {name}")
@@ -213,6 +221,39 @@ def _set(tensor: torch.Tensor, value: int) -> torch.Tensor:
 def test_numbers_out_of_range_are_refused(message, change):
     with pytest.raises(ValueError, match=message):
         cpu.decode_attention(**change(random_step(GOOD)))
+
+
+def _keys(step: dict, **planes):
+    return {**step, "keys": {**step["keys"], **planes}}
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        *(("tokens_per_scale", lambda s, g=g: with_options(s, key_tokens_per_scale=g)) for g in (8, 24, -16, 2**40)),
+        ("no scales", lambda s: with_options(s, key_tokens_per_scale=16)),
+        ("no scales", lambda s: _keys(s, **{x: s["keys"][x][:, :2].contiguous() for x in ("scale", "zero")})),
+        ("zero", lambda s: _keys(s, zero=s["keys"]["zero"][:, :2].contiguous())),
+        ("scale", lambda s: _keys(s, scale=s["keys"]["scale"][..., :64].contiguous())),
+        ("only there", lambda s: {**s, "group_of_channel": torch.zeros(192, dtype=torch.int32)}),
+        ("4 dimensions", lambda s: with_options(s, key_tokens_per_scale=0)),
+        ("packed tokens", lambda s: {**s, "packed_tokens": 90, "total_tokens": 90}),
+    ],
+)
+def test_wrong_scales_per_channel_are_refused(message, change):
+    """65 packed tokens of 192 channels, with three scales each."""
+    step = random_step(TOKEN_GROUPS)
+    cpu.decode_attention(**step)
+    with pytest.raises(ValueError, match=message):
+        cpu.decode_attention(**change(step))
+
+
+def test_scales_per_token_need_the_channels_groups():
+    step = random_step(GOOD)
+    with pytest.raises(ValueError, match="group_of_channel is needed"):
+        cpu.decode_attention(**{**step, "group_of_channel": None})
+    with pytest.raises(ValueError, match="3 dimensions"):
+        cpu.decode_attention(**with_options(step, key_tokens_per_scale=32))
 
 
 def _exact(step: dict, **last):

@@ -9,12 +9,13 @@ import torch
 from conftest import tiny_model
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
-from rotatekv.kernels import cpu
+from rotatekv.kernels import cpu, triton
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
 
 CPU = torch.device("cpu")
 PLAIN = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
+KIVI = replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=6)
 CONFIGS = {
     "RotateKV2": PLAIN,
     "RotateKV3, unfolded": replace(PLAIN, k_bits=3, v_bits=3, fuse_weights=False),
@@ -23,7 +24,11 @@ CONFIGS = {
     "after RoPE": replace(PLAIN, Grouped_Head_Key_Rotation=False),
     "RTN2": PRESETS["RTN2"],
     "RTN3, window": replace(PRESETS["RTN3"], residual_length=3),
+    "QuaRot2": PRESETS["QuaRot2"],
     "QuaRot3": PRESETS["QuaRot3"],
+    "KIVI2": KIVI,
+    "KIVI4": replace(PRESETS["KIVI4"], v_groupsize=16, residual_length=3),
+    "KIVI K3 V4, sinks, no window": replace(KIVI, k_bits=3, v_bits=4, residual_length=0, Attention_Sink_Aware=True),
 }
 
 
@@ -94,6 +99,24 @@ def test_reordered_keys_are_read_in_their_order(tiny, calls, tmp_path, monkeypat
     assert (fused - general).abs().median() < 5e-4 and (fused - general).abs().mean() < 0.005 * general.std()
 
 
+@pytest.mark.parametrize("left", [40, 33, 32, 21, 16])
+@pytest.mark.parametrize("name", ["KIVI2", "KIVI4"])
+def test_cut_groups_of_keys_are_decoded_from_the_window(name, left, tiny, calls, monkeypatch):
+    """41 tokens, cut to ``left``: the first tokens of a cut group are exact tokens of the kernel, as is the window."""
+    results = {}
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+        with patch_model(tiny.double(), CONFIGS[name]), torch.no_grad():
+            cache = RotateKVCache.for_model(tiny)
+            tiny(token_ids(2, 41), past_key_values=cache)
+            cache.crop(left - 41)
+            results[backend] = [tiny(token_ids(2, n, n), past_key_values=cache).logits for n in (1, 7, 1, 16)]
+            assert cache.layers[0].packed_keys.length > 0
+    assert len(calls) == (8 if left >= CONFIGS[name].k_groupsize else 0)  # with nothing packed, torch attends
+    fused, general = (torch.cat(results[backend], dim=1) for backend in ("cpu", "reference"))
+    assert (fused - general).abs().median() < 5e-4 and (fused - general).abs().mean() < 0.005 * general.std()
+
+
 READ = CONFIGS | {
     "K4 V2, groups of 8": replace(PLAIN, k_bits=4, k_groupsize=8, v_groupsize=8),
     "long window": replace(PLAIN, residual_length=400),
@@ -115,8 +138,9 @@ def test_a_prefill_reads_its_blocks_with_a_kernel(name, tiny, tmp_path, monkeypa
         cache = RotateKVCache.for_model(tiny)
         tiny(token_ids(2, 30), past_key_values=cache)
         tiny(token_ids(2, 21, 1), past_key_values=cache)
-    packed = max(51 - READ[name].residual_length, 0)
-    assert reads == [max(packed - 21, 0)] * 4 + [packed] * 4 if packed else not reads
+    group = READ[name].k_groupsize if READ[name].method == "kivi" else 1
+    packed = [max(tokens - READ[name].residual_length, 0) // group * group for tokens in (30, 51)]
+    assert reads == [tokens for tokens in packed for _ in range(4) if tokens]
     for layer in cache.layers:
         for mine, general in zip(layer._read(cpu), layer._read(None), strict=True):
             assert mine.shape == general.shape == (2, 3, 51, 16)
@@ -145,7 +169,7 @@ def test_generate_decodes_with_the_kernel_and_prompt_lookup_too(tiny, calls):
 
 @pytest.mark.parametrize(
     "case", ["reference backend", "eager", "17 tokens", "prefill", "FP16", "gradients", "a hole", "right padding",
-             "odd positions", "4-D mask"]
+             "odd positions", "4-D mask", "KIVI, groups of 10", "KIVI, all in the window", "KIVI, Triton"]
 )  # fmt: skip
 def test_calls_that_the_kernel_does_not_know_take_the_general_path(case, calls, monkeypatch):
     model = tiny_model(attn_implementation="eager" if case == "eager" else "sdpa")
@@ -163,7 +187,15 @@ def test_calls_that_the_kernel_does_not_know_take_the_general_path(case, calls, 
         inputs["attention_mask"] = mask[:, None, None, :].bool().expand(1, 1, length, -1)
     if case == "odd positions":
         inputs["position_ids"] = torch.tensor([[40, 41]])
-    with patch_model(model, "FP16" if case == "FP16" else PLAIN), torch.set_grad_enabled(case == "gradients"):
+    config = {
+        "FP16": "FP16",
+        "KIVI, groups of 10": replace(KIVI, k_groupsize=10, residual_length=0),
+        "KIVI, all in the window": replace(KIVI, residual_length=22),
+        "KIVI, Triton": replace(KIVI, residual_length=0),
+    }.get(case, PLAIN)
+    if case == "KIVI, Triton":
+        monkeypatch.setattr(cpu, "READS_TOKEN_GROUPS", triton.READS_TOKEN_GROUPS)
+    with patch_model(model, config), torch.set_grad_enabled(case == "gradients"):
         cache = RotateKVCache.for_model(model)
         model(token_ids(1, 20), past_key_values=cache)
         if case != "prefill":

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may take
 SMALL_LIMIT = 99 * 1024  # of sm_86 and sm_89
 KERNELS = ("quantize", "dequantize", "split", "exact", "merge")
-FEWEST_CASES = {"attention": 20, "quantize": 7, "dequantize": 20, "model": 4}
+FEWEST_CASES = {"attention": 20, "quantize": 7, "dequantize": 20, "model": 5}
 
 
 def _environment(**changes: str) -> dict[str, str]:

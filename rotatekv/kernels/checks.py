@@ -16,9 +16,12 @@ def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, .
 
 
 def packed_planes(
-    packed: Packed, bits: int, batch: int, channels: int, name: str
+    packed: Packed, bits: int, batch: int, channels: int, name: str, tokens_per_scale: int = 0
 ) -> tuple[int, int, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Blocks, quantization groups, and the dtype and shape that each plane of one cache tensor must have.
+
+    Args:
+        tokens_per_scale: 0: scales are per token and group of channels; else per channel, (B, R, C), and groups are 0.
 
     Raises:
         ValueError: other bits than 2, 3 or 4, or other planes than these bits need.
@@ -29,8 +32,12 @@ def packed_planes(
     if set(packed) != planes:
         raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
     blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
-    groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
-    words, sides = (batch, blocks, channels), (batch, blocks, groups, BLOCK)
+    words, groups = (batch, blocks, channels), 0
+    if tokens_per_scale:
+        sides = (batch, shape_of(packed["scale"], 3, f"{name}['scale']")[1], channels)
+    else:
+        groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
+        sides = (batch, blocks, groups, BLOCK)
     shapes = {"low": (torch.int32, words), "scale": (torch.float16, sides), "zero": (torch.int8, sides)}
     if bits in HIGH_PLANE:
         shapes["high"] = (HIGH_PLANE[bits][0], words)

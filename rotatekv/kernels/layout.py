@@ -13,7 +13,12 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
 channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so the group of channel c is looked
 up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's lanes past T are zero.
 
-Codecs whose scales are not per token keep the planes ``low`` and ``high`` alone in blocks: ``stores.PlaneStore``.
+Codecs whose scales are not per token keep the planes ``low`` and ``high`` alone in blocks: ``stores.PlaneStore``. A
+kernel reads these where scales are per channel over groups of g tokens, g a multiple of 16, so that a block has one of
+each; R ≥ ceil(T / g), and row r serves the tokens g·r … g·r + g − 1:
+
+    scale  float16 (B, R, C)
+    zero   int8    (B, R, C)
 """
 
 from __future__ import annotations
@@ -80,6 +85,14 @@ def unpack_codes(packed: Packed, tokens: int, bits: int) -> torch.Tensor:
 def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
     scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
+    return unpack_codes(packed, tokens, bits), scale[:, :tokens], zero[:, :tokens]
+
+
+def unpack_planes(
+    packed: Packed, tokens: int, bits: int, tokens_per_scale: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of planes with scales per channel: codes uint8, scale float16 and zero int8, (B, T, C) each."""
+    scale, zero = (packed[name].repeat_interleave(tokens_per_scale, 1) for name in ("scale", "zero"))  # (B, R·g, C)
     return unpack_codes(packed, tokens, bits), scale[:, :tokens], zero[:, :tokens]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rotatekv.kernels.layout import unpack_blocks
+from rotatekv.kernels.layout import unpack_blocks, unpack_planes
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.transforms import channels_to_heads, rotate_channels
@@ -40,6 +40,8 @@ class DecodeOptions:
         rope: turn queries, and keys on read; None: both come after RoPE.
         unrotate_values: multiply each head of the output by the inverse Hadamard matrix of order D; False where
             ``o_proj`` does it, or where values are not rotated.
+        key_tokens_per_scale: g, a multiple of 16: keys have a scale and zero per channel and g tokens, see
+            ``layout.py``; 0: per token and quantization group of channels.
     """
 
     head_dim: int
@@ -49,13 +51,14 @@ class DecodeOptions:
     rotation_width: int = 0
     rope: RopeTables | None = None
     unrotate_values: bool = False
+    key_tokens_per_scale: int = 0
 
 
 def decode_attention_reference(
     queries: torch.Tensor,
     keys: Packed,
     values: Packed,
-    group_of_channel: torch.Tensor,
+    group_of_channel: torch.Tensor | None,
     first: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -67,8 +70,12 @@ def decode_attention_reference(
     _, heads, query_tokens, dim = queries.shape
     channels = keys["low"].shape[-1]
     value_group = torch.arange(channels) // (channels // values["scale"].shape[2])
-    k = _restore(keys, packed_tokens, total_tokens, options.key_bits, group_of_channel.long(), exact, "keys", dtype)
-    v = _restore(values, packed_tokens, total_tokens, options.value_bits, value_group, exact, "values", dtype)
+    if options.key_tokens_per_scale:
+        k = unpack_planes(keys, packed_tokens, options.key_bits, options.key_tokens_per_scale)
+    else:
+        k = _per_channel(unpack_blocks(keys, packed_tokens, options.key_bits), group_of_channel.long())
+    v = _per_channel(unpack_blocks(values, packed_tokens, options.value_bits), value_group)
+    k, v = (_restore(x, total_tokens, exact, name, dtype) for x, name in ((k, "keys"), (v, "values")))
     if options.rotation_width:
         k = rotate_channels(k, options.rotation_width, inverse=True)
     k, v = channels_to_heads(k, dim), channels_to_heads(v, dim)  # (B, H_kv, T, D)
@@ -87,11 +94,17 @@ def decode_attention_reference(
     return rotate_channels(out, dim, inverse=True) if options.unrotate_values else out
 
 
-def _restore(packed, packed_tokens, total_tokens, bits, group_of_channel, exact, name, dtype) -> torch.Tensor:
-    """(B, T, C): dequantized, with the exact tokens in their places."""
-    codes, scale, zero = unpack_blocks(packed, packed_tokens, bits)
-    x = (codes.to(dtype) - zero.to(dtype)[..., group_of_channel]) * scale.to(dtype)[..., group_of_channel]
-    x = torch.nn.functional.pad(x, (0, 0, 0, total_tokens - packed_tokens))
+def _per_channel(stored: tuple[torch.Tensor, ...], group_of_channel: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Codes, scale and zero of ``unpack_blocks`` → (B, T, C) each."""
+    codes, scale, zero = stored
+    return codes, scale[..., group_of_channel], zero[..., group_of_channel]
+
+
+def _restore(stored: tuple[torch.Tensor, ...], total_tokens, exact, name, dtype) -> torch.Tensor:
+    """(B, T, C): codes, scale and zero (B, T_packed, C) dequantized, with the exact tokens in their places."""
+    codes, scale, zero = (x.to(dtype) for x in stored)
+    x = (codes - zero) * scale
+    x = torch.nn.functional.pad(x, (0, 0, 0, total_tokens - x.shape[1]))
     if exact is not None:
         x[exact.rows.long(), exact.columns.long()] = getattr(exact, name).to(dtype)
     return x

@@ -57,6 +57,7 @@ class KVMethod(ABC):
     unused_flags: tuple[str, ...] = ()
     keys_before_rope = False
     quantizes = True
+    key_tokens_per_scale = 0  # tokens that share a channel's scale of the keys; 0: scales are per token
     can_fuse = False  # decode attention has a fused kernel: RTN.decode_options
     # How a kernel reads the stores' blocks: all that decode_* and *_out do. None: there is none, they do it.
     key_form: HeadForm | None = None

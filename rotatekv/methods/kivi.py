@@ -6,9 +6,10 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.kernels import dequantize, quantize
+from rotatekv.kernels.layout import BLOCK
 from rotatekv.methods.base import LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import RTN
-from rotatekv.stores import Constant, PlaneStore
+from rotatekv.stores import HeadForm, PlaneStore
 
 DEFAULT_GROUP = 32  # tokens
 
@@ -27,19 +28,25 @@ class KIVI(RTN):
         zero       (B, T / g, C) int8     ``x̂[t, c] = (code[t, c] − zero[t // g, c])·scale[t // g, c]``
 
     Groups count from the cache's first token, left padding included, as in the original.
+    Where 16 divides g, the CPU's kernels decode and read them as they lie.
     """
 
     # AUTHORS: they keep T mod R keys (R = residual_length) in 16 bits and flush all R when they are full, but always
     # the last R values; here keys and values leave together, k_groupsize at a time, and never fewer than R stay.
     # AUTHORS: they store a group's minimum in 16 bits; here the zero point is an int8, as for every method, which
     # widens the scale of a group that lies further from 0 than 127 / (2^bits − 1) times its range.
-    can_fuse = False
-    key_form = None  # no kernel reads these keys
-
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
         self.tokens_per_flush = self.k_groupsize = config.k_groupsize or DEFAULT_GROUP
-        self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32))
+        self.key_tokens_per_scale, self.group_of_channel = self.k_groupsize, None
+
+    @property
+    def can_fuse(self) -> bool:
+        return super().can_fuse and self.k_groupsize % BLOCK == 0  # one scale for all tokens of a block
+
+    @property
+    def key_form(self) -> HeadForm | None:
+        return super().key_form if self.k_groupsize % BLOCK == 0 and self.layer.channels % 16 == 0 else None
 
     def _check_key_groups(self) -> None:
         """Any number of tokens makes a group."""

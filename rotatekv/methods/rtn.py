@@ -46,7 +46,7 @@ class RTN(KVMethod):
 
     @property
     def key_form(self) -> HeadForm:
-        return HeadForm(self.layer.head_dim, self.group_of_channel, self.key_width)
+        return HeadForm(self.layer.head_dim, self.group_of_channel, self.key_width, self.key_tokens_per_scale)
 
     @property
     def value_form(self) -> HeadForm:
@@ -67,6 +67,7 @@ class RTN(KVMethod):
             rotation_width=self.key_width,
             rope=rope if self.keys_before_rope else None,
             unrotate_values=self.unrotates_values,
+            key_tokens_per_scale=self.key_tokens_per_scale,
         )
 
     def key_store(self) -> BlockStore:

@@ -19,8 +19,12 @@ from rotatekv.kernels.cpu.checks import packed_pointers, pointer, rope_pointers
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
-__all__ = ["available", "available_instruction_sets", "decode_attention", "dequantize_blocks", "quantize_into_blocks"]
+__all__ = [
+    "READS_TOKEN_GROUPS", "available", "available_instruction_sets", "decode_attention", "dequantize_blocks",
+    "quantize_into_blocks",
+]  # fmt: skip
 
+READS_TOKEN_GROUPS = True
 _LIBRARIES = ("attention", "quantize", "dequantize")
 
 
@@ -34,7 +38,7 @@ def decode_attention(
     queries: torch.Tensor,
     keys: Packed,
     values: Packed,
-    group_of_channel: torch.Tensor,
+    group_of_channel: torch.Tensor | None,
     first: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -53,7 +57,8 @@ def decode_attention(
             total_tokens − T_q + i.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
             rotated per head, quantization groups of consecutive channels, a multiple of 16 of them.
-        group_of_channel: (C,) int32, the quantization group of each key channel.
+        group_of_channel: (C,) int32, the quantization group of each key channel; None where keys have scales per
+            channel, ``options.key_tokens_per_scale``.
         first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
         threads: default ``torch.get_num_threads()``.
@@ -75,10 +80,10 @@ def decode_attention(
         packed_tokens=packed_tokens, total_tokens=total_tokens, rotation_width=options.rotation_width,
         unrotate_values=options.unrotate_values, threads=threads or torch.get_num_threads(),
         softmax_scale=options.softmax_scale, attention_scaling=1.0,
-        keys=packed_pointers(keys, options.key_bits, batch, channels, "keys"),
+        keys=packed_pointers(keys, options.key_bits, batch, channels, "keys", options.key_tokens_per_scale),
         values=packed_pointers(values, options.value_bits, batch, channels, "values"),
         queries=pointer(queries, torch.float32, (batch, heads, query_tokens, dim), "queries"),
-        group_of_channel=pointer(group_of_channel, torch.int32, (channels,), "group_of_channel"),
+        group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
         first=pointer(first, torch.int32, (batch,), "first"),
     )  # fmt: skip
     _set_rope(arguments, options)
@@ -119,7 +124,7 @@ def quantize_into_blocks(
         structure_bytes=ctypes.sizeof(QuantizeArguments),
         batch=batch, tokens=tokens, channels=channels, start=start, threads=threads or torch.get_num_threads(),
         clip_ratio=clip_ratio, blocks=blocks, x=pointer(x, torch.float32, (batch, tokens, channels), "x"),
-        order=None if order is None else pointer(order, torch.int32, (channels,), "order"),
+        order=_optional_indices(order, channels, "order"),
     )  # fmt: skip
     _call("quantize", arguments, instruction_set)
 
@@ -128,23 +133,25 @@ def dequantize_blocks(
     packed: Packed,
     tokens: int,
     bits: int,
-    group_of_channel: torch.Tensor,
+    group_of_channel: torch.Tensor | None,
     head_dim: int,
     rotation_width: int = 0,
     threads: int | None = None,
     instruction_set: str | None = None,
     out: torch.Tensor | None = None,
+    tokens_per_scale: int = 0,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens of blocks as heads: unpacked, dequantized, and back from the Hadamard space.
 
     Args:
         packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; tokens ≤ 16·N. C = H_kv·head_dim, and
             head_dim D is a multiple of 8.
-        group_of_channel: (C,) int32, the quantization group of each channel.
+        group_of_channel: (C,) int32, the quantization group of each channel; None with ``tokens_per_scale``.
         rotation_width: order of the orthonormal Hadamard matrix whose inverse each run of so many channels is
             multiplied by: whole heads. 0: none.
         out: (B, H_kv, T, D) float32, contiguous, with room for T ≥ ``tokens`` tokens; later ones stay as they are.
             None: a new one of just ``tokens``.
+        tokens_per_scale: a multiple of 16: scales are per channel over so many tokens. 0: per token.
 
     Returns:
         (B, H_kv, T, D) float32, ``out`` where that is given.
@@ -156,7 +163,7 @@ def dequantize_blocks(
     batch, _, channels = shape_of(packed.get("low"), 3, "packed's plane of low bits")
     if head_dim < 1 or channels % head_dim:
         raise ValueError(f"{channels} channels are not whole heads of {head_dim}")
-    blocks = packed_pointers(packed, bits, batch, channels, "packed")
+    blocks = packed_pointers(packed, bits, batch, channels, "packed", tokens_per_scale)
     heads = channels // head_dim
     if out is None:
         out = torch.empty(batch, heads, max(tokens, 0), head_dim)
@@ -165,11 +172,15 @@ def dequantize_blocks(
         structure_bytes=ctypes.sizeof(DequantizeArguments),
         batch=batch, kv_heads=heads, head_dim=head_dim, tokens=tokens, output_tokens=room,
         rotation_width=rotation_width, threads=threads or torch.get_num_threads(), blocks=blocks,
-        group_of_channel=pointer(group_of_channel, torch.int32, (channels,), "group_of_channel"),
+        group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
         output=pointer(out, torch.float32, (batch, heads, room, head_dim), "out"),
     )  # fmt: skip
     _call("dequantize", arguments, instruction_set)
     return out
+
+
+def _optional_indices(indices: torch.Tensor | None, count: int, name: str) -> int | None:
+    return None if indices is None else pointer(indices, torch.int32, (count,), name)
 
 
 def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:

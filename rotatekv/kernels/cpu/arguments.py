@@ -7,7 +7,7 @@ import ctypes
 
 class PackedPointers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("low", "high", "scale", "zero")] + [
-        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits")
+        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows")
     ]
 
 

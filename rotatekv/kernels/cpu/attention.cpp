@@ -67,9 +67,9 @@ class Decode {
   public:
     explicit Decode(const DecodeArguments& a)
         : a_(a), g_(a), queries_(a.batch * a.query_heads * a.query_tokens * a.head_dim),
-          partials_(a.batch * g_.groups * g_.parts() * part_floats()), group_at_(size_t(g_.channels)) {
+          partials_(a.batch * g_.groups * g_.parts() * part_floats()), group_at_(a.group_of_channel ? size_t(g_.channels) : 0) {
         prepare_queries(a, queries_.data());
-        for (int64_t i = 0; i < g_.channels; ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
+        for (size_t i = 0; i < group_at_.size(); ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
         for (int64_t i = 0; i < threads(); ++i) memory_.emplace_back(a, g_);
     }
 

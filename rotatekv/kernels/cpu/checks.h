@@ -14,14 +14,37 @@ static const char* check_indices(const int32_t* indices, int64_t count, int64_t 
     return nullptr;
 }
 
-static const char* check_packed(const PackedPointers& packed, int64_t tokens) {
+// Scales per channel over groups of tokens, or per token over groups of channels.
+static const char* check_scales(const PackedPointers& packed, int64_t tokens, int64_t channels) {
+    const int64_t per_scale = packed.tokens_per_scale;
+    ROTATEKV_REQUIRE(per_scale >= 0 && per_scale % kBlock == 0 && per_scale < (int64_t(1) << 31),
+                     "tokens_per_scale must be 0 or a multiple of 16");
+    if (per_scale == 0) {
+        ROTATEKV_REQUIRE(packed.groups >= 1, "there must be at least one quantization group");
+        return nullptr;
+    }
+    ROTATEKV_REQUIRE(packed.groups == 0, "scales per channel have no groups of channels");
+    ROTATEKV_REQUIRE(channels % 16 == 0, "scales per channel need a multiple of 16 channels");
+    ROTATEKV_REQUIRE(packed.scale_rows * per_scale >= tokens, "the packed tokens have no scales");
+    return nullptr;
+}
+
+static const char* check_packed(const PackedPointers& packed, int64_t tokens, int64_t channels) {
     ROTATEKV_REQUIRE(packed.bits == 2 || packed.bits == 3 || packed.bits == 4, "bits must be 2, 3 or 4");
-    ROTATEKV_REQUIRE(packed.groups >= 1, "there must be at least one quantization group");
     ROTATEKV_REQUIRE(packed.blocks * kBlock >= tokens, "the packed tokens do not fit in the blocks");
+    if (const char* wrong = check_scales(packed, tokens, channels)) return wrong;
     if (tokens == 0) return nullptr;
     ROTATEKV_REQUIRE(packed.low && packed.scale && packed.zero, "a packed tensor is missing");
     ROTATEKV_REQUIRE(packed.bits == 2 || packed.high, "3 and 4 bits need the plane of high bits");
     return nullptr;
+}
+
+// The quantization group of each channel, just where scales are per token.
+static const char* check_groups(const PackedPointers& packed, const int32_t* group_of_channel, int64_t channels) {
+    ROTATEKV_REQUIRE(!group_of_channel == (packed.tokens_per_scale > 0),
+                     "group_of_channel is needed where scales are per token, and only there");
+    if (!group_of_channel) return nullptr;
+    return check_indices(group_of_channel, channels, packed.groups, "a channel's group is not there");
 }
 
 static const char* check_sizes(const DecodeArguments& a) {
@@ -72,16 +95,16 @@ static const char* check_exact(const DecodeArguments& a) {
 
 static const char* check_decode(const DecodeArguments& a) {
     if (const char* wrong = check_sizes(a)) return wrong;
-    if (const char* wrong = check_packed(a.keys, a.packed_tokens)) return wrong;
-    if (const char* wrong = check_packed(a.values, a.packed_tokens)) return wrong;
     const int64_t channels = a.kv_heads * a.head_dim;
     ROTATEKV_REQUIRE(channels <= (1 << 20), "too many channels");
+    if (const char* wrong = check_packed(a.keys, a.packed_tokens, channels)) return wrong;
+    if (const char* wrong = check_packed(a.values, a.packed_tokens, channels)) return wrong;
+    ROTATEKV_REQUIRE(a.values.tokens_per_scale == 0, "values must have scales per token");
     ROTATEKV_REQUIRE(channels % a.values.groups == 0 && a.head_dim % (channels / a.values.groups) == 0 &&
                          channels / a.values.groups % 16 == 0,
                      "a values' group must be a multiple of 16 channels that divides head_dim");
-    ROTATEKV_REQUIRE(a.queries && a.first && a.output && a.group_of_channel, "a tensor is missing");
-    if (const char* wrong = check_indices(a.group_of_channel, channels, a.keys.groups, "a channel's group is not there"))
-        return wrong;
+    ROTATEKV_REQUIRE(a.queries && a.first && a.output, "a tensor is missing");
+    if (const char* wrong = check_groups(a.keys, a.group_of_channel, channels)) return wrong;
     if (const char* wrong = check_indices(a.first, a.batch, a.total_tokens + 1, "first must be 0 … total_tokens"))
         return wrong;
     if (const char* wrong = check_transforms(a)) return wrong;

@@ -41,18 +41,25 @@ def rope_pointers(rope: RopeTables) -> dict[str, int]:
     return found
 
 
-def packed_pointers(packed: Packed, bits: int, batch: int, channels: int, name: str) -> PackedPointers:
-    """The addresses of one cache tensor's planes, scales and zeros, (B, N, ...) each; checked once for ``Blocks``."""
-    checked = packed.checked if isinstance(packed, Blocks) else {}
-    found = checked.get((bits, batch, channels))
+def packed_pointers(
+    packed: Packed, bits: int, batch: int, channels: int, name: str, tokens_per_scale: int = 0
+) -> PackedPointers:
+    """The addresses of one cache tensor's planes, scales and zeros, (B, ...) each; checked once for ``Blocks``."""
+    checked, key = packed.checked if isinstance(packed, Blocks) else {}, (bits, batch, channels, tokens_per_scale)
+    found = checked.get(key)
     if found is None:
-        found = checked[bits, batch, channels] = _check_planes(packed, bits, batch, channels, name)
+        found = checked[key] = _check_planes(packed, bits, batch, channels, name, tokens_per_scale)
     return found
 
 
-def _check_planes(packed: Packed, bits: int, batch: int, channels: int, name: str) -> PackedPointers:
-    blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name)
-    pointers = PackedPointers(blocks=blocks, groups=groups, bits=bits)
+def _check_planes(
+    packed: Packed, bits: int, batch: int, channels: int, name: str, tokens_per_scale: int
+) -> PackedPointers:
+    blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name, tokens_per_scale)
+    rows = shapes["scale"][1][1] if tokens_per_scale else 0
+    pointers = PackedPointers(
+        blocks=blocks, groups=groups, bits=bits, tokens_per_scale=tokens_per_scale, scale_rows=rows
+    )
     for plane, (dtype, shape) in shapes.items():
         setattr(pointers, plane, pointer(packed[plane], dtype, shape, f"{name}[{plane!r}]"))
     return pointers

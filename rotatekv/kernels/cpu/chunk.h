@@ -15,7 +15,7 @@ struct Part {
     const Geometry& g;
     ThreadMemory& memory;
     const float* queries;      // (group rows, D), times the softmax scale in log2 units
-    const int32_t* group_at;   // (C,) offset of each key channel's group in the table of scales
+    const int32_t* group_at;   // (C,) offset of each key channel's group in the table of scales; null: see read_lanes
     float* partials;           // (group rows, D + 2)
     int64_t row, group;        // sequence and rotation group
     int64_t exact_from, exact_to;  // the sequence's exact tokens
@@ -31,19 +31,16 @@ struct Part {
     }
 };
 
-// kLanes tokens from `token` on, dequantized and after the first pass of the inverse Hadamard. Past the last block that one repeats; the mask hides it.
+// kLanes tokens from `token` on, dequantized and after the first pass of the inverse Hadamard. Past the last block that
+// one repeats; the mask hides it.
 static void read_keys(const Part& part, int64_t token, float* keys, const RopeAngles& angles) {
     const DecodeArguments& a = part.a;
     const int64_t last = (a.packed_tokens - 1) / kBlock;
     if (token / kBlock > last) token = last * kBlock;
-    const int64_t block = part.row * a.keys.blocks + token / kBlock;
-    const int lane = int(token % kBlock), channels = int(part.g.group_channels);
-    const int64_t channel = part.group * channels;
-    float* table = part.memory.key_scales.data();
-    const auto read = [&](auto dequantizer) { first_pass(part.g.plan, channels, keys, dequantizer); };
-    if (a.keys.bits == 2) read(Dequantizer<2>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
-    if (a.keys.bits == 3) read(Dequantizer<3>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
-    if (a.keys.bits == 4) read(Dequantizer<4>(a.keys, block, part.g.channels, channel, lane, part.group_at, table));
+    const int64_t channels = part.g.group_channels;
+    const Place place{part.row, token / kBlock, int(token % kBlock), part.group * channels, channels, part.g.channels};
+    read_lanes(a.keys, place, part.group_at, part.memory.key_scales.data(),
+               [&](const auto& read) { first_pass(part.g.plan, int(channels), keys, read); });
     if (a.rotary_dim) set_consecutive_angles(a, token - a.first[part.row], angles);
 }
 

@@ -13,7 +13,7 @@
 
 // The memory of one thread.
 struct Room {
-    Floats scales;    // (groups, 2, kLanes)
+    Floats scales;    // the table of read_lanes
     Floats channels;  // (W or D, kLanes)
 };
 
@@ -21,9 +21,9 @@ class Dequantize {
   public:
     explicit Dequantize(const DequantizeArguments& a)
         : a_(a), channels_(a.kv_heads * a.head_dim), width_(a.rotation_width ? a.rotation_width : a.head_dim),
-          norm_(a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f), group_at_(size_t(channels_)) {
+          norm_(a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f), group_at_(a.group_of_channel ? size_t(channels_) : 0) {
         plan_hadamard(a.rotation_width, &plan_);
-        for (int64_t i = 0; i < channels_; ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
+        for (size_t i = 0; i < group_at_.size(); ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
     }
 
     // Threads take whole blocks, so that a block's scales are read once.
@@ -32,7 +32,7 @@ class Dequantize {
         const int64_t threads = std::max<int64_t>(1, std::min(a_.threads, tasks));
         std::vector<Room> rooms;
         for (int64_t i = 0; i < threads; ++i)
-            rooms.push_back({Floats(a_.blocks.groups * 2 * kLanes), Floats(width_ * kLanes)});
+            rooms.push_back({Floats(scale_table_floats(a_.blocks, channels_)), Floats(width_ * kLanes)});
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
         for (int64_t part = 0; part < threads; ++part)
             for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task)
@@ -43,23 +43,20 @@ class Dequantize {
     void read_block(int64_t row, int64_t block, const Room& room) const {
         for (int lane = 0; lane < kBlock; lane += kLanes) {
             if (block * kBlock + lane >= a_.tokens) return;
-            if (a_.blocks.bits == 2) read_lanes<2>(row, block, lane, room);
-            if (a_.blocks.bits == 3) read_lanes<3>(row, block, lane, room);
-            if (a_.blocks.bits == 4) read_lanes<4>(row, block, lane, room);
+            const Place place{row, block, lane, 0, channels_, channels_};
+            read_lanes(a_.blocks, place, group_at_.data(), room.scales.data(),
+                       [&](const auto& read) { write_lanes(place, read, room.channels.data()); });
         }
     }
 
-    // kLanes tokens of a block from token `lane` of it on.
-    template <int Bits>
-    void read_lanes(int64_t row, int64_t block, int lane, const Room& room) const {
-        const Dequantizer<Bits> read(a_.blocks, row * a_.blocks.blocks + block, channels_, 0, lane, group_at_.data(),
-                                     room.scales.data());
-        const int64_t token = block * kBlock + lane;
+    // The place's tokens to the heads they belong to; x (W or D, kLanes) is room.
+    template <class Read>
+    void write_lanes(const Place& place, const Read& read, float* x) const {
         for (int64_t from = 0; from < channels_; from += width_) {
-            float* x = room.channels.data();
             inverse_hadamard(plan_, int(width_), x, [&](int channel) { return read(int(from) + channel); });
             for (int64_t head = 0; head < width_ / a_.head_dim; ++head)
-                write_head(x + head * a_.head_dim * kLanes, row * a_.kv_heads + from / a_.head_dim + head, token);
+                write_head(x + head * a_.head_dim * kLanes, place.row * a_.kv_heads + from / a_.head_dim + head,
+                           place.block * kBlock + place.first_lane);
         }
     }
 
@@ -86,9 +83,10 @@ static const char* check_dequantize(const DequantizeArguments& a) {
     ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
     if (const char* wrong = check_rotation(a.rotation_width, a.kv_heads, a.head_dim)) return wrong;
     if (a.batch == 0 || a.tokens == 0) return nullptr;
-    if (const char* wrong = check_packed(a.blocks, a.tokens)) return wrong;
-    ROTATEKV_REQUIRE(a.group_of_channel && a.output, "a tensor is missing");
-    return check_indices(a.group_of_channel, a.kv_heads * a.head_dim, a.blocks.groups, "a channel's group is not there");
+    const int64_t channels = a.kv_heads * a.head_dim;
+    if (const char* wrong = check_packed(a.blocks, a.tokens, channels)) return wrong;
+    ROTATEKV_REQUIRE(a.output, "a tensor is missing");
+    return check_groups(a.blocks, a.group_of_channel, channels);
 }
 
 // Null, or one line that says what is wrong with the arguments.

@@ -14,43 +14,42 @@ constexpr bool codes_as_fraction() {
 #endif
 }
 
-// Factor and offset of kLanes tokens in float32, (groups, 2, kLanes): x̂ = code·scale − zero·scale, or, from a
-// fraction, (1 + code / 4)·4·scale − (zero + 4)·scale. All products are exact in float32.
+// What a number of Codes is multiplied by, in units of the scale, and what is then taken away, in the same units, beside
+// the zero point: x̂ = code·scale − zero·scale, or, from a fraction, (1 + code / 4)·4·scale − (zero + 4)·scale. All
+// products are exact in float32.
 template <int Bits>
-static void load_scales(const PackedPointers& packed, int64_t block, int first_lane, float* table) {
-    constexpr float kFactor = codes_as_fraction<Bits>() ? 4.0f : 1.0f, kOffset = codes_as_fraction<Bits>() ? 4.0f : 0.0f;
-    for (int64_t group = 0; group < packed.groups; ++group) {
-        const int64_t at = (block * packed.groups + group) * kBlock + first_lane;
-        const Vec scale = load_halves(packed.scale + at);
-        store(table + group * 2 * kLanes, scale * kFactor);
-        store(table + (group * 2 + 1) * kLanes, -(load_bytes(packed.zero + at) + kOffset) * scale);
-    }
+constexpr float kFactor = codes_as_fraction<Bits>() ? 4.0f : 1.0f;
+template <int Bits>
+constexpr float kOffset = codes_as_fraction<Bits>() ? 4.0f : 0.0f;
+
+// Which numbers of a packed tensor are read: kLanes tokens of one block, and `count` of its C channels.
+struct Place {
+    int64_t row, block;  // sequence, block of it
+    int first_lane;      // token of the block
+    int64_t channel, count, channels;  // first channel, their number, C
+
+    int64_t word(const PackedPointers& packed) const { return (row * packed.blocks + block) * channels + channel; }
+};
+
+// Floats of the table of factors and offsets that a reader of `channels` channels needs.
+static int64_t scale_table_floats(const PackedPointers& packed, int64_t channels) {
+    return 2 * (packed.tokens_per_scale ? channels : packed.groups * kLanes);
 }
 
-// Gives channel c of kLanes tokens of one block, dequantized.
+// The codes of kLanes tokens as numbers, one channel at a time.
 template <int Bits>
-struct Dequantizer {
-    const int32_t* low;       // (channels,) words of this block
-    const void* high;         // (channels,)
-    const int32_t* group_at;  // (channels,) offset of the channel's group in `table`
-    const float* table;       // of load_scales
-    WordVec shift;            // bits to shift right so that a token's code is lowest, or to turn left to the fraction
-    WordVec shift_one;        // bits to shift right in a plane of one bit a token
+struct Codes {
+    const int32_t* low;  // (count,) words of this block
+    const void* high;    // (count,)
+    WordVec shift;       // bits to shift right so that a token's code is lowest, or to turn left to the fraction
+    WordVec shift_one;   // bits to shift right in a plane of one bit a token
 
-    Dequantizer(const PackedPointers& packed, int64_t block, int64_t channels, int64_t channel, int first_lane,
-                const int32_t* group_at, float* table)
-        : low(packed.low + block * channels + channel), high(nullptr), group_at(group_at + channel), table(table) {
-        load_scales<Bits>(packed, block, first_lane, table);
-        const WordVec token = lane_numbers() + uint32_t(first_lane);
+    Codes(const PackedPointers& packed, const Place& place) : low(packed.low + place.word(packed)), high(nullptr) {
+        const WordVec token = lane_numbers() + uint32_t(place.first_lane);
         shift = codes_as_fraction<Bits>() ? (53u - token * 2) % 32 : token * 2;  // a fraction's top bits are 21 and 22
         shift_one = token;
-        if (Bits == 3) high = static_cast<const int16_t*>(packed.high) + block * channels + channel;
-        if (Bits == 4) high = static_cast<const int32_t*>(packed.high) + block * channels + channel;
-    }
-
-    ROTATEKV_INLINE Vec operator()(int channel) const {
-        const float* group = table + group_at[channel];
-        return number(channel) * load(group) + load(group + kLanes);
+        if (Bits == 3) high = static_cast<const int16_t*>(packed.high) + place.word(packed);
+        if (Bits == 4) high = static_cast<const int32_t*>(packed.high) + place.word(packed);
     }
 
     ROTATEKV_INLINE Vec number(int channel) const {
@@ -73,3 +72,67 @@ struct Dequantizer {
         return to_float((IntVec)code);
     }
 };
+
+// A scale and zero point per token and quantization group.
+template <int Bits>
+struct TokenScales {
+    const Codes<Bits> codes;
+    const int32_t* group_at;  // (count,) offset of the channel's group in `table`
+    float* table;             // (groups, 2, kLanes) factor and offset
+
+    TokenScales(const PackedPointers& packed, const Place& place, const int32_t* group_at, float* table)
+        : codes(packed, place), group_at(group_at + place.channel), table(table) {
+        for (int64_t group = 0; group < packed.groups; ++group) {
+            const int64_t block = place.row * packed.blocks + place.block;
+            const int64_t at = (block * packed.groups + group) * kBlock + place.first_lane;
+            const Vec scale = load_halves(packed.scale + at);
+            store(table + group * 2 * kLanes, scale * kFactor<Bits>);
+            store(table + (group * 2 + 1) * kLanes, -(load_bytes(packed.zero + at) + kOffset<Bits>) * scale);
+        }
+    }
+
+    ROTATEKV_INLINE Vec operator()(int channel) const {
+        const float* group = table + group_at[channel];
+        return codes.number(channel) * load(group) + load(group + kLanes);
+    }
+};
+
+// A scale and zero point per channel, the same for all tokens of a block. `count` is a multiple of 16.
+template <int Bits>
+struct ChannelScales {
+    const Codes<Bits> codes;
+    float* factor;  // (count,)
+    float* offset;  // (count,)
+
+    ChannelScales(const PackedPointers& packed, const Place& place, float* table)
+        : codes(packed, place), factor(table), offset(table + place.count) {
+        const int64_t scale_row = place.row * packed.scale_rows + place.block * kBlock / packed.tokens_per_scale;
+        const int64_t at = scale_row * place.channels + place.channel;
+        for (int64_t i = 0; i < place.count; i += kLanes) {
+            const Vec scale = load_halves(packed.scale + at + i);
+            store(factor + i, scale * kFactor<Bits>);
+            store(offset + i, -(load_bytes(packed.zero + at + i) + kOffset<Bits>) * scale);
+        }
+    }
+
+    ROTATEKV_INLINE Vec operator()(int channel) const {
+        return codes.number(channel) * broadcast(factor[channel]) + broadcast(offset[channel]);
+    }
+};
+
+template <int Bits, class Use>
+static void read_bits(const PackedPointers& packed, const Place& place, const int32_t* group_at, float* table,
+                      const Use& use) {
+    if (packed.tokens_per_scale) use(ChannelScales<Bits>(packed, place, table));
+    else use(TokenScales<Bits>(packed, place, group_at, table));
+}
+
+// Calls use(read) once: read(i) is channel place.channel + i of the place's kLanes tokens, dequantized. `group_at` (C,)
+// is the offset of each channel's group in a table of scales per token; not read where scales are per channel.
+template <class Use>
+static void read_lanes(const PackedPointers& packed, const Place& place, const int32_t* group_at, float* table,
+                       const Use& use) {
+    if (packed.bits == 2) read_bits<2>(packed, place, group_at, table, use);
+    if (packed.bits == 3) read_bits<3>(packed, place, group_at, table, use);
+    if (packed.bits == 4) read_bits<4>(packed, place, group_at, table, use);
+}

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "arguments.h"
+#include "dequantize.h"
 #include "floats.h"
 #include "fused.h"
 #include "hadamard.h"
@@ -57,14 +57,14 @@ struct Partial {
 
 struct ThreadMemory {
     Floats keys;        // (2, W, kLanes)
-    Floats key_scales;  // (key groups, 2, kLanes)
+    Floats key_scales;  // the table of read_lanes
     Floats angles;      // (2, rotary_dim / 2, 2, kLanes)
     Floats scores;      // (group rows, kChunk)
     Floats decay;       // (group rows,) factor on a row's former sums
     std::vector<ByteWeights> weights;  // (head rows, value groups)
 
     ThreadMemory(const DecodeArguments& a, const Geometry& g)
-        : keys(2 * g.group_channels * kLanes), key_scales(a.keys.groups * 2 * kLanes),
+        : keys(2 * g.group_channels * kLanes), key_scales(scale_table_floats(a.keys, g.group_channels)),
           angles(2 * a.rotary_dim * kLanes), scores(g.group_rows * kChunk), decay(g.group_rows),
           weights(size_t(g.head_rows * g.value_groups)) {}
 };

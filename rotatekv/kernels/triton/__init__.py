@@ -18,11 +18,15 @@ from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope
+from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope, refuse_token_groups
 from rotatekv.transforms import channels_to_heads
 
-__all__ = ["available", "decode_attention", "dequantize_blocks", "interpreted", "needs", "quantize_into_blocks"]
+__all__ = [
+    "READS_TOKEN_GROUPS", "available", "decode_attention", "dequantize_blocks", "interpreted", "needs",
+    "quantize_into_blocks",
+]  # fmt: skip
 
+READS_TOKEN_GROUPS = False
 _OLDEST_GPU = 8  # compute capability
 
 
@@ -74,7 +78,7 @@ def decode_attention(
 
     Args:
         queries: (B, H, T_q, D) float32, before RoPE if ``options.rope`` is there. Query i sees the tokens up to
-            total_tokens − T_q + i.
+            total_tokens − T_q + i. ``options.key_tokens_per_scale`` must be 0.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
             rotated per head, quantization groups of consecutive channels.
         group_of_channel: (C,) int32, the quantization group of each key channel.
@@ -143,6 +147,7 @@ def dequantize_blocks(
     first: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
+    tokens_per_scale: int = 0,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens as heads of plain numbers, un-rotated.
 
@@ -154,6 +159,7 @@ def dequantize_blocks(
         first: (B,) int32, the first token of each sequence that is not padding; None: 0.
         dtype: float32, float16 or bfloat16.
         out: (B, H_kv, T, D) with room for T ≥ ``tokens`` tokens, which the result is copied into.
+        tokens_per_scale: must be 0: scales are per token.
 
     Returns:
         (B, H_kv, T, D), ``out`` where that is given; with ``rope``, padding tokens hold numbers without meaning.
@@ -162,6 +168,7 @@ def dequantize_blocks(
         ValueError: a shape, dtype, stride or device is wrong.
         ImportError: triton is not installed.
     """
+    refuse_token_groups(tokens_per_scale)
     batch, _, channels = shape_of(packed.get("low"), 3, "packed['low']")
     device = packed["low"].device
     check_packed(packed, bits, batch, channels, tokens, device, "packed")

@@ -26,6 +26,12 @@ def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: to
         raise ValueError(f"{name}: it must be contiguous and on {device}, not on {x.device}")
 
 
+def refuse_token_groups(tokens_per_scale: int) -> None:
+    """Scales per channel over groups of tokens are for the CPU's kernels (ValueError for any but 0)."""
+    if tokens_per_scale:
+        raise ValueError(f"tokens_per_scale {tokens_per_scale}: scales per channel are read by the CPU's kernels only")
+
+
 def check_packed(packed: Packed, bits: int, batch: int, channels: int, tokens: int, device, name: str) -> int:
     """Blocks with room for ``tokens`` tokens; returns the number of quantization groups."""
     blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name)
@@ -65,6 +71,7 @@ def check_decode(
     packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
 ) -> None:  # fmt: skip
     """The arguments of ``decode_attention``."""
+    refuse_token_groups(options.key_tokens_per_scale)
     batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")
     channels, device = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2], queries.device
     check(queries, torch.float32, (batch, heads, query_tokens, dim), device, "queries")
