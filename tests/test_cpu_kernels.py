@@ -18,7 +18,7 @@ from kernel_cases import Shape, error, random_step, with_options
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.cpu import build
-from rotatekv.kernels.layout import allocate_blocks, pack_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels.layout import Blocks, allocate_blocks, pack_blocks, unpack_blocks, write_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
 from rotatekv.quantize import quantize_groups
 
@@ -347,3 +347,18 @@ def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
     done = subprocess.run([sys.executable, str(code)], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "clean"
+
+
+def test_a_cache_whose_memory_moved_is_found_where_it_lies():
+    """Sending a tensor to another process moves its memory: an address kept from an earlier call would be stale."""
+    step = random_step(Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4))
+    step |= {name: Blocks(step[name]) for name in ("keys", "values")}
+    out = cpu.decode_attention(**step)
+    rope = step["options"].rope
+    for tensor in (*step["keys"].values(), *step["values"].values(), rope.coarse_cos, rope.fine_sin):
+        old = tensor.clone().set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())
+        moved = tensor.clone()
+        tensor.set_(moved.untyped_storage(), 0, tensor.shape, tensor.stride())
+        assert old.data_ptr() != tensor.data_ptr()
+        old.zero_()
+    assert torch.equal(cpu.decode_attention(**step), out)

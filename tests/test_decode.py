@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -224,6 +225,22 @@ def test_without_a_compiler_torch_decodes_after_one_warning(tiny, monkeypatch, t
         build._load.cache_clear()
     assert 1 <= len(caught) <= 2  # one per library
     assert (got - want).abs().median() < 1e-3
+
+
+@pytest.mark.parametrize(("variable", "value"), [("ROTATEKV_CPU_KERNEL", "off"), ("CXX", "/nowhere/g++")])
+def test_the_cpu_backend_asked_for_but_not_built_is_one_line(variable, value, tiny, monkeypatch, tmp_path):
+    from rotatekv.kernels.cpu import build
+
+    monkeypatch.setenv("ROTATEKV_BACKEND", "cpu")
+    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv(variable, value)
+    build._load.cache_clear(), build.chosen_instruction_set.cache_clear()  # read once
+    try:
+        with warnings.catch_warnings(), patch_model(tiny, PLAIN), pytest.raises(UserError, match="=cpu needs g"):
+            warnings.simplefilter("ignore")
+            tiny(token_ids(1, 4))
+    finally:
+        build._load.cache_clear(), build.chosen_instruction_set.cache_clear()
 
 
 def test_rope_tables_grow_with_the_sequence_and_are_shared(tiny):

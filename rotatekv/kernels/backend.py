@@ -44,6 +44,8 @@ def kernels_on(device: torch.device) -> ModuleType | None:
         raise UserError(f"ROTATEKV_BACKEND=cpu reads no tensors on {device}: leave it out, or choose another")
     elif name == "triton" and not triton.available(device):
         raise UserError(f"ROTATEKV_BACKEND=triton does not run on {device}: {triton.needs()}")
+    elif name == "cpu" and not cpu.available():
+        raise UserError("ROTATEKV_BACKEND=cpu needs g++ and ROTATEKV_CPU_KERNEL not off: mend that, or leave it out")
     if name == "cpu":
         return cpu if cpu.available() else None
     return triton if triton.available(device) else None

@@ -35,7 +35,7 @@ class Blocks(dict):
     """Planes of one cache tensor by name. Their numbers change in place, the tensors never do.
 
     Attributes:
-        checked: what a kernel has found of these tensors, their addresses for one, to look up at the next call.
+        checked: what a kernel has found of these tensors, to look up at the next call.
     """
 
     def __init__(self, planes: Packed):

@@ -12,6 +12,8 @@ from rotatekv.kernels.layout import Blocks
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
+_ROPE_TABLES = ("coarse_cos", "coarse_sin", "fine_cos", "fine_sin")
+
 
 def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> int:
     """Address of a contiguous CPU tensor of just this dtype and shape.
@@ -30,26 +32,35 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
     return x.data_ptr()
 
 
-@lru_cache(maxsize=8)
 def rope_pointers(rope: RopeTables) -> dict[str, int]:
-    """The fields that say where a model's rope tables lie; checked once for all calls."""
+    """The fields that say where a model's rope tables lie; their shapes are checked once for all calls."""
+    rows, half = _check_rope(rope)
+    addresses = {name: getattr(rope, name).data_ptr() for name in _ROPE_TABLES}
+    return {"rotary_dim": 2 * half, "coarse_rows": rows, **addresses}
+
+
+@lru_cache(maxsize=8)
+def _check_rope(rope: RopeTables) -> tuple[int, int]:
+    """Rows of the coarse tables, and rotary_dim / 2."""
     rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
-    found = {"rotary_dim": 2 * half, "coarse_rows": rows}
-    for name, shape in (("coarse_cos", (rows, half)), ("coarse_sin", (rows, half)),
-                        ("fine_cos", (half, FINE_POSITIONS)), ("fine_sin", (half, FINE_POSITIONS))):  # fmt: skip
-        found[name] = pointer(getattr(rope, name), torch.float32, shape, name)
-    return found
+    for name in _ROPE_TABLES:
+        shape = (rows, half) if name.startswith("coarse") else (half, FINE_POSITIONS)
+        pointer(getattr(rope, name), torch.float32, shape, name)
+    return rows, half
 
 
 def packed_pointers(
     packed: Packed, bits: int, batch: int, channels: int, name: str, tokens_per_scale: int = 0
 ) -> PackedPointers:
     """The addresses of one cache tensor's planes, scales and zeros, (B, ...) each; checked once for ``Blocks``."""
-    checked, key = packed.checked if isinstance(packed, Blocks) else {}, (bits, batch, channels, tokens_per_scale)
-    found = checked.get(key)
-    if found is None:
-        found = checked[key] = _check_planes(packed, bits, batch, channels, name, tokens_per_scale)
-    return found
+    if not isinstance(packed, Blocks):
+        return _check_planes(packed, bits, batch, channels, name, tokens_per_scale)
+    # The addresses too: share_memory_, which sending a cache to another process calls, moves a tensor's memory.
+    key = (bits, batch, channels, tokens_per_scale, *[plane.data_ptr() for plane in packed.values()])
+    if packed.checked.get("key") != key:
+        pointers = _check_planes(packed, bits, batch, channels, name, tokens_per_scale)
+        packed.checked = {"key": key, "pointers": pointers}
+    return packed.checked["pointers"]
 
 
 def _check_planes(
