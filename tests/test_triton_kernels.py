@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ TESTS = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may take
 SMALL_LIMIT = 99 * 1024  # of sm_86 and sm_89
 KERNELS = ("quantize", "dequantize", "split", "exact", "merge")
+COMPILED = [
+    ("smollm2", 80), ("smollm2", 90), ("8x128", 80), ("8x128", 90), ("smollm2, 3 bits, 4 queries", 90),
+    ("8x128, 4 bits, 4 queries", 80), ("4x96, 3 bits", 80),
+]  # fmt: skip
 FEWEST_CASES = {"attention": 20, "quantize": 7, "dequantize": 20, "model": 5}
 
 
@@ -64,13 +69,24 @@ def test_triton_is_not_imported_with_the_package():
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=120)
 
 
-@pytest.mark.parametrize("model", ["smollm2", "8x128"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_compiles_ahead_of_time_without_spills(model, capability, tmp_path):
-    """In a process of its own: whoever imported triton before may have had it interpret."""
-    command = [sys.executable, "-m", "rotatekv.kernels.triton.aot", model, str(capability)]
-    environment = _environment(TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[tuple[str, int], subprocess.CompletedProcess]:
+    """Each case compiled in a process of its own, two side by side: whoever imported triton before may have had it
+    interpret."""
+
+    def compile_case(case: tuple[str, int]) -> subprocess.CompletedProcess:
+        cache = str(tmp_path_factory.mktemp("cache"))
+        command = [sys.executable, "-m", "rotatekv.kernels.triton.aot", case[0], str(case[1])]
+        environment = _environment(TRITON_CACHE_DIR=cache, TRITON_DEFAULT_FP_FUSION="1")
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(COMPILED, pool.map(compile_case, COMPILED), strict=True))
+
+
+@pytest.mark.parametrize(("model", "capability"), COMPILED)
+def test_triton_compiles_ahead_of_time_without_spills(model, capability, compiled):
+    done = compiled[model, capability]
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     rows = [line.split(",") for line in done.stdout.splitlines()]
@@ -78,5 +94,5 @@ def test_triton_compiles_ahead_of_time_without_spills(model, capability, tmp_pat
     for name, _, _, registers, spills, shared in rows:
         assert int(spills) == 0, f"{name} spills {spills} bytes"
         assert 0 < int(registers) <= 255
-        limit = SMALL_LIMIT if model == "smollm2" else SHARED_LIMIT[capability]
+        limit = SMALL_LIMIT if model.startswith("smollm2") else SHARED_LIMIT[capability]
         assert int(shared) <= limit, f"{name} takes {shared} bytes of shared memory"

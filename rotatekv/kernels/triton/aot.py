@@ -110,7 +110,13 @@ def _resources(binary: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-MODELS = {"smollm2": ModelShape(3, 64, 192, 3), "8x128": ModelShape(8, 128, 512, 4)}
+MODELS = {
+    "smollm2": ModelShape(3, 64, 192, 3),
+    "8x128": ModelShape(8, 128, 512, 4),
+    "smollm2, 3 bits, 4 queries": ModelShape(3, 64, 192, 3, bits=3, query_tokens=4),
+    "8x128, 4 bits, 4 queries": ModelShape(8, 128, 512, 4, bits=4, query_tokens=4),
+    "4x96, 3 bits": ModelShape(4, 96, 384, 2, bits=3),
+}
 
 if __name__ == "__main__":  # python -m rotatekv.kernels.triton.aot smollm2 80
     for usage in measure(MODELS[sys.argv[1]], int(sys.argv[2])):

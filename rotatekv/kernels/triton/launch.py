@@ -15,6 +15,7 @@ from rotatekv.kernels.triton.plan import Factors, factor, matrices, power_of_two
 PRECISION = "tf32x3"
 STAGES = 1  # two would hold a second tile in shared memory
 _ROWS_OF_A_TILE = 16  # query rows of one KV head
+_NARROW = 256  # padded numbers of a token up to which so many rows fit in sm_80's shared memory; half of them else
 _FEWEST_BLOCKS = 8  # of a split
 _PROGRAMS_WITHOUT_GPU = 8
 
@@ -63,7 +64,8 @@ def launch_decode(
 
 def shape_constants(factors: Factors, repeat: int, query_tokens: int, half: int) -> dict:
     """The constexpr arguments that the split and the exact kernel share."""
-    tile = max(1, min(query_tokens, _ROWS_OF_A_TILE // repeat))  # queries
+    rows = _ROWS_OF_A_TILE if factors.elements <= _NARROW else _ROWS_OF_A_TILE // 2
+    tile = max(1, min(query_tokens, rows // repeat))  # queries
     return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(8, power_of_two(repeat * tile)),
             "DV_PAD": power_of_two(factors.head_dim), "PRECISION": PRECISION, **factors.constants()}  # fmt: skip
 
