@@ -30,6 +30,7 @@ from rotatekv.evals.efficiency import (
     percentiles,
     ratios,
     total_steps,
+    try_batches,
     twin_of,
 )
 from rotatekv.evals.efficiency_figure import NOT_MEASURED, line_of, rates, rows_of, write_report
@@ -194,6 +195,14 @@ def test_a_peak_is_seen_and_forgotten():
     assert high.growth > 60 << 20 and low.growth < 16 << 20
 
 
+@pytest.mark.skipif(not measures_peak(CPU), reason="this platform measures no peak memory")
+def test_a_mark_that_stays_up_is_no_measurement(monkeypatch, tmp_path):
+    monkeypatch.setattr("rotatekv.evals.peak_memory._CLEAR", tmp_path / "clear_refs")  # takes the write, does nothing
+    block = torch.ones(16 << 20)  # 64 MiB
+    del block
+    assert not measures_peak(CPU)
+
+
 def test_where_no_peak_is_measured_it_says_so(monkeypatch):
     monkeypatch.setattr("rotatekv.evals.peak_memory._CLEAR", Path("/nonexistent/clear_refs"))
     with PeakMemory(CPU) as peak:
@@ -266,6 +275,21 @@ def test_the_largest_batch_is_found_by_trying(guess, limit):
 
 def test_a_batch_that_cannot_be_tried_is_not_called_measured():
     assert largest_batch(lambda batch: True if batch <= 7 else None, 4) == (7, False)
+
+
+def test_a_search_that_free_memory_stops_is_called_computed(monkeypatch):
+    side, ids = baseline_side(tiny_model()), torch.arange(8, 108).unsqueeze(0)
+    tried: list[int] = []
+
+    def peak(self) -> dict:
+        tried.append(self.tokens.shape[0])
+        return {"fitted": True, "growth": 100_000 * tried[-1]}
+
+    monkeypatch.setattr(efficiency.Side, "measure_memory", peak)
+    monkeypatch.setattr(efficiency, "available_bytes", lambda device: 1_000_000)  # 8 sequences and a reserve
+    record, grid = {"growth": 200_000, "cache_bytes": 1}, {"context_length": 10, "batch_size": 2}
+    assert try_batches(side, record, ids, grid, side.model_bytes + 2_000_000) == (20, "computed from peak")
+    assert max(tried) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
