@@ -287,7 +287,7 @@ def test_a_search_that_free_memory_stops_is_called_computed(monkeypatch):
 
     monkeypatch.setattr(efficiency.Side, "measure_memory", peak)
     monkeypatch.setattr(efficiency, "available_bytes", lambda device: 1_000_000)  # 8 sequences and a reserve
-    record, grid = {"growth": 200_000, "cache_bytes": 1}, {"context_length": 10, "batch_size": 2}
+    record, grid = {"growth": 200_000, "model_bytes": side.model_bytes}, {"context_length": 10, "batch_size": 2}
     assert try_batches(side, record, ids, grid, side.model_bytes + 2_000_000) == (20, "computed from peak")
     assert max(tried) == 8
 
