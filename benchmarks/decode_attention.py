@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from rotatekv import results
 from rotatekv.kernels import cpu
@@ -58,11 +59,18 @@ def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:
     q = torch.randn(1, heads, 1, dim, dtype=torch.bfloat16)
     k, v = (torch.randn(1, kv_heads, tokens, dim, dtype=torch.bfloat16) for _ in range(2))
     wide = [x.float() for x in (q, k, v)]
-    sdpa = torch.nn.functional.scaled_dot_product_attention
+    sdpa, repeat = torch.nn.functional.scaled_dot_product_attention, heads // kv_heads
     size = k.nbytes + v.nbytes
+
+    def repeated(q: torch.Tensor, *kv: torch.Tensor) -> torch.Tensor:
+        """As transformers does where it does not hand ``enable_gqa`` on."""
+        return sdpa(q, *(repeat_kv(x, repeat) for x in kv))
+
     return {
         "sdpa bf16": (lambda: sdpa(q, k, v, enable_gqa=True), size),
+        "sdpa bf16 repeat_kv": (lambda: repeated(q, k, v), size),
         "sdpa fp32": (lambda: sdpa(*wide, enable_gqa=True), 2 * size),
+        "sdpa fp32 repeat_kv": (lambda: repeated(*wide), 2 * size),
         "grouped bf16 matmul": (lambda: grouped_attention(q, k, v), size),
     }
 
@@ -76,7 +84,7 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
 
 
 def milliseconds(steps: dict[str, Callable], seconds: float, least: int) -> dict[str, list[float]]:
-    """Sorted times of each step, run in turn until ``seconds`` are over and each ran ``least`` times."""
+    """Times of each step, run in turn until ``seconds`` are over and each ran ``least`` times; by round."""
     times = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -86,10 +94,11 @@ def milliseconds(steps: dict[str, Callable], seconds: float, least: int) -> dict
             start = time.perf_counter()
             step()
             times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: sorted(values) for name, values in times.items()}
+    return times
 
 
-def percentile(ordered: list[float], share: float) -> float:
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
 
 
@@ -132,16 +141,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not cpu.available():
         return 2
-    rows = [bandwidth_row()]
+    rows = [bandwidth_row() | {"by_fused": ""}]
     for shape in args.shapes.split(","):
         for tokens in map(int, args.lengths.split(",")):
             steps = {f"fused {args.bits}-bit": fused_step(shape, tokens, args.bits), **torch_steps(shape, tokens)}
             times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
-            fused = percentile(next(iter(times.values())), 0.5)
-            for name, ordered in times.items():
-                rows.append(row_of(shape, tokens, name, ordered, steps[name][1]))
-                ratio = percentile(ordered, 0.5) / fused
-                print(f"{shape:12} {tokens:7} {name:20} {percentile(ordered, 0.5):9.3f} ms  {ratio:6.2f}×", flush=True)
+            fused = next(iter(times.values()))
+            for name, found in times.items():
+                ratio = percentile([a / b for a, b in zip(found, fused, strict=True)], 0.5)  # of the same round
+                rows.append(row_of(shape, tokens, name, found, steps[name][1]) | {"by_fused": f"{ratio:.2f}"})
+                print(f"{shape:12} {tokens:7} {name:20} {percentile(found, 0.5):9.3f} ms  {ratio:6.2f}×", flush=True)
     machine = environment()
     rows = [{**row, **machine} for row in rows]
     print(f"bandwidth of a copy: {rows[0]['GB/s']} GB/s; {machine}")
