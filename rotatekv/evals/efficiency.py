@@ -238,7 +238,7 @@ def computed_batch(side: dict, batch_size: int, budget: int) -> tuple[int, str]:
 
 
 def largest_batch(fits: Callable[[int], bool | None], guess: int) -> tuple[int, bool]:
-    """Search from ``guess`` for the largest batch that fits.
+    """Search for the largest batch that fits, outward from ``guess`` in growing steps, then between.
 
     Args:
         fits: True, False, or None where it cannot be tried (then the search ends below it).
@@ -247,7 +247,7 @@ def largest_batch(fits: Callable[[int], bool | None], guess: int) -> tuple[int, 
         the batch (0: not even one), and whether the one above it was really seen not to fit.
     """
     low, high, seen = 0, None, False  # low fits, high does not
-    batch = max(guess, 1)
+    batch, step = max(guess, 1), 1
     for _ in range(_MOST_TRIES):
         answer = fits(batch)
         if answer:
@@ -256,7 +256,10 @@ def largest_batch(fits: Callable[[int], bool | None], guess: int) -> tuple[int, 
             high, seen = batch, answer is False
         if high is not None and high - low <= 1:
             break
-        batch = 2 * low if high is None else (low + high) // 2
+        if low and high is not None:
+            batch = (low + high) // 2
+        else:
+            batch, step = low + step if low else max(high - step, 1), 2 * step
     return low, seen and high - low <= 1
 
 
