@@ -304,7 +304,7 @@ def test_nothing_is_parked_on_the_patched_modules(preset, tiny):
         if preset not in ("RotateKV2", "QuaRot2"):  # which hold the originals of the folded weights
             groups = 2 * 48 * 4 * (preset != "FP16")  # each channel's group, int32, of keys and values, per layer
             signs_and_levels = (16 + 4 + 4) * 4  # float32
-            own = signs_and_levels if preset == "TurboQuant2" else groups
+            own = {"TurboQuant2": signs_and_levels, "KIVI2": groups // 2}.get(preset, groups)  # KIVI: of values alone
             assert bytes_of_every_tensor_reachable(tiny) == stock + 2 * own
         before, names = bytes_of_every_tensor_reachable(tiny), [set(vars(module)) for module in tiny.modules()]
         kept = tiny(token_ids(2, 300)).past_key_values

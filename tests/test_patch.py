@@ -176,6 +176,8 @@ def test_other_reorder_indices_make_another_cache(tiny, tmp_path):
 class Unrounded(RotateKV):
     """RotateKV with every transform and no rounding: folded, unfolded and stock logits must then agree."""
 
+    can_fuse, key_form, value_form = False, None, None  # no kernel reads plain tensors
+
     def encode_keys(self, channels):
         return {"raw": channels.clone()}
 
