@@ -49,7 +49,7 @@ def attention_forward(
     query, key, value = project_qkv(self, hidden_states)  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
     dropout = self.attention_dropout if self.training else 0.0
     if self.config._attn_implementation == "sdpa" and not dropout and cache.attends(self.layer_idx, query):
-        # A few new tokens: one kernel reads the packed cache (rotatekv/kernels/cpu/).
+        # A few new tokens: one kernel reads the packed cache (rotatekv/kernels/).
         output = cache.attend(
             query, key, value, self.layer_idx, self.scaling, lambda x: rope(x, *position_embeddings)
         )  # (B, H, T, D)

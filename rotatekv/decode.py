@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -29,20 +28,17 @@ class FusedCall:
     first: torch.Tensor
     length: int
     source: RopeSource
-    _made: dict = field(default_factory=dict, repr=False)
+    _kernels: dict[torch.device, ModuleType | None] = field(default_factory=dict, repr=False)
 
     def kernels(self, device: torch.device) -> ModuleType | None:
         """``kernels_on``, asked once for a device."""
-        return self._once(("kernels", device), lambda: kernels_on(device))
+        if device not in self._kernels:
+            self._kernels[device] = kernels_on(device)
+        return self._kernels[device]
 
     def rope(self, device: torch.device) -> RopeTables:
         """Tables for every position of the call."""
-        return self._once(("rope", device), lambda: self.source.tables(self.length, device))
-
-    def _once(self, key: tuple, make: Callable[[], object]):
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return self.source.tables(self.length, device)
 
 
 class RopeSource:

@@ -68,7 +68,7 @@ class PatchHandle:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        if hasattr(self.model, _HANDLE):
+        if is_patched(self.model):
             unpatch_model(self.model)
 
 
@@ -94,7 +94,7 @@ def patch_model(
     check_transformers_version()
     config = resolve_config(config)
     text_model = find_text_model(model)
-    if hasattr(model, _HANDLE) or hasattr(text_model, _HANDLE):
+    if is_patched(model) or is_patched(text_model):
         raise UserError("the model is patched already: call unpatch_model(model) first")
     check_supported(text_model)
     methods = build_methods(model, text_model, config, calibration_file)

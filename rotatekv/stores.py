@@ -140,6 +140,14 @@ class StoredOrder:
         inverse = torch.argsort(position_of_channel)
         return cls(*map(Constant, (position_of_channel, inverse, position_of_channel.to(torch.int32))))
 
+    def stored(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) channels as they are quantized → as they lie in the blocks."""
+        return x.index_select(-1, self.channel_at_position.on(x.device))
+
+    def quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``stored``."""
+        return x.index_select(-1, self.position_of_channel.on(x.device))
+
 
 class CodeStore(Store):
     """Codes in the bit planes of ``kernels/layout.py``, ``bits`` per code: what a kernel can read."""
@@ -147,6 +155,11 @@ class CodeStore(Store):
     def __init__(self, bits: int):
         super().__init__()
         self.bits = bits
+
+    def missing_blocks(self, tokens: int) -> int:
+        """How many more blocks ``tokens`` more tokens need."""
+        held = self.tensors["low"].shape[1] if self.tensors else 0
+        return -(-(self.length + tokens) // BLOCK) - held
 
     def heads(self, form: HeadForm, room: int, kernels: ModuleType) -> torch.Tensor:
         """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set."""
@@ -192,18 +205,17 @@ class BlockStore(CodeStore):
         self.length += channels.shape[1]
 
     def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.order is None else x.index_select(-1, self.order.channel_at_position.on(x.device))
+        return x if self.order is None else self.order.stored(x)
 
     def from_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.order is None else x.index_select(-1, self.order.position_of_channel.on(x.device))
+        return x if self.order is None else self.order.quantized(x)
 
     def reserve(self, batch: int, tokens: int, channels: int, device: torch.device) -> None:
         """Make room for ``tokens`` more tokens."""
-        held = self.tensors["low"].shape[1] if self.tensors else 0
-        missing = -(-(self.length + tokens) // BLOCK) - held
+        missing = self.missing_blocks(tokens)
         if missing > 0:
             fresh = allocate_blocks(batch, missing, channels, channels // self.group_size, self.bits, device)
-            if held:
+            if self.tensors:
                 fresh = Blocks({name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()})
             self.tensors = fresh
 
@@ -247,8 +259,7 @@ class PlaneStore(CodeStore):
         codes = new["codes"]
         self._check_whole(codes.shape[1])
         batch, tokens, channels = codes.shape
-        held = self.tensors["low"].shape[1] if self.tensors else 0
-        missing = -(-(self.length + tokens) // BLOCK) - held
+        missing = self.missing_blocks(tokens)
         grown = {name: x for name, x in new.items() if name != "codes"}
         if missing > 0:
             grown |= allocate_planes(batch, missing, channels, self.bits, codes.device)

@@ -97,3 +97,9 @@ def tiny_text(tokens: int, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.multinomial(1.0 / torch.arange(1.0, 121.0), tokens, replacement=True, generator=generator)
     return " ".join(f"w{number}" for number in numbers.tolist())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved tiny llama and its tokenizer; test files that need another one have a ``folder`` of their own."""
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")

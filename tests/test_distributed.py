@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_text
+from conftest import tiny_text
 from tqdm import tqdm
 
 import GSM8K_evaluation
@@ -36,11 +36,6 @@ def one_thread():
     torch.set_num_threads(1)  # as torchrun gives its processes: the numbers are to be equal, not close
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 def environment(**more) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_text
+from conftest import tiny_text
 
 import PPL_evaluation
 from rotatekv import patch_model
@@ -25,11 +25,6 @@ from rotatekv.evals.texts import load_text, tokenize, windows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_REORDER = ["--Outlier_Aware_Key_Rotation", "False"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")

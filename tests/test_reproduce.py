@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_text
+from conftest import tiny_text
 
 import PPL_evaluation
 import reproduce
@@ -29,11 +29,6 @@ from rotatekv.external import EXTERNAL
 from rotatekv.methods import LayerGeometry
 
 WINDOW, WINDOWS = 32, 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")

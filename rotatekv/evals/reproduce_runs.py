@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rotatekv.calibration import has_statistics, model_slug
 from rotatekv.cli import evaluation_parser, method_from_args
-from rotatekv.config import PRESETS
+from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.reproduce_plan import Calibration, Cell
 from rotatekv.external import EXTERNAL
@@ -78,7 +78,7 @@ class Runs:
         """
         if cell.calibration is not None or cell.method in EXTERNAL or cell.model == RANDOM_LLAVA:
             return cell
-        quant = method_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])[1]
+        _, quant = _method_of(cell)
         name = {**ALIASES, **VISION_ALIASES}.get(cell.model, cell.model)
         kind = method_class(quant).statistics_kind(quant)
         if kind is None or has_statistics(kind, name):
@@ -128,7 +128,7 @@ class Runs:
             wanted["dtype"] = self.dtype
         if cell.method in EXTERNAL:
             return wanted | {"method": cell.method, "quant": EXTERNAL[cell.method].settings(), "external": True}
-        name, quant = method_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])
+        name, quant = _method_of(cell)
         wanted |= {"method": name, "quant": quant.to_dict()}
         skeleton = self.skeleton(cell.model)
         if skeleton is not None:
@@ -174,6 +174,11 @@ class Runs:
             return metrics["n"] >= self.limit
         limit = re.search(r"--limit[ =](\d+)", metrics.get("argv", ""))
         return limit is not None and int(limit[1]) >= self.limit
+
+
+def _method_of(cell: Cell) -> tuple[str, QuantConfig]:
+    """What the script makes of the cell's flags; not of an external method."""
+    return method_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])
 
 
 def shown(command: Sequence[str]) -> str:

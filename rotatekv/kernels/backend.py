@@ -35,17 +35,14 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     Raises:
         UserError: the backend asked for does not run on this device.
     """
-    name = backend()
-    if name == "reference" or torch.compiler.is_compiling():
+    asked = backend()
+    if asked == "reference" or torch.compiler.is_compiling():
         return None
-    if name is None:
-        name = "cpu" if device.type == "cpu" else "triton"
-    elif name == "cpu" and device.type != "cpu":
-        raise UserError(f"ROTATEKV_BACKEND=cpu reads no tensors on {device}: leave it out, or choose another")
-    elif name == "triton" and not triton.available(device):
-        raise UserError(f"ROTATEKV_BACKEND=triton does not run on {device}: {triton.needs()}")
-    elif name == "cpu" and not cpu.available():
-        raise UserError("ROTATEKV_BACKEND=cpu needs g++ and ROTATEKV_CPU_KERNEL not off: mend that, or leave it out")
-    if name == "cpu":
-        return cpu if cpu.available() else None
-    return triton if triton.available(device) else None
+    if (asked or ("cpu" if device.type == "cpu" else "triton")) == "cpu":
+        package, runs = cpu, device.type == "cpu" and cpu.available()
+        needs = "g++, ROTATEKV_CPU_KERNEL not off, and tensors on the CPU"
+    else:
+        package, runs, needs = triton, triton.available(device), triton.needs()
+    if asked and not runs:
+        raise UserError(f"ROTATEKV_BACKEND={asked} needs {needs} (these are on {device}): mend that, or leave it out")
+    return package if runs else None

@@ -6,6 +6,7 @@ import torch
 
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
 
 def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
@@ -13,6 +14,13 @@ def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, .
     if not isinstance(x, torch.Tensor) or x.dim() != dimensions:
         raise ValueError(f"{name}: a tensor of {dimensions} dimensions is needed")
     return tuple(x.shape)
+
+
+def rope_planes(rope: RopeTables) -> tuple[int, int, dict[str, tuple[int, int]]]:
+    """Rows of the coarse tables, rotary_dim / 2, and the shape that each table must have."""
+    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
+    coarse, fine = (rows, half), (half, FINE_POSITIONS)
+    return rows, half, {"coarse_cos": coarse, "coarse_sin": coarse, "fine_cos": fine, "fine_sin": fine}
 
 
 def packed_planes(

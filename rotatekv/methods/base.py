@@ -16,6 +16,10 @@ from rotatekv.transforms import channels_to_heads, heads_to_channels
 
 Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as calibration.py loads them
 
+_NEUTRAL = {  # what a flag must be for a method that has no use for it; a switch: False
+    "k_groupsize": None, "v_groupsize": None, "k_clip_ratio": 1.0, "v_clip_ratio": 1.0, "head_group_num": 1,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -106,11 +110,10 @@ class KVMethod(ABC):
             )
 
     def _refuse_unused_flags(self) -> None:
-        name = type(self).__name__
-        neutral = {"k_groupsize": None, "v_groupsize": None, "k_clip_ratio": 1.0, "v_clip_ratio": 1.0}
-        given = [flag for flag in self.unused_flags if getattr(self.config, flag) != neutral.get(flag, False)]
+        given = [flag for flag in self.unused_flags if getattr(self.config, flag) != _NEUTRAL.get(flag, False)]
         if given:
-            raise UserError(f"{name} has no use for {', '.join(given)}: leave that out, or take another method")
+            flags = ", ".join(given)
+            raise UserError(f"{type(self).__name__} has no use for {flags}: leave out {flags}, or take another method")
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return heads_to_channels(keys)  # (B, T, H_kv·D)

@@ -6,18 +6,15 @@ import math
 
 import torch
 
-from rotatekv.config import PRESETS, QuantConfig
+from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
+from rotatekv.methods.rtn import ROTATION_FLAGS
 from rotatekv.nonuniform import nearest_level, split_values
 from rotatekv.stores import PlaneStore
 
 OUTLIER_SHARE = 0.01  # of all numbers (section 3.4)
 _MOST_CHANNELS = 2**15  # int16 names an outlier's channel
-_UNUSED = (
-    "k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio", "head_group_num",
-    "Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights",
-)  # fmt: skip
 
 
 class KVQuant(KVMethod):
@@ -43,13 +40,11 @@ class KVQuant(KVMethod):
     # 32 bits a number, and every place is used.
     # PAPER: Q-Norm of its first versions is left out, as its last version does.
 
+    unused_flags = (*ROTATION_FLAGS, "k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio", "head_group_num")
     keys_before_rope = True
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
-        unused = [name for name in _UNUSED if getattr(config, name) != getattr(PRESETS["KVQuant2"], name)]
-        if unused:
-            raise UserError(f"KVQuant has neither groups of channels nor rotations: leave out {', '.join(unused)}")
         if not 1 < layer.channels <= _MOST_CHANNELS:
             raise UserError(f"KVQuant takes 2 to {_MOST_CHANNELS} key channels a layer, not {layer.channels}")
         self.outliers = outliers_per_token(layer.channels)

@@ -34,7 +34,7 @@ class RotateKV(RTN):
         self.keys_before_rope = config.Grouped_Head_Key_Rotation
         self.heads_per_group = key_heads_per_group(config, layer)
         self.key_width = self.heads_per_group * layer.head_dim
-        self.order = self.inverse_order = None
+        self.order = None
         if config.Outlier_Aware_Key_Rotation:
             if not config.Grouped_Head_Key_Rotation:
                 raise UserError(
@@ -42,11 +42,10 @@ class RotateKV(RTN):
                     "switch both off, or both on"
                 )
             (self.order,) = self.use_statistics(statistics, "reorder_index")
-            self.inverse_order = torch.argsort(self.order)
             # Blocks hold keys in Hadamard order, so that a kernel reads without an inverse permutation
             # (kernels/layout.py); a stored channel's group is then that of its reordered place.
             self.stored_order = StoredOrder.of(self.order)
-            self.group_of_channel = Constant(self.group_of_channel.tensor[self.inverse_order])
+            self.group_of_channel = Constant(self.stored_order.stored(self.group_of_channel.tensor))
 
     @classmethod
     def statistics_kind(cls, config: QuantConfig) -> str | None:
@@ -57,8 +56,8 @@ class RotateKV(RTN):
         return channels if self.layer.keys_folded else self.transform_key_channels(channels.float())
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
-        if self.inverse_order is not None:
-            channels = channels.index_select(-1, self.inverse_order.to(channels.device))
+        if self.stored_order is not None:
+            channels = self.stored_order.stored(channels)
         rotated = rotate_channels(channels.float(), self.key_width, inverse=True)  # (B, T, H_kv·D)
         return channels_to_heads(rotated, self.layer.head_dim)  # (B, H_kv, T, D)
 
@@ -78,7 +77,7 @@ class RotateKV(RTN):
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Rotation then reorder of (..., H_kv·D) key channels; what ``fuse_weights`` folds into ``k_proj``."""
         rotated = self.rotate_key_channels(channels)
-        return rotated if self.order is None else rotated.index_select(-1, self.order.to(channels.device))
+        return rotated if self.stored_order is None else self.stored_order.quantized(rotated)
 
     def transform_value_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Per-head rotation of (..., n·D) channels; folded into ``v_proj``'s rows and ``o_proj``'s columns."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from rotatekv.config import QuantConfig
@@ -44,11 +46,11 @@ class RTN(KVMethod):
         """Whether reading undoes the values' rotation; ``o_proj`` does where it is folded."""
         return self.rotates and not self.layer.values_folded
 
-    @property
+    @cached_property
     def key_form(self) -> HeadForm:
         return HeadForm(self.layer.head_dim, self.group_of_channel, self.key_width, self.key_tokens_per_scale)
 
-    @property
+    @cached_property
     def value_form(self) -> HeadForm:
         width = self.layer.head_dim if self.unrotates_values else 0
         return HeadForm(self.layer.head_dim, self.value_group_of_channel, width)

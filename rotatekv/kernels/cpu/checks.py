@@ -6,13 +6,11 @@ from functools import lru_cache
 
 import torch
 
-from rotatekv.kernels.checks import packed_planes, shape_of
+from rotatekv.kernels.checks import packed_planes, rope_planes
 from rotatekv.kernels.cpu.arguments import PackedPointers
 from rotatekv.kernels.layout import Blocks
 from rotatekv.kernels.reference import Packed
-from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
-
-_ROPE_TABLES = ("coarse_cos", "coarse_sin", "fine_cos", "fine_sin")
+from rotatekv.kernels.rope_tables import RopeTables
 
 
 def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> int:
@@ -34,19 +32,18 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
 
 def rope_pointers(rope: RopeTables) -> dict[str, int]:
     """The fields that say where a model's rope tables lie; their shapes are checked once for all calls."""
-    rows, half = _check_rope(rope)
-    addresses = {name: getattr(rope, name).data_ptr() for name in _ROPE_TABLES}
+    rows, half, names = _check_rope(rope)
+    addresses = {name: getattr(rope, name).data_ptr() for name in names}
     return {"rotary_dim": 2 * half, "coarse_rows": rows, **addresses}
 
 
 @lru_cache(maxsize=8)
-def _check_rope(rope: RopeTables) -> tuple[int, int]:
-    """Rows of the coarse tables, and rotary_dim / 2."""
-    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
-    for name in _ROPE_TABLES:
-        shape = (rows, half) if name.startswith("coarse") else (half, FINE_POSITIONS)
+def _check_rope(rope: RopeTables) -> tuple[int, int, tuple[str, ...]]:
+    """Rows of the coarse tables, rotary_dim / 2, and the tables' names."""
+    rows, half, shapes = rope_planes(rope)
+    for name, shape in shapes.items():
         pointer(getattr(rope, name), torch.float32, shape, name)
-    return rows, half
+    return rows, half, tuple(shapes)
 
 
 def packed_pointers(

@@ -40,7 +40,7 @@ def available(device: torch.device | str = "cuda") -> bool:
 
 def needs() -> str:
     """What the kernels need, for an error's line."""
-    return f"it needs triton and a GPU of sm_{10 * _OLDEST_GPU} or later, or TRITON_INTERPRET=1 for tensors on the CPU"
+    return f"triton and a GPU of sm_{10 * _OLDEST_GPU} or later, or TRITON_INTERPRET=1 for tensors on the CPU"
 
 
 @lru_cache(maxsize=64)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.checks import packed_planes, shape_of
+from rotatekv.kernels.checks import packed_planes, rope_planes, shape_of
 from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
-from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
+from rotatekv.kernels.rope_tables import RopeTables
 
 
 def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: torch.device, name: str) -> None:
@@ -46,11 +46,10 @@ def check_rope(rope: RopeTables | None, head_dim: int, positions: int, device: t
     """Tables that reach ``positions`` and turn no more than a head."""
     if rope is None:
         return
-    rows, half = shape_of(rope.coarse_cos, 2, "coarse_cos")
+    rows, half, shapes = rope_planes(rope)
     if not 0 < 2 * half <= head_dim or rows * BLOCK < positions:
         raise ValueError(f"rope tables of {rows * BLOCK} positions and {2 * half} channels are too short or too wide")
-    for name, shape in (("coarse_cos", (rows, half)), ("coarse_sin", (rows, half)),
-                        ("fine_cos", (half, FINE_POSITIONS)), ("fine_sin", (half, FINE_POSITIONS))):  # fmt: skip
+    for name, shape in shapes.items():
         check(getattr(rope, name), torch.float32, shape, device, name)
 
 
