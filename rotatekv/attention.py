@@ -101,7 +101,7 @@ def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor,
 
 
 def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Pre-hook of a decoder layer: on a cache's first call, name the tokens that stay unquantized (section 4.3)."""
+    """Pre-hook of a decoder layer: on a cache's first call, name the tokens that stay unquantized."""
     cache = find_cache(kwargs)
     if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
         return

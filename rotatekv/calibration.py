@@ -1,4 +1,4 @@
-"""What methods take from a calibration text: reorder indices (paper section 4.2) made; all kinds stored and checked.
+"""What methods take from a calibration text: reorder indices made; all kinds stored and checked.
 
 Each kind of statistics has a file of its own per model, ``reorder_indices/<model><suffix>.safetensors``. A method names
 its kind (``KVMethod.statistics_kind``) and gets the tensors of its layer by name. To add tensors to a kind: name them

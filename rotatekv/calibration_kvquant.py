@@ -1,4 +1,4 @@
-"""KVQuant's statistics (arXiv 2401.18079, sections 3.1 and 3.3) of a model: key ranges and Fisher-weighted levels."""
+"""KVQuant's statistics (arXiv 2401.18079) of a model: key ranges and Fisher-weighted levels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def collect_key_ranges(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Middle and half-width of each pre-RoPE key channel's range without its 1 % outliers, half on either side.
 
-    The first token of a window, which stays in 16 bits, does not count (section 3.5).
+    The first token of a window, which stays in 16 bits, does not count.
 
     Args:
         model: not patched.

@@ -23,7 +23,7 @@ class QuantConfig:
             takes head_dim. Must divide ``num_key_value_heads * head_dim`` (keys) and ``head_dim`` (values).
             For ``kivi``, k_groupsize counts consecutive tokens of one channel, any number of them; ``None`` takes 32.
         k_clip_ratio, v_clip_ratio: factor on the group's maximum and minimum, in (0, 1] (paper: 0.8 at 2 bits).
-        head_group_num: key heads rotated together (paper section 4.1: 4). The largest divisor of
+        head_group_num: key heads rotated together (paper: 4). The largest divisor of
             ``num_key_value_heads`` up to it with a Hadamard matrix is taken; 1 rotates each head alone.
         Grouped_Head_Key_Rotation: rotate groups of heads before RoPE. ``False`` is where the paper's ablation
             starts: one Hadamard per head on the keys after RoPE, as in QuaRot.
@@ -98,12 +98,12 @@ def _plain_rounding(bits: int) -> QuantConfig:
 
 
 def _kivi(bits: int) -> QuantConfig:
-    # KIVI (arXiv 2402.02750, section 4.1): groups of 32, and a residual of 128 tokens.
+    # KIVI (arXiv 2402.02750, experimental settings): groups of 32, and a residual of 128 tokens.
     return replace(_plain_rounding(bits), method="kivi", k_groupsize=32, v_groupsize=32, residual_length=128)
 
 
 def _quarot(bits: int) -> QuantConfig:
-    # QuaRot (arXiv 2404.00456, section 5): the cache's clip ratio is 0.95.
+    # QuaRot (arXiv 2404.00456, experimental setup): the cache's clip ratio is 0.95.
     return replace(_plain_rounding(bits), method="quarot", k_clip_ratio=0.95, v_clip_ratio=0.95, fuse_weights=True)
 
 

@@ -1,4 +1,4 @@
-"""Non-uniform levels of KVQuant (arXiv 2401.18079, section 3.3): rounding to them, and choosing them by k-means."""
+"""Non-uniform levels of KVQuant (arXiv 2401.18079, nuqX): rounding to them, and choosing them by k-means."""
 
 from __future__ import annotations
 

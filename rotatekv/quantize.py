@@ -1,4 +1,4 @@
-"""Asymmetric group quantization of numbers along the last dimension (paper section 3, equation 1)."""
+"""Asymmetric group quantization of numbers along the last dimension."""
 
 from __future__ import annotations
 

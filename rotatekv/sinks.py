@@ -1,4 +1,4 @@
-"""Attention-Sink-Aware quantization: the tokens that stay unquantized, by massive activations (paper section 4.3)."""
+"""Attention-Sink-Aware quantization: the tokens that stay unquantized, by massive activations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sinks_of(
 def first_tokens(
     hidden_states: torch.Tensor, count: int, token_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ``count`` tokens of each sequence, padding left out (KVQuant, arXiv 2401.18079, section 3.5: one).
+    """The first ``count`` tokens of each sequence, padding left out (KVQuant, arXiv 2401.18079: one).
 
     Args, returns: as ``detect_sinks``.
     """

@@ -77,7 +77,7 @@ def head_group_size(num_key_value_heads: int, head_dim: int, requested: int) -> 
 
 
 def rotate_channels(x: torch.Tensor, width: int, inverse: bool = False) -> torch.Tensor:
-    """Rotate each run of ``width`` consecutive channels: Pre-RoPE Grouped-Head Rotation for width G·D (section 4.1).
+    """Rotate each run of ``width`` consecutive channels: Pre-RoPE Grouped-Head Rotation for width G·D.
 
     Args:
         x: (..., C) with ``width`` dividing C.

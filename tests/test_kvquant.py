@@ -179,7 +179,7 @@ def quantized_by_hooks(model, bits: int) -> torch.nn.Module:
 
             def replaced(module, args, output, reference=reference, stats=stats):
                 x = torch.from_numpy(reference(output.double().numpy(), stats, bits)).float()
-                x[:, 0] = output[:, 0].half().float()  # section 3.5
+                x[:, 0] = output[:, 0].half().float()  # the attention sink
                 return x
 
             getattr(layer.self_attn, name).register_forward_hook(replaced)

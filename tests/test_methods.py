@@ -173,7 +173,7 @@ def test_quarot_folds_the_rotation_of_the_values_and_no_other():
 
 
 def test_quarot_spreads_outliers_and_saves_error():
-    """Incoherence, √D·max|x| / |x| (section 3), of channels of very different sizes, before and after the rotation."""
+    """Incoherence, √D·max|x| / |x| (QuIP), of channels of very different sizes, before and after the rotation."""
     spread = torch.exp(torch.randn(DIM, generator=torch.Generator().manual_seed(1))).double()
     keys, codec = random_heads(64) * spread, codec_of("QuaRot4")
 

@@ -15,7 +15,7 @@ DEFAULT_GROUP = 32  # tokens
 
 
 class KIVI(RTN):
-    """Asymmetric rounding of post-RoPE keys per channel and of values per token (section 3.2, algorithm 1).
+    """Asymmetric rounding of post-RoPE keys per channel and of values per token (its algorithm 1).
 
     A channel of ``k_groupsize`` consecutive tokens shares a scale and a zero point, so that a channel that is large
     for every token costs the others nothing. The last ``residual_length`` tokens wait in 16 bits, and leave that

@@ -13,21 +13,21 @@ from rotatekv.methods.rtn import ROTATION_FLAGS
 from rotatekv.nonuniform import nearest_level, split_values
 from rotatekv.stores import PlaneStore
 
-OUTLIER_SHARE = 0.01  # of all numbers (section 3.4)
+OUTLIER_SHARE = 0.01  # of all numbers (Dense-and-Sparse Quantization)
 _MOST_CHANNELS = 2**15  # int16 names an outlier's channel
 
 
 class KVQuant(KVMethod):
     """Dense-and-sparse quantization to non-uniform levels ("nuq").
 
-    Keys (sections 3.1, 3.2): before RoPE, each channel is shifted and scaled to [-1, 1] by its calibrated range.
-    Values: each token, all heads together, by its own range, found as it is written. Both are rounded to the nearest of
-    2^bits levels of the layer (section 3.3), one set for keys and one for values.
+    Keys: before RoPE, each channel is shifted and scaled to [-1, 1] by its calibrated range. Values: each token, all
+    heads together, by its own range, found as it is written. Both are rounded to the nearest of 2^bits levels of the
+    layer (nuqX), one set for keys and one for values.
 
-    Outliers (section 3.4): the ceil(1 % of H_kv·D) numbers of a token farthest outside their channel's range (keys) or
-    from the token's median (values, left out of its range) are stored in float16 with their channel, and replace the
-    decoded numbers.
-    The first token stays in 16 bits (section 3.5): the presets' ``sink_selection``.
+    Outliers (dense-and-sparse): the ceil(1 % of H_kv·D) numbers of a token farthest outside their channel's range
+    (keys) or from the token's median (values, left out of its range) are stored in float16 with their channel, and
+    replace the decoded numbers.
+    The first token stays in 16 bits (attention-sink-aware): the presets' ``sink_selection``.
 
     A token stores, per kind, ``codes`` (C,), ``outliers`` (n,) float16 and ``outlier_channels`` (n,) int16, and for
     values ``offset`` and ``scale`` (1,) float16. The statistics belong to the codec:

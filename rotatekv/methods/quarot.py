@@ -8,8 +8,8 @@ from rotatekv.methods.rotatekv import RotateKV
 class QuaRot(RotateKV):
     """Its KV-cache quantization alone: RotateKV without grouped heads, reordering and sinks.
 
-    Keys are rotated head by head after RoPE, values head by head in the weights (section 4, stage 2c), then each token
-    is quantized asymmetrically in groups of head_dim, 128 in the paper, with a clip ratio of 0.95 (section 5, setup).
+    Keys are rotated head by head after RoPE, values head by head in the weights (stage 2c), then each token
+    is quantized asymmetrically in groups of head_dim, 128 in the paper, with a clip ratio of 0.95 (experimental setup).
     """
 
     # PAPER: queries are rotated as well and keys stay so; here keys are rotated back on read, which gives the same

@@ -20,8 +20,8 @@ from rotatekv.transforms import (
 class RotateKV(RTN):
     """Round-to-nearest in the rotated and reordered space.
 
-    Keys (section 4.1, Pre-RoPE Grouped-Head Rotation): the heads are cut into groups of G; the G·D channels of a group
-    are multiplied by one Hadamard matrix, before RoPE. Section 4.2, Outlier-Aware Rotation: the layer's channels are
+    Keys, Pre-RoPE Grouped-Head Rotation: the heads are cut into groups of G; the G·D channels of a group
+    are multiplied by one Hadamard matrix, before RoPE. Outlier-Aware Rotation: the layer's channels are
     then permuted so that channels of like size share a scale. Values: one Hadamard per head.
     What is folded into the projection weights is skipped on write (values: on read as well, ``o_proj`` undoes it).
     """
@@ -71,7 +71,7 @@ class RotateKV(RTN):
         return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
 
     def rotate_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """Pre-RoPE Grouped-Head Rotation of (..., H_kv·D) key channels (section 4.1)."""
+        """Pre-RoPE Grouped-Head Rotation of (..., H_kv·D) key channels."""
         return rotate_channels(channels, self.key_width)
 
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:

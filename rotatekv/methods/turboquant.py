@@ -26,7 +26,7 @@ class TurboQuant(KVMethod):
 
     ``y = Π·x / |x|`` lies on the unit sphere whatever x was, so each coordinate follows one known distribution
     (lemma 1); it is rounded to the nearest of the 2^bits levels that are best for it. Stored are the codes and |x|;
-    ``x̂ = |x|·Πᵀ·levels[code]``, the norm in floating point as in section 1.1. The paper does not scale the vector of
+    ``x̂ = |x|·Πᵀ·levels[code]``, the norm in floating point as there. The paper does not scale the vector of
     levels to length 1, so neither does this.
 
     Keys and values lie in a ``PlaneStore`` each: the planes, and ``norm`` (B, T, H_kv) float16.
@@ -97,7 +97,7 @@ class TurboQuant(KVMethod):
 def sphere_levels(dimension: int, bits: int) -> tuple[float, ...]:
     """The 2^bits levels with the least mean squared error for one coordinate of a uniform point on the unit sphere.
 
-    Lloyd-Max iterations (section 3.1, equation 4) on the exact density (lemma 1), proportional to
+    Lloyd-Max iterations on the exact density (lemma 1), proportional to
     ``(1 − x²)^((D − 3) / 2)`` on [−1, 1], integrated by the trapezoidal rule; to about 1e-6 of the standard deviation.
 
     Args:
