@@ -281,6 +281,7 @@ def test_methods_come_from_what_is_registered(monkeypatch):
 def test_the_scripts_take_every_flag_of_a_cell(table):
     (cell,) = method_cells(table, ["smollm2-135m"], ["RTN2"], Options(limit=2, shared=("--data_dir", "x")), {})
     args = importlib.import_module(cell.script.removesuffix(".py")).parse_args(list(cell.flags))
+    assert {cell: "found by"}[cell]  # a table looks its runs up by cell
     assert args.limit == 2 and args.data_dir == "x" and method_from_args(args)[0] == "RTN2"
     for name, value in cell.protocol:
         if name not in ("dataset", "context_lengths", "depths"):

@@ -148,7 +148,7 @@ def _generation_cell(table: str, model: str, method: str, options: Options) -> C
     else:
         lengths = parse_grid(options.context_lengths, "context_lengths", lowest=1)
         depths = parse_grid(options.depths, "depths", lowest=0, highest=100)
-        protocol = {"needle_type": options.needle_type, "context_lengths": lengths, "depths": depths}
+        protocol = {"needle_type": options.needle_type, "context_lengths": tuple(lengths), "depths": tuple(depths)}
         protocol["max_new_tokens"] = new_tokens or 50
         metric = NEEDLE_TYPES[options.needle_type].measure
         flags = ["--needle_type", options.needle_type, "--context_lengths", options.context_lengths]
