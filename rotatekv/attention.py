@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAMES, find_cache
 from rotatekv.sinks import sinks_of
+from rotatekv.window import attend_with_own_windows
 
 
 def attention_forward(
@@ -55,11 +57,13 @@ def attention_forward(
         )  # (B, H, T, D)
         return self.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
     query = rope(query, *position_embeddings)
-    key, value = cache.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
+    key, value, flushed = cache.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
 
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, _modeling_module(self).eager_attention_forward
     )
+    if flushed is not None:  # packed by now, but the call's first queries have them in their recent window
+        attend = partial(attend_with_own_windows, attend, flushed)
     options = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     output, weights = attend(
         self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options

@@ -13,6 +13,7 @@ from rotatekv.cache_layer import RotateKVLayer
 from rotatekv.config import QuantConfig
 from rotatekv.decode import FusedCall
 from rotatekv.methods import KVMethod
+from rotatekv.window import FlushedTokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class RotateKVCache(Cache):
         call = self.fused_call
         if call is None or needs_gradient:
             return False
-        return self.layers[layer_idx].can_attend(call.kernels(query.device))
+        return self.layers[layer_idx].can_attend(call.kernels(query.device), query.shape[2])
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer_idx: int, scaling: float, rope_new
@@ -101,22 +102,21 @@ class RotateKVCache(Cache):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, rope=None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, FlushedTokens | None]:
         """See ``RotateKVLayer.update``; ``rope`` is the family's function of a tensor, cos and sin."""
         if rope is None or self._rope_table is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
         cos, sin = (table.to(key_states.device) for table in self._rope_table())
-        new = key_states.shape[-2]
-        keys, values = self.layers[layer_idx].update(
-            key_states,
-            value_states,
-            rope=lambda x: rope(x, cos, sin),
-            rope_new=lambda x: rope(x, cos[:, -new:], sin[:, -new:]),
-        )
+
+        def rope_from(x: torch.Tensor, start: int) -> torch.Tensor:
+            tokens = slice(start, start + x.shape[2])
+            return rope(x, cos[:, tokens], sin[:, tokens])
+
+        keys, values, flushed = self.layers[layer_idx].update(key_states, value_states, rope_from)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             keys = _NoGradient.apply(keys, key_states)
             values = _NoGradient.apply(values, value_states)
-        return keys, values
+        return keys, values, flushed
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

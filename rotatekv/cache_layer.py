@@ -14,6 +14,7 @@ from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
 from rotatekv.stores import CodeStore, HeadForm, Store
+from rotatekv.window import FlushedTokens, RecentWindow
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -55,35 +56,49 @@ class RotateKVLayer(CacheLayerMixin):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        rope: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        rope_new: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rope: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, FlushedTokens | None]:
         """Store T new tokens and return all of them as attention is to see them, their own quantization included.
 
         Args:
             key_states: (B, H_kv, T, D), before RoPE (folded weights: already rotated).
             value_states: (B, H_kv, T, D).
-            rope, rope_new: apply RoPE to all cached keys and to the T new keys.
+            rope: ``rope(keys, start)`` applies RoPE to consecutive keys, those of the tokens from ``start`` on.
 
         Returns:
-            post-RoPE keys and values, (B, H_kv, T_cached, D), in the dtype of the inputs.
+            post-RoPE keys and values, (B, H_kv, T_cached, D), in the dtype of the inputs, and the tokens this call has
+            packed that some of its own queries still see in their recent window; None: there are none.
         """
-        if rope is None or rope_new is None:
+        if rope is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
         # Autocast would round the rotations to its dtype, and cannot join float16 scales.
         with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             keys, values = key_states.detach(), value_states.detach()
-            kernels = kernels_on(keys.device)
-            self._write(keys if self.method.keys_before_rope else rope_new(keys), values, kernels)
-            keys, values = self._read(kernels)
-            keys = keys.to(self.dtype)
-            return (rope(keys) if self.method.keys_before_rope else keys), values.to(self.dtype)
+            kernels, window, length = kernels_on(keys.device), self._window(), self.get_seq_length()
+            windows_differ = window.differs(length, keys.shape[2])
+            flushed = self._write(keys if self.method.keys_before_rope else rope(keys, length), values, kernels)
+            read = self._as_attended(*self._read(kernels), rope, 0)
+            if not windows_differ:
+                return *read, None
+            keys, values = flushed  # (B, T_flushed, H_kv·D)
+            heads = self.method.keys_out(keys.float()), self.method.values_out(values.float())
+            return *read, FlushedTokens(window, *self._as_attended(*heads, rope, window.packed))
 
-    def can_attend(self, kernels: ModuleType | None) -> bool:
-        """Whether ``attend`` works with these kernels: the method has a fused form and codes are packed already."""
-        return self.method.can_fuse and self._are_read_by(kernels)
+    def _as_attended(self, keys: torch.Tensor, values: torch.Tensor, rope, start: int) -> tuple[torch.Tensor, ...]:
+        """Heads of the tokens from ``start`` on, as they were written → post-RoPE, in the dtype of the model."""
+        keys, values = keys.to(self.dtype), values.to(self.dtype)
+        return (rope(keys, start) if self.method.keys_before_rope else keys), values
+
+    def _window(self) -> RecentWindow:
+        method = self.method
+        return RecentWindow(method.config.residual_length, method.tokens_per_flush, self.packed_keys.length)
+
+    def can_attend(self, kernels: ModuleType | None, new_tokens: int) -> bool:
+        """Whether ``attend`` is right: the method has a kernel, codes are packed, all queries have one window."""
+        one_window = not self._window().differs(self.get_seq_length(), new_tokens)
+        return one_window and self.method.can_fuse and self._are_read_by(kernels)
 
     def _are_read_by(self, kernels: ModuleType | None) -> bool:
         if kernels is None or not self.packed_keys.length:
@@ -151,7 +166,10 @@ class RotateKVLayer(CacheLayerMixin):
             rows, columns, keys, values = rows[order], columns[order], keys[order], values[order]
         return ExactTokens(rows, columns, keys, values)
 
-    def _write(self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None) -> None:
+    def _write(
+        self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new tokens; what was packed by that, (B, T_flushed, H_kv·D) before it was."""
         keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
         if self.sink_rows is not None and self.sink_keys is None:
             self.sink_rows, self.sink_columns = self.sink_rows.to(keys.device), self.sink_columns.to(keys.device)
@@ -163,15 +181,16 @@ class RotateKVLayer(CacheLayerMixin):
         if keys.shape[1]:
             self.packed_keys.add(keys, self.method.encode_keys, kernels)
             self.packed_values.add(values, self.method.encode_values, kernels)
+        return keys, values
 
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
-        length, group = self.method.config.residual_length, self.method.tokens_per_flush
-        if not length and group == 1:
+        if not self._window().keeps_tokens:
             return new, None
         new = self._to_storage(new)
         recent = new if window is None else torch.cat([window, new], dim=1)
-        cut = max(recent.shape[1] - length, 0) // group * group
+        packed = self.packed_keys.length
+        cut = self._window().packed_of(packed + recent.shape[1]) - packed
         return recent[:, :cut], recent[:, cut:].clone()
 
     def _read(self, kernels: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,7 +135,7 @@ class _Keeper:
             if config.Attention_Sink_Aware:
                 first = config.sink_selection == "first"
                 layer.set_sinks(*(first_tokens(hidden_states, config.num_sink_entries) if first else self.sinks))
-            stored = layer.update(key, value, lambda x: rope(x, cos, sin), lambda x: rope(x, cos, sin))
+            stored = layer.update(key, value, lambda x, start: rope(x, cos, sin))[:2]
             errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]
             self._store("quantization_error", **{f"{name}.keys": errors[0], f"{name}.values": errors[1]})
 

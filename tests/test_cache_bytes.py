@@ -22,7 +22,7 @@ def test_bytes_against_16_bits_at_8k(kv_heads, head_dim, least):
     cache.begin_forward(torch.arange(TOKENS).view(1, -1), 1, None)
     layer, numbers = cache.layers[0], torch.randn(1, kv_heads, TOKENS, head_dim)
     layer.set_sinks(torch.zeros(20, dtype=torch.int32), torch.arange(0, 8000, 400, dtype=torch.int32))
-    layer.update(numbers, numbers, rope=lambda x: x, rope_new=lambda x: x)
+    layer.update(numbers, numbers, rope=lambda x, start: x)
     in_16_bits = 2 * 2 * kv_heads * head_dim * TOKENS
     assert layer.sink_keys.shape[0] == 20
     ratio = in_16_bits / cache.nbytes()  # positions included, though they are kept once for all layers

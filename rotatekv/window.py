@@ -1,0 +1,121 @@
+"""The recent window where several tokens come in one call: each query sees its own, as if tokens came one by one.
+
+A query at position i sees the last ``residual_length`` tokens in 16 bits, and those before them as they decode. A call
+of many tokens quantizes tokens that are still in the window of its first queries: these are kept in both forms until
+the call's attention is done. So a prefill, a prefill in chunks and a decode give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+QUERIES_AT_ONCE = 128  # their tokens in both forms, and their mask, are all that is held besides the keys and values
+
+
+@dataclass(frozen=True)
+class RecentWindow:
+    """How many tokens of a sequence are packed.
+
+    Args:
+        residual_length: tokens that stay in 16 bits, at least.
+        tokens_per_flush: the others are packed in multiples of it.
+        packed: tokens that are packed whatever the window says, as a crop may leave more of them.
+    """
+
+    residual_length: int
+    tokens_per_flush: int
+    packed: int = 0
+
+    @property
+    def keeps_tokens(self) -> bool:
+        return self.residual_length > 0 or self.tokens_per_flush > 1
+
+    def packed_of(self, length: int) -> int:
+        """Packed tokens of a sequence of ``length`` tokens, the newest included."""
+        whole = max(length - self.residual_length, 0) // self.tokens_per_flush * self.tokens_per_flush
+        return max(whole, self.packed)
+
+    def differs(self, length: int, new_tokens: int) -> bool:
+        """Whether ``new_tokens`` queries after ``length`` tokens see different tokens packed, but for themselves."""
+        return self.keeps_tokens and self.packed_of(length + 1) < self.packed_of(length + new_tokens)
+
+
+@dataclass(frozen=True)
+class FlushedTokens:
+    """Tokens that a call has packed, as its first queries are to see them.
+
+    Args:
+        window: as it was before the call; its ``packed`` is where these tokens start.
+        keys, values: (B, H_kv, T_flushed, D), post-RoPE, what they were in the window.
+    """
+
+    window: RecentWindow
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        return self.window.packed
+
+    @property
+    def end(self) -> int:
+        return self.start + self.keys.shape[2]
+
+
+def attend_with_own_windows(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    flushed: FlushedTokens,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``attend``, a Hugging Face attention function, with every query's own recent window.
+
+    Args:
+        query: (B, H, T, D), the last T tokens.
+        key, value: (B, H_kv, T_cached, D), the flushed tokens among them as they decode.
+        attention_mask: (B, 1, T, T_cached), bool or to be added; None: causal.
+
+    Returns:
+        (B, T, H, D), and the weights (B, H, T, T_cached) if ``attend`` gives them.
+    """
+    new, tokens = query.shape[2], key.shape[2]
+    outputs, all_weights = [], []
+    for first in range(0, new, QUERIES_AT_ONCE):
+        last = min(first + QUERIES_AT_ONCE, new)
+        seen = tokens - new + last  # by the last of these queries
+        here = torch.arange(tokens - new + first, seen, device=key.device)  # the queries' own tokens
+        packed = torch.tensor([flushed.window.packed_of(int(token) + 1) for token in here], device=key.device)
+        # As they decode, as they were in the window, and the tokens that are there still.
+        parts = (0, int(packed[-1])), (int(packed[0]), min(flushed.end, seen)), (flushed.end, seen)
+        columns = torch.cat([torch.arange(*part, device=key.device) for part in parts if part[0] < part[1]])  # (K,)
+        is_exact = torch.arange(len(columns), device=key.device) >= parts[0][1]
+        visible = (columns <= here[:, None]) & (is_exact == (columns >= packed[:, None]))  # (Q, K)
+        keys, values = (
+            torch.cat([x[:, :, slice(*parts[0])], old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],
+                       x[:, :, slice(*parts[2])]], dim=2)
+            for x, old in ((key, flushed.keys), (value, flushed.values))
+        )  # fmt: skip
+        mask = _with_mask(attention_mask, slice(first, last), columns, visible)
+        output, weights = attend(module, query[:, :, first:last], keys, values, mask, **options)
+        outputs.append(output)
+        if weights is not None:  # a token has weight in one form alone
+            whole = weights.new_zeros(*weights.shape[:3], tokens)
+            all_weights.append(whole.index_add_(-1, columns, weights))
+    return torch.cat(outputs, dim=1), torch.cat(all_weights, dim=2) if all_weights else None
+
+
+def _with_mask(mask: torch.Tensor | None, queries: slice, columns: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """The caller's mask for these queries and columns, and what is not ``visible`` hidden; (B or 1, 1, Q, K)."""
+    if mask is None:
+        return visible[None, None]
+    mask = mask[:, :, queries].index_select(-1, columns)
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)

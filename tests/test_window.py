@@ -1,0 +1,97 @@
+"""Each query sees its own recent window, however many tokens come in one call."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from conftest import tiny_model
+from rotatekv import patch_model
+from rotatekv.cache import RotateKVCache
+from rotatekv.config import PRESETS
+from rotatekv.window import QUERIES_AT_ONCE, FlushedTokens, RecentWindow, attend_with_own_windows
+
+NO_SINKS = {"Attention_Sink_Aware": False}
+CONFIGS = {
+    "RotateKV2": replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, residual_length=9, **NO_SINKS),
+    "RTN2": replace(PRESETS["RTN2"], residual_length=5),
+    "KIVI2": replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=6),
+    "KIVI2 without window": replace(PRESETS["KIVI2"], k_groupsize=8, v_groupsize=16, residual_length=0),
+    "TurboQuant2": replace(PRESETS["TurboQuant2"], residual_length=7),
+}
+
+
+def token_ids(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, config, chunks, mask) -> torch.Tensor:
+    ids, start, parts = token_ids(2, sum(chunks)), 0, []
+    with patch_model(model, config), torch.no_grad():
+        cache = RotateKVCache.for_model(model)
+        for length in chunks:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
+            inputs = {"attention_mask": mask[:, : start + length], "position_ids": positions}
+            parts.append(model(ids[:, start : start + length], past_key_values=cache, **inputs).logits)
+            start += length
+    return torch.cat(parts, dim=1)
+
+
+# Hugging Face's eager attention in float64 gives NaN for padding: its mask's −1.8e308 meets a float32 softmax.
+@pytest.mark.parametrize("attention, padding", [("sdpa", 0), ("sdpa", 11), ("eager", 0)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prefill_chunks_and_decoding_are_one(name, attention, padding, monkeypatch):
+    """In float64 and torch alone, so that hardly a number is tipped over a rounding tie."""
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    model, tokens = tiny_model("llama").double(), QUERIES_AT_ONCE + 30
+    model.set_attn_implementation(attention)
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[0, :padding] = 0
+    decoded = logits(model, CONFIGS[name], (max(padding, 1) + 1,) + (1,) * (tokens - max(padding, 1) - 1), mask)
+    for chunks in ((tokens,), (50, 1, tokens - 51), (40, 16, 16, tokens - 72)):
+        other = logits(model, CONFIGS[name], chunks, mask)
+        difference = (other - decoded)[mask.bool()].abs()
+        assert difference.median() < 1e-6 and difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("new, length, packed", [(300, 0, 0), (40, 60, 32), (1, 60, 32), (5, 70, 64)])
+def test_every_query_attends_as_if_it_were_the_last(new, length, packed):
+    """Against one plain attention for each query, over keys put together by hand."""
+    generator = torch.Generator().manual_seed(1)
+    window, total = RecentWindow(20, 16, packed), length + new
+    exact, decoded = (torch.randn(2, 3, total, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(2, 6, new, 8, generator=generator, dtype=torch.float64)
+    hidden = torch.rand(2, 1, new, total, generator=generator) < 0.2  # the caller's mask, causal besides
+    hidden |= torch.ones(new, total, dtype=torch.bool).triu(length + 1)
+    hidden[..., 0] = False
+    end = max((total - 20) // 16 * 16, packed)
+    cached = torch.cat([decoded[:, :, :end], exact[:, :, end:]], dim=2)
+    flushed = FlushedTokens(window, exact[:, :, packed:end], exact[:, :, packed:end])
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    for mask in (~hidden, torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -1e30)):
+        got, _ = attend_with_own_windows(sdpa_attention_forward, flushed, module, query, cached, cached, mask)
+        for i in range(new):
+            edge = max((length + i + 1 - 20) // 16 * 16, packed)
+            seen = torch.cat([decoded[:, :, :edge], exact[:, :, edge:]], dim=2).repeat_interleave(2, dim=1)
+            want = scaled_dot_product_attention(query[:, :, i : i + 1], seen, seen, ~hidden[:, :, i : i + 1])
+            torch.testing.assert_close(got[:, i : i + 1], want.transpose(1, 2))
+
+
+def test_eager_weights_are_those_of_whole_tokens():
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    with patch_model(model, CONFIGS["KIVI2"]), torch.no_grad():
+        weights = model(token_ids(2, 150), output_attentions=True).attentions[0]
+    assert weights.shape[-2:] == (150, 150) and not weights.triu(1).any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+
+
+def test_which_windows_differ():
+    assert not RecentWindow(0, 1).differs(10, 50)  # no window at all
+    assert not RecentWindow(4, 1).differs(10, 1) and RecentWindow(4, 1).differs(10, 2)
+    assert not RecentWindow(4, 16).differs(20, 15) and RecentWindow(4, 16).differs(20, 16)
+    assert not RecentWindow(4, 16, packed=64).differs(40, 20)  # cropped: as much stays packed
