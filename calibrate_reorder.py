@@ -1,12 +1,15 @@
-"""Calibrate a model on a text: RotateKV's reorder indices, or KVQuant's key ranges and levels.
+"""Calibrate a model on a text: RotateKV's reorder indices, RotateKV+'s key statistics, or KVQuant's ranges and levels.
 
-Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forward pass. KVQuant's statistics take two
-passes, one of them with gradients, and more memory.
+Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forward pass. RotateKV+'s statistics are the
+means and factors of the pre-RoPE keys and what makes an activation massive, two passes, and the sensitivity of each
+layer, two passes a layer over the first window. KVQuant's statistics take two passes, one of them with gradients, and
+more memory.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from tqdm import tqdm
 from rotatekv import QuantConfig, load_model
 from rotatekv.calibration import KINDS, collect_key_sums, file_name, indices_from_key_sums, save_statistics
 from rotatekv.calibration_kvquant import collect_key_ranges, collect_levels
+from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, rank_sensitivity
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
@@ -29,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--statistics",
         default="reorder",
         choices=list(KINDS),
-        help="reorder (RotateKV's indices; default) or kvquant",
+        help="reorder (RotateKV's indices; default), plus (RotateKV+) or kvquant",
     )
     parser.add_argument(
         "--dataset",
@@ -47,7 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--head_group_num", type=int, default=4, help="key heads rotated together, at most (default: 4)"
     )
-    parser.add_argument("--output", help="file to write (default: reorder_indices/<model>[.kvquant].safetensors)")
+    parser.add_argument("--output", help="file to write (default: reorder_indices/<model>[.plus|.kvquant].safetensors)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser.parse_args(argv)
 
@@ -91,6 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         tensors = kvquant_statistics(model, text_model, windows)
         layers, channels = tensors["key_offset"].shape
         made = f"{layers} layers × {channels} channels, levels for 2, 3 and 4 bits"
+    elif args.statistics == "plus":
+        tensors = plus_statistics(model, text_model, windows)
+        layers, channels = tensors["key_mean"].shape
+        made = f"{layers} layers × {channels} channels, and their order of sensitivity"
     else:
         width = group * text_model.layers[0].self_attn.head_dim
         tensors = {"indices": reorder_indices(model, text_model, windows, width)}
@@ -104,6 +112,14 @@ def main(argv: list[str] | None = None) -> None:
 def reorder_indices(model, text_model, windows: list, width: int) -> torch.Tensor:
     key_sums = collect_key_sums(model, text_model, progress(windows, "calibrate"))
     return indices_from_key_sums(key_sums, width)
+
+
+def plus_statistics(model, text_model, windows: list) -> dict[str, torch.Tensor]:
+    mean, scale = collect_key_factors(model, text_model, progress(windows, "keys"))
+    threshold = collect_sink_thresholds(model, text_model, progress(windows, "sinks"))
+    layers = partial(tqdm, desc="sensitivity", unit="layer")
+    rank = rank_sensitivity(model, windows[:1], mean, scale, threshold, layers)
+    return {"key_mean": mean, "key_scale": scale, "extra_bit_rank": rank, "sink_threshold": threshold}
 
 
 def kvquant_statistics(model, text_model, windows: list) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAMES, find_cache
-from rotatekv.sinks import sinks_of
+from rotatekv.sinks import give_sinks
 from rotatekv.window import attend_with_own_windows
 
 
@@ -105,15 +105,12 @@ def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor,
 
 
 def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Pre-hook of a decoder layer: on a cache's first call, name the tokens that stay unquantized."""
+    """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
     cache = find_cache(kwargs)
     if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
         return
-    # PAPER: sinks are found at prefill; a prefill in several calls has them chosen in the first.
-    layer = cache.layers[decoder_layer.self_attn.layer_idx]
-    if layer.get_seq_length() == 0:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        layer.set_sinks(*sinks_of(cache.config, hidden_states, cache.token_mask))
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    give_sinks(cache.layers[decoder_layer.self_attn.layer_idx], hidden_states, cache.token_mask)
 
 
 def _normed_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:

@@ -16,6 +16,10 @@ from rotatekv.methods import KVMethod
 from rotatekv.stores import CodeStore, HeadForm, Store
 from rotatekv.window import FlushedTokens, RecentWindow
 
+_BESIDE = (  # the tensors beside the packed stores
+    "window_keys", "window_values", "window_massive", "sink_rows", "sink_columns", "sink_keys", "sink_values",
+)  # fmt: skip
+
 
 class RotateKVLayer(CacheLayerMixin):
     """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
@@ -25,6 +29,7 @@ class RotateKVLayer(CacheLayerMixin):
         window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D), and up to
             ``tokens_per_flush`` − 1 before them: tokens are packed in whole groups, counted from the first one.
         sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
+        window_massive: (B, T_window) bool, the window's tokens that will be sinks; None unless ``set_massive`` says.
         sink_keys, sink_values: (S, H_kv·D) in 16 bits, in the stores' order; they replace the decoded tokens.
     """
 
@@ -38,7 +43,7 @@ class RotateKVLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
-        self.window_keys = self.window_values = None
+        self.window_keys = self.window_values = self.window_massive = self._new_massive = None
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self.is_initialized = False
 
@@ -51,6 +56,10 @@ class RotateKVLayer(CacheLayerMixin):
     def set_sinks(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Name the tokens of the coming first update that stay unquantized; (S,) int32 each."""
         self.sink_rows, self.sink_columns = rows, columns
+
+    def set_massive(self, is_massive: torch.Tensor) -> None:
+        """Name those of the coming update's tokens, (B, T) bool, that become sinks when they are packed."""
+        self._new_massive = is_massive
 
     def update(
         self,
@@ -137,7 +146,7 @@ class RotateKVLayer(CacheLayerMixin):
                 call.first.to(device),
                 self.packed_keys.length,
                 self.get_seq_length(),
-                self.method.decode_options(scaling, call.rope(device)),
+                self.method.decode_options(scaling, call.rope(device), device),
                 self._exact_tokens(),
             )
             return output.to(query.dtype)
@@ -176,18 +185,40 @@ class RotateKVLayer(CacheLayerMixin):
             where = (self.sink_rows.long(), self.sink_columns.long())
             self.sink_keys = self.packed_keys.to_stored_order(self._to_storage(keys[where]))
             self.sink_values = self.packed_values.to_stored_order(self._to_storage(values[where]))
+        if self._window().keeps_tokens:
+            keys, values = self._to_storage(keys), self._to_storage(values)
         keys, self.window_keys = self._split_window(self.window_keys, keys)
         values, self.window_values = self._split_window(self.window_values, values)
+        if self._new_massive is not None:
+            massive, self.window_massive = self._split_window(self.window_massive, self._new_massive.to(keys.device))
+            self._new_massive = None
+            self._add_sinks(massive, keys, values)
         if keys.shape[1]:
             self.packed_keys.add(keys, self.method.encode_keys, kernels)
             self.packed_values.add(values, self.method.encode_values, kernels)
         return keys, values
 
+    def _add_sinks(self, massive: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make sinks of the ``massive`` (B, T_packed) tokens about to be packed; keys, values (B, T_packed, H_kv·D)."""
+        rows, columns = massive.nonzero(as_tuple=True)
+        if not len(rows):
+            return
+        new = {
+            "sink_rows": rows.int(), "sink_columns": (columns + self.packed_keys.length).int(),
+            "sink_keys": self.packed_keys.to_stored_order(self._to_storage(keys[rows, columns])),
+            "sink_values": self.packed_values.to_stored_order(self._to_storage(values[rows, columns])),
+        }  # fmt: skip
+        if self.sink_rows is not None:
+            new = {name: torch.cat([getattr(self, name), x]) for name, x in new.items()}
+            order = torch.argsort(new["sink_rows"], stable=True)  # rows ascend
+            new = {name: x[order] for name, x in new.items()}
+        for name, x in new.items():
+            setattr(self, name, x)
+
     def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens to quantize now, and those that stay in the recent window; (B, ·, H_kv·D) each."""
+        """The tokens to quantize now, and those that stay in the recent window; (B, ·, ...) each."""
         if not self._window().keeps_tokens:
             return new, None
-        new = self._to_storage(new)
         recent = new if window is None else torch.cat([window, new], dim=1)
         packed = self.packed_keys.length
         cut = self._window().packed_of(packed + recent.shape[1]) - packed
@@ -263,6 +294,8 @@ class RotateKVLayer(CacheLayerMixin):
             left = max(length - packed, 0)
             self.window_keys = self.window_keys[:, :left].clone()
             self.window_values = self.window_values[:, :left].clone()
+            if self.window_massive is not None:
+                self.window_massive = self.window_massive[:, :left].clone()
         if length < packed:
             self._crop_packed(length)
 
@@ -273,6 +306,8 @@ class RotateKVLayer(CacheLayerMixin):
             keys = self._restore(self.packed_keys, None, self.sink_keys, self.method.decode_keys)
             values = self._restore(self.packed_values, None, self.sink_values, self.method.decode_values)
             self.window_keys, self.window_values = (self._to_storage(x[:, whole:length]) for x in (keys, values))
+            if self.window_massive is not None:  # sinks among them are sinks already
+                self.window_massive = self.window_massive.new_zeros(keys.shape[0], length - whole)
         self.packed_keys.crop(whole)
         self.packed_values.crop(whole)
 
@@ -286,6 +321,8 @@ class RotateKVLayer(CacheLayerMixin):
         if self.window_keys is not None:
             self.window_keys = self.window_keys.index_select(0, rows)
             self.window_values = self.window_values.index_select(0, rows)
+        if self.window_massive is not None:
+            self.window_massive = self.window_massive.index_select(0, rows)
         if self.sink_keys is not None:
             new_rows, source = (rows.unsqueeze(1) == self.sink_rows.unsqueeze(0)).nonzero(as_tuple=True)
             self._keep_sinks(new_rows.int(), source, renamed=True)
@@ -310,7 +347,7 @@ class RotateKVLayer(CacheLayerMixin):
         """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
         packed, names = getattr(self, f"packed_{kind}"), [f"window_{kind}", f"sink_{kind}"]
         yield from packed
-        for name in names + (["sink_rows", "sink_columns"] if kind == "keys" else []):
+        for name in names + (["sink_rows", "sink_columns", "window_massive"] if kind == "keys" else []):
             if (tensor := getattr(self, name)) is not None:
                 yield tensor
 
@@ -324,6 +361,6 @@ class RotateKVLayer(CacheLayerMixin):
     def _move(self, device: torch.device | str) -> None:
         self.packed_keys.move(device)
         self.packed_values.move(device)
-        for name in ("window_keys", "window_values", "sink_rows", "sink_columns", "sink_keys", "sink_values"):
+        for name in _BESIDE:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device, non_blocking=True))

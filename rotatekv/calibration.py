@@ -66,6 +66,13 @@ KINDS = {
             **{f"{x}_levels{bits}": (torch.float32, 2**bits) for x in ("key", "value") for bits in SUPPORTED_BITS},
         },
     ),
+    "plus": Kind(
+        "RotateKV+-statistics", ".plus", " --statistics plus", "",
+        {
+            "key_mean": (torch.float32, _CHANNELS), "key_scale": (torch.float32, _CHANNELS),
+            "extra_bit_rank": (torch.float32, 2), "sink_threshold": (torch.float32, 1),
+        },
+    ),
 }  # fmt: skip
 
 
@@ -139,12 +146,25 @@ def stream_keys(
         take: gets the layer's number and its pre-RoPE keys, (B, T, H_kv·D), for every window.
     """
 
-    def give(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
+    def take_keys(attention: nn.Module, hidden_states: torch.Tensor) -> None:
         take(attention.layer_idx, heads_to_channels(project_qkv(attention, hidden_states)[1]))
 
-    attentions = [layer.self_attn for layer in text_model.layers]
-    hooks = [attention.register_forward_pre_hook(give, with_kwargs=True) for attention in attentions]
+    stream_modules(model, text_model, windows, [layer.self_attn for layer in text_model.layers], take_keys)
+
+
+def stream_modules(
+    model: nn.Module,
+    text_model: nn.Module,
+    windows: Iterable[torch.Tensor],
+    modules: Iterable[nn.Module],
+    take: Callable[[nn.Module, torch.Tensor], None],
+) -> None:
+    """The same with what comes into some modules: ``take`` gets the module and its (B, T, hidden_size)."""
+
+    def give(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        take(module, args[0] if args else kwargs["hidden_states"])
+
+    hooks = [module.register_forward_pre_hook(give, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad():
             for window in windows:

@@ -18,7 +18,7 @@ from rotatekv.config import PRESETS
 from rotatekv.methods import KVMethod
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.patch import layer_geometry
-from rotatekv.sinks import detect_sinks, first_tokens
+from rotatekv.sinks import detect_sinks, give_sinks
 from rotatekv.transforms import heads_to_channels
 
 KINDS = (
@@ -133,8 +133,10 @@ class _Keeper:
             layer = RotateKVLayer(codecs[self.number])
             config = layer.method.config
             if config.Attention_Sink_Aware:
-                first = config.sink_selection == "first"
-                layer.set_sinks(*(first_tokens(hidden_states, config.num_sink_entries) if first else self.sinks))
+                if config.sink_selection == "detected":
+                    layer.set_sinks(*self.sinks)
+                else:
+                    give_sinks(layer, hidden_states)
             stored = layer.update(key, value, lambda x, start: rope(x, cos, sin))[:2]
             errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]
             self._store("quantization_error", **{f"{name}.keys": errors[0], f"{name}.values": errors[1]})

@@ -30,8 +30,12 @@ _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     "Outlier_Aware_Key_Rotation": (bool, "reorder the rotated key channels with calibrated indices"),
     "Attention_Sink_Aware": (bool, "keep attention sinks unquantized, the tokens with massive activations"),
     "num_sink_entries": (int, "largest hidden-state entries that name those tokens"),
-    "sink_selection": (str, "detected, or first: the first num_sink_entries tokens of each sequence"),
+    "sink_selection": (
+        str,
+        "detected, first: the first num_sink_entries tokens of each sequence, or massive (RotateKV+)",
+    ),
     "residual_length": (int, "most recent tokens kept in 16 bits"),
+    "extra_bit_share": (float, "share of all layers' keys and values that take a bit more (RotateKV+), in [0, 1]"),
     "fuse_weights": (bool, "fold the rotations into the projection weights; False: apply them online"),
 }
 
@@ -105,7 +109,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration_file",
         help="what calibrate_reorder.py made for the method (default: reorder_indices/<model>.safetensors; "
-        "KVQuant: <model>.kvquant.safetensors)",
+        "KVQuant: <model>.kvquant.safetensors, RotateKV+: <model>.plus.safetensors)",
     )
     for name, (kind, text) in _METHOD_FLAGS.items():
         usual = getattr(PRESETS[DEFAULT_METHOD], name)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from rotatekv.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4)
-SINK_SELECTIONS = ("detected", "first")
+SINK_SELECTIONS = ("detected", "first", "massive")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class QuantConfig:
 
     Args:
         method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn``, ``kivi``, ``quarot``, ``turboquant``,
-            ``kvquant`` or ``rotatekv``. A flag that means nothing to it must keep its preset's value.
+            ``kvquant``, ``rotatekv`` or ``rotatekv_plus``. A flag that means nothing to it keeps its preset's value.
         k_bits, v_bits: bits per quantized number, 2, 3 or 4.
         k_groupsize, v_groupsize: consecutive channels of one token that share a scale and a zero point; ``None``
             takes head_dim. Must divide ``num_key_value_heads * head_dim`` (keys) and ``head_dim`` (values).
@@ -31,9 +31,12 @@ class QuantConfig:
         Attention_Sink_Aware: keep some tokens, the attention sinks, unquantized.
         num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
         sink_selection: ``detected``, the tokens that carry massive activations (paper); ``first``, the first
-            ``num_sink_entries`` tokens of each sequence (KVQuant: 1).
+            ``num_sink_entries`` tokens of each sequence (KVQuant: 1); ``massive``, every token, whenever it comes, with
+            a hidden-state entry above a calibrated threshold (``rotatekv_plus``; num_sink_entries means nothing then).
         residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0). ``kivi`` keeps up to
-            k_groupsize − 1 more, since tokens leave in whole groups.
+            k_groupsize − 1 more, since tokens leave in whole groups, and ``rotatekv_plus`` up to 15.
+        extra_bit_share: share of all layers' keys and values, the most sensitive of them, in [0, 1], that take a bit
+            more than k_bits or v_bits (``rotatekv_plus``).
         fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
 
     Raises:
@@ -54,6 +57,7 @@ class QuantConfig:
     num_sink_entries: int = 20
     sink_selection: str = "detected"
     residual_length: int = 0
+    extra_bit_share: float = 0.0
     fuse_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -74,7 +78,9 @@ class QuantConfig:
         if self.num_sink_entries < 1:
             raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
         if self.sink_selection not in SINK_SELECTIONS:
-            raise UserError(f"sink_selection must be {' or '.join(SINK_SELECTIONS)}, not {self.sink_selection!r}")
+            raise UserError(f"sink_selection must be one of {', '.join(SINK_SELECTIONS)}, not {self.sink_selection!r}")
+        if not 0.0 <= self.extra_bit_share <= 1.0:  # not NaN either
+            raise UserError(f"extra_bit_share must lie in [0, 1], not {self.extra_bit_share}")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
 
@@ -87,7 +93,8 @@ class QuantConfig:
             raise UserError(f"{name} must be of type {kind}, not {value!r}")
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """By name; without what later versions added where it means nothing, so that earlier runs are found again."""
+        return {name: value for name, value in asdict(self).items() if name != "extra_bit_share" or value}
 
 
 def _plain_rounding(bits: int) -> QuantConfig:
@@ -112,6 +119,16 @@ def _rotatekv(bits: int) -> QuantConfig:
     return QuantConfig(k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio)
 
 
+def _rotatekv_plus(bits: int) -> QuantConfig:
+    # docs/beyond.md: tuned on WikiText-2 validation.
+    clip_ratio = {2: 0.8, 3: 0.9, 4: 0.95}[bits]
+    return QuantConfig(
+        method="rotatekv_plus", k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio,
+        Outlier_Aware_Key_Rotation=False, sink_selection="massive", residual_length=16,
+        extra_bit_share=0.0 if bits == 4 else 0.2,
+    )  # fmt: skip
+
+
 def _kvquant(bits: int) -> QuantConfig:
     plain = replace(_plain_rounding(bits), method="kvquant")
     return replace(plain, Attention_Sink_Aware=True, sink_selection="first", num_sink_entries=1)
@@ -124,6 +141,7 @@ PRESETS: dict[str, QuantConfig] = {
     **{f"QuaRot{bits}": _quarot(bits) for bits in SUPPORTED_BITS},
     **{f"TurboQuant{bits}": replace(_plain_rounding(bits), method="turboquant") for bits in SUPPORTED_BITS},
     **{f"RotateKV{bits}": _rotatekv(bits) for bits in SUPPORTED_BITS},
+    **{f"RotateKV{bits}+": _rotatekv_plus(bits) for bits in SUPPORTED_BITS},
     **{f"KVQuant{bits}": _kvquant(bits) for bits in SUPPORTED_BITS},
 }
 

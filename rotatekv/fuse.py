@@ -31,18 +31,18 @@ def check_foldable(attention: nn.Module) -> None:
             )
 
 
-def fuse_weights(attention: nn.Module, method: RotateKV) -> list[tuple[nn.Linear, str, nn.Parameter]]:
+def fuse_weights(attention: nn.Module, method: RotateKV) -> list[tuple[nn.Linear, str, nn.Parameter | None]]:
     """Fold one layer's key rotation and reorder into ``k_proj`` and the value rotation into ``v_proj`` and ``o_proj``.
 
     The products are computed in float32 and stored in the weight's dtype. What ``method.layer`` says is folded is.
 
     Returns:
-        (module, parameter name, original parameter) for ``restore_weights``; the originals wait in host memory.
+        (module, parameter name, original parameter or None) for ``restore_weights``; the originals wait in host memory.
     """
-    saved: list[tuple[nn.Linear, str, nn.Parameter]] = []
+    saved: list[tuple[nn.Linear, str, nn.Parameter | None]] = []
     key_rows, value_rows = _rows(attention)
     if method.layer.keys_folded:
-        _fold_outputs(*key_rows, method.transform_key_channels, saved)
+        _fold_outputs(*key_rows, method.transform_key_channels, saved, method.centre_key_channels)
     if method.layer.values_folded:
         _fold_outputs(*value_rows, method.transform_value_channels, saved)
         # o_proj reads rotated values: W·x = (W·Hᵀ)·(H·x), head by head along its input channels.
@@ -50,9 +50,12 @@ def fuse_weights(attention: nn.Module, method: RotateKV) -> list[tuple[nn.Linear
     return saved
 
 
-def restore_weights(saved: list[tuple[nn.Linear, str, nn.Parameter]]) -> None:
+def restore_weights(saved: list[tuple[nn.Linear, str, nn.Parameter | None]]) -> None:
     """Put the original parameters back, the very same objects, where and in the dtype the model is by now."""
     for module, name, original in reversed(saved):
+        if original is None:  # a bias that was not there
+            setattr(module, name, None)
+            continue
         folded = getattr(module, name)
         original.data = original.data.to(device=folded.device, dtype=folded.dtype)
         setattr(module, name, original)
@@ -70,8 +73,14 @@ def _rows(attention: nn.Module) -> tuple[tuple[nn.Linear, slice], tuple[nn.Linea
     )
 
 
-def _fold_outputs(projection: nn.Linear, rows: slice, transform: Transform, saved: list) -> None:
-    """Make ``projection`` yield transformed channels: its weight's rows and, not to be forgotten, its bias."""
+def _fold_outputs(
+    projection: nn.Linear, rows: slice, transform: Transform, saved: list, centre: Transform | None = None
+) -> None:
+    """Make ``projection`` yield transformed channels: its weight's rows and, not to be forgotten, its bias.
+
+    Args:
+        transform: linear. centre: comes before it and takes off a constant, which the bias does; it may be a new one.
+    """
     # AUTHORS: projection biases are not rotated there, which breaks qwen2.
 
     def fold_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -79,18 +88,22 @@ def _fold_outputs(projection: nn.Linear, rows: slice, transform: Transform, save
         return weight
 
     def fold_bias(bias: torch.Tensor) -> torch.Tensor:
-        bias[rows] = transform(bias[rows])
+        bias[rows] = transform(bias[rows] if centre is None else centre(bias[rows]))
         return bias
 
     _replace(projection, "weight", fold_weight, saved)
-    if projection.bias is not None:
+    nothing = projection.weight.new_zeros(projection.weight.shape[0])
+    if projection.bias is not None or fold_bias(nothing.float()).any():
         _replace(projection, "bias", fold_bias, saved)
 
 
 def _replace(module: nn.Linear, name: str, fold: Transform, saved: list) -> None:
     original = getattr(module, name)
-    folded = fold(original.detach().float().clone()).to(original.dtype)
-    setattr(module, name, nn.Parameter(folded, requires_grad=original.requires_grad))
+    weight = module.weight
+    before = weight.new_zeros(weight.shape[0]) if original is None else original
+    folded = fold(before.detach().float().clone()).to(weight.dtype)
+    setattr(module, name, nn.Parameter(folded, requires_grad=before.requires_grad))
     if not any(kept is module and kept_name == name for kept, kept_name, _ in saved):
-        original.data = original.data.cpu()
+        if original is not None:
+            original.data = original.data.cpu()
         saved.append((module, name, original))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -91,13 +92,23 @@ def patch_model(
     Raises:
         UserError: the model, its attention or the config is not supported; the line says what to change.
     """
+    text_model, config = _check_patchable(model), resolve_config(config)
+    return patch_with_methods(model, config, build_methods(model, text_model, config, calibration_file))
+
+
+def _check_patchable(model: nn.Module) -> nn.Module:
+    """The text model of a model that may be patched (UserError for any other)."""
     check_transformers_version()
-    config = resolve_config(config)
     text_model = find_text_model(model)
     if is_patched(model) or is_patched(text_model):
         raise UserError("the model is patched already: call unpatch_model(model) first")
     check_supported(text_model)
-    methods = build_methods(model, text_model, config, calibration_file)
+    return text_model
+
+
+def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[KVMethod]) -> PatchHandle:
+    """``patch_model`` with codecs that are made already, one a layer."""
+    text_model, methods = _check_patchable(model), tuple(methods)
     fingerprint = _fingerprint(model, config, methods)
     handle = PatchHandle(model, CacheSpec(config, methods, fingerprint), RopeSource(text_model.rotary_emb))
     with torch.no_grad():

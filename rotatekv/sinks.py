@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from rotatekv.config import QuantConfig
+
+if TYPE_CHECKING:
+    from rotatekv.cache_layer import RotateKVLayer
+
+
+def give_sinks(layer: RotateKVLayer, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
+    """Tell a layer of the cache which tokens of the coming update stay unquantized.
+
+    Args:
+        hidden_states: (B, T, hidden_size), the input of the decoder layer.
+        token_mask: (B, T) bool of a cache's first update, False at padding; None: there is none.
+    """
+    config = layer.method.config
+    if config.sink_selection == "massive":
+        layer.set_massive(massive_tokens(hidden_states, layer.method.sink_threshold, token_mask))
+    # PAPER: sinks are found at prefill; a prefill in several calls has them chosen in the first.
+    elif layer.get_seq_length() == 0:
+        layer.set_sinks(*sinks_of(config, hidden_states, token_mask))
+
+
+def massive_tokens(
+    hidden_states: torch.Tensor, threshold: float, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, T) bool: the tokens with an entry beyond ``threshold``, padding left out; a token's own business, so that it
+    does not matter in which call it comes."""
+    is_massive = largest_magnitude(hidden_states) > threshold
+    return is_massive if token_mask is None else is_massive & token_mask.to(is_massive.device)
+
+
+def largest_magnitude(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(B, T, hidden_size) → (B, T)."""
+    return hidden_states.detach().abs().amax(-1)
 
 
 def sinks_of(

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 from rotatekv.kernels import Packed
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import (
     BLOCK,
     Blocks,
@@ -111,15 +112,21 @@ class HeadForm:
             are per channel.
         rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
         tokens_per_scale: tokens that share a channel's scale, a multiple of 16; 0: scales are per token.
+        factor, offset: (C,) float32, ``x·factor + offset`` after the rotation is undone; None: nothing of it.
     """
 
     head_dim: int
     group_of_channel: Constant | None
     rotation_width: int = 0
     tokens_per_scale: int = 0
+    factor: Constant | None = None
+    offset: Constant | None = None
 
     def groups_on(self, device: torch.device) -> torch.Tensor | None:
         return None if self.group_of_channel is None else self.group_of_channel.on(device)
+
+    def affine_on(self, device: torch.device) -> Affine | None:
+        return None if self.factor is None else Affine(self.factor.on(device), self.offset.on(device))
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ class CodeStore(Store):
         return kernels.dequantize_blocks(
             self.tensors, self.length, self.bits, form.groups_on(low.device), form.head_dim, form.rotation_width,
             out=torch.empty(low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim, device=low.device),
-            tokens_per_scale=form.tokens_per_scale,
+            tokens_per_scale=form.tokens_per_scale, affine=form.affine_on(low.device),
         )  # fmt: skip
 
 
@@ -176,14 +183,16 @@ class BlockStore(CodeStore):
 
     Args:
         bits: per code.
-        group_size: consecutive channels that share a scale. clip_ratio: factor on their maximum and minimum.
+        group_size: consecutive channels that share a scale. clip_ratio, fine: see ``quantize.quantize_groups``.
         order: how the blocks order the channels; None: as they come.
     """
 
-    def __init__(self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None):
+    def __init__(
+        self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None, fine: bool = False
+    ):
         super().__init__(bits)
         self.tensors = Blocks({})
-        self.group_size, self.clip_ratio, self.order = group_size, clip_ratio, order
+        self.group_size, self.clip_ratio, self.order, self.fine = group_size, clip_ratio, order, fine
 
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)
@@ -214,7 +223,8 @@ class BlockStore(CodeStore):
         """Make room for ``tokens`` more tokens."""
         missing = self.missing_blocks(tokens)
         if missing > 0:
-            fresh = allocate_blocks(batch, missing, channels, channels // self.group_size, self.bits, device)
+            groups = channels // self.group_size
+            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device, self.fine)
             if self.tensors:
                 fresh = Blocks({name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()})
             self.tensors = fresh

@@ -43,6 +43,10 @@ ATTENTION = {
     "heads_of_16": Shape(kv_heads=3, head_dim=16, heads_per_group=3, tokens=50, rotary_dim=8, value_group=16),
     "sixteen_queries": Shape(tokens=45, query_tokens=16, rotary_dim=64, repeat=4, value_group=32, padding=(2,)),
     "not_rotated": Shape(kv_heads=2, head_dim=112, heads_per_group=0, tokens=33, rotary_dim=56, repeat=1),
+    "plus": Shape(batch=2, tokens=60, rotary_dim=64, sinks=4, window=11, plus=True, padding=(0, 9), key_bits=3),
+    "plus_four_heads_of_128": Shape(kv_heads=8, head_dim=128, heads_per_group=4, tokens=33, rotary_dim=128, repeat=4,
+                                    plus=True, unrotate_values=True),
+    "plus_head_dim_80": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, plus=True, value_bits=3),
     "not_rotated_after_rope": Shape(batch=2, kv_heads=2, head_dim=64, heads_per_group=0, tokens=20, padding=(17, 3)),
 }  # fmt: skip
 
@@ -89,15 +93,16 @@ def test_attention_room_for_more_blocks():
         (4, 192, 64, 0, 3, 1.0, 1.0, False),
     ],
 )  # fmt: skip
-def test_quantize(bits, channels, group, tokens, start, clip, magnitude, reorder):
+@pytest.mark.parametrize("fine", [False, True])
+def test_quantize(bits, channels, group, tokens, start, clip, magnitude, reorder, fine):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(2, tokens, channels, generator=generator) * magnitude
     if tokens > 4:
         x[:, 0], x[:, 1], x[0, 2], x[:, 3] = 0.0, 5.0, 1e6, torch.arange(channels) * 0.5 * magnitude
         x[1, 2] = torch.randn(channels, generator=generator) + 3e38  # the scale ends at the largest float16
     order = torch.randperm(channels, generator=generator) if reorder else torch.arange(channels)
-    codes, scale, zero = quantize_groups(x, bits, group, clip)
-    expected = allocate_blocks(2, 5, channels, channels // group, bits)
+    codes, scale, zero = quantize_groups(x, bits, group, clip, fine)
+    expected = allocate_blocks(2, 5, channels, channels // group, bits, fine=fine)
     for plane in expected.values():
         plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
     made = {name: plane.clone() for name, plane in expected.items()}
@@ -112,9 +117,13 @@ def _dequantized(step: dict, dtype: torch.dtype) -> torch.Tensor:
     options, tokens = step["options"], step["packed_tokens"]
     group = step["group_of_channel"].long()
     codes, scale, zero = unpack_blocks(step["keys"], tokens, options.key_bits)
+    if scale.dtype == torch.uint8:  # the fine format
+        scale, zero = (scale.short() << 7).view(torch.float16), zero.to(dtype) / 8
     x = (codes.to(dtype) - zero.to(dtype)[..., group]) * scale.to(dtype)[..., group]
     if options.rotation_width:
         x = rotate_channels(x, options.rotation_width, inverse=True)
+    if options.key_affine is not None:
+        x = x * options.key_affine.factor.to(dtype) + options.key_affine.offset.to(dtype)
     x = channels_to_heads(x, options.head_dim)
     if options.rope is None:
         return x
@@ -126,14 +135,17 @@ def _dequantized(step: dict, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize(
     "name",
     ["ragged_last_block", "sinks_window_padding", "four_heads_of_128", "head_dim_80_paley_20", "head_dim_80_alone",
-     "head_dim_96_paley_12", "heads_of_16", "not_rotated", "not_rotated_after_rope", "one_token"],
+     "head_dim_96_paley_12", "heads_of_16", "not_rotated", "not_rotated_after_rope", "one_token", "plus",
+     "plus_four_heads_of_128", "plus_head_dim_80"],
 )  # fmt: skip
 def test_dequantize(name, dtype):
     step = random_step(ATTENTION[name])
+    if ATTENTION[name].plus:  # factors and offsets come before RoPE
+        step = with_options(step, rope=None)
     options, tokens, first = step["options"], step["packed_tokens"], step["first"]
     out = kernels.dequantize_blocks(
         step["keys"], tokens, options.key_bits, step["group_of_channel"], options.head_dim, options.rotation_width,
-        options.rope, first, dtype,
+        options.rope, first, dtype, affine=options.key_affine,
     )  # fmt: skip
     assert out.dtype == dtype
     seen = (torch.arange(tokens) >= first[:, None])[:, None, :, None]
@@ -203,7 +215,9 @@ def test_model(name, monkeypatch):
                 here = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
                 parts.append(model(ids[:, start:end], past_key_values=cache, **here).logits)
         results[backend] = torch.cat(parts, dim=1)
-    assert len(calls) == (0 if MODELS[name] is NOT_FUSED else 3) * model.config.num_hidden_layers
+    # Two tokens at once have two recent windows: torch attends.
+    fused = 0 if MODELS[name] is NOT_FUSED else 2 if MODELS[name].residual_length else 3
+    assert len(calls) == fused * model.config.num_hidden_layers
     difference = (results["triton"] - results["reference"])[mask.bool()].abs()
     assert difference.median() < 5e-4 and difference.mean() < 0.005 * results["reference"].std()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import BLOCK, allocate_planes, pack_blocks, write_codes
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
@@ -28,6 +29,7 @@ class Shape:
     value_bits: int = 2
     value_group: int = 0  # channels; 0: head_dim
     tokens_per_scale: int = 0  # of keys, per channel; 0: per token and group of channels
+    plus: bool = False  # scales in the fine format, and keys with factors and offsets
     rotary_dim: int = 0  # 0: keys are stored after RoPE
     unrotate_values: bool = False
     padding: tuple[int, ...] = ()
@@ -46,6 +48,7 @@ def random_step(shape: Shape) -> dict:
     options = DecodeOptions(
         shape.head_dim, shape.key_bits, shape.value_bits, shape.head_dim**-0.5,
         shape.heads_per_group * shape.head_dim, rope, shape.unrotate_values, shape.tokens_per_scale,
+        random_affine(channels, generator) if shape.plus else None,
     )  # fmt: skip
     heads = shape.repeat * shape.kv_heads
     padding = [*shape.padding, *[0] * shape.batch][: shape.batch]
@@ -54,12 +57,13 @@ def random_step(shape: Shape) -> dict:
         keys = random_planes(shape.batch, packed_tokens, channels, shape.key_bits, shape.tokens_per_scale, generator)
         group_of_channel = None
     else:
-        keys = _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator)
+        keys = _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator, shape.plus)
         group_of_channel = torch.randint(0, 3, (channels,), generator=generator, dtype=torch.int32)
+    values = _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator, shape.plus)
     return {
         "queries": torch.randn(shape.batch, heads, shape.query_tokens, shape.head_dim, generator=generator),
         "keys": keys,
-        "values": _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator),
+        "values": values,
         "group_of_channel": group_of_channel,
         "first": torch.tensor(padding, dtype=torch.int32),
         "packed_tokens": packed_tokens,
@@ -73,10 +77,18 @@ def with_options(step: dict, **changes) -> dict:
     return {**step, "options": replace(step["options"], **changes)}
 
 
-def _random_blocks(batch, tokens, channels, groups, bits, generator) -> dict[str, torch.Tensor]:
+def random_affine(channels: int, generator: torch.Generator) -> Affine:
+    factor, offset = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
+    return Affine(factor, offset)
+
+
+def _random_blocks(batch, tokens, channels, groups, bits, generator, fine=False) -> dict[str, torch.Tensor]:
     codes = torch.randint(0, 2**bits, (batch, tokens, channels), generator=generator, dtype=torch.uint8)
     scale = torch.rand(batch, tokens, groups, generator=generator).add(0.2).half()
     zero = torch.randint(-2, 2**bits + 2, (batch, tokens, groups), generator=generator, dtype=torch.int8)
+    if fine:
+        scale = (scale.view(torch.int16) >> 7).byte()
+        zero = torch.randint(-9, 99, (batch, tokens, groups), generator=generator, dtype=torch.int8)
     return pack_blocks(codes, scale, zero, bits)
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
-from kernel_cases import Shape, random_planes, random_step
+from kernel_cases import Shape, random_affine, random_planes, random_step
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.cpu.build import load_library
@@ -21,6 +21,8 @@ SHAPES = [
     Shape(tokens=300, kv_heads=4, head_dim=128, heads_per_group=4, repeat=4, rotary_dim=128, unrotate_values=True),
     Shape(batch=2, tokens=290, repeat=5, kv_heads=2, head_dim=16, heads_per_group=0, tokens_per_scale=48, value_bits=3),
     Shape(tokens=70, window=6, key_bits=3, tokens_per_scale=32, heads_per_group=0, padding=(9,)),
+    Shape(batch=2, tokens=90, rotary_dim=64, plus=True, sinks=5, window=9, key_bits=3, padding=(0, 40)),
+    Shape(tokens=70, kv_heads=2, head_dim=80, heads_per_group=2, repeat=5, rotary_dim=32, plus=True, query_tokens=2),
     Shape(tokens=40, window=40, kv_heads=4, head_dim=96, heads_per_group=4, rotary_dim=96),
 ]  # fmt: skip
 
@@ -36,19 +38,21 @@ def main() -> None:
             cpu.decode_attention(**random_step(shape), threads=2, instruction_set=instruction_set)
         for bits in (2, 3, 4):
             for magnitude in (0.0, 1.0, 1e38, float("inf"), float("nan")):
-                blocks = allocate_blocks(2, 2, 48, 3, bits)
-                x = torch.randn(2, 20, 48) * magnitude
-                cpu.quantize_into_blocks(x, blocks, 12, bits, 16, instruction_set=instruction_set)
+                for fine in (False, True):
+                    blocks = allocate_blocks(2, 2, 48, 3, bits, fine=fine)
+                    x = torch.randn(2, 20, 48) * magnitude
+                    cpu.quantize_into_blocks(x, blocks, 12, bits, 16, instruction_set=instruction_set)
             for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
                 planes = random_planes(2, tokens, 6 * head_dim, bits, 16, generator)
                 cpu.dequantize_blocks(
                     planes, tokens, bits, None, head_dim, width, 2, instruction_set, tokens_per_scale=16
                 )
                 channels = torch.arange(6 * head_dim, dtype=torch.int32)
-                blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits)
-                cpu.dequantize_blocks(
-                    blocks, tokens, bits, channels // head_dim, head_dim, width, 2, instruction_set=instruction_set
-                )
+                for affine in (None, random_affine(6 * head_dim, generator)):
+                    blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits, fine=affine is not None)
+                    cpu.dequantize_blocks(
+                        blocks, tokens, bits, channels // head_dim, head_dim, width, 2, instruction_set, affine=affine
+                    )
     print("clean")
 
 

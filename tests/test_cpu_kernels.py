@@ -41,13 +41,14 @@ def shapes(draw) -> Shape:
     tokens = draw(st.integers(1, 600))
     window = draw(st.sampled_from([0, 1, 5, min(40, tokens)])) if tokens > 5 else 0
     groups = [g for g in (head_dim, 16, 32) if head_dim % g == 0]
+    tokens_per_scale = draw(st.sampled_from([0, 0, 16, 32, 48, 128]))
     has_matrix = head_dim in (16, 32, 48, 64, 80, 96, 128)
     return Shape(
         batch=batch, repeat=draw(st.sampled_from([1, 2, 3, 4, 7])), kv_heads=kv_heads, head_dim=head_dim,
         heads_per_group=heads_per_group, query_tokens=min(draw(st.sampled_from([1, 1, 2, 5, 16])), tokens),
         tokens=tokens, window=window, sinks=draw(st.sampled_from([0, 0, 3, 20])),
         key_bits=draw(st.integers(2, 4)), value_bits=draw(st.integers(2, 4)), value_group=draw(st.sampled_from(groups)),
-        tokens_per_scale=draw(st.sampled_from([0, 0, 16, 32, 48, 128])),
+        tokens_per_scale=tokens_per_scale, plus=not tokens_per_scale and draw(st.booleans()),
         rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
         unrotate_values=has_matrix and draw(st.booleans()),
         padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
@@ -103,11 +104,11 @@ def test_room_for_more_blocks_changes_nothing(tokens_per_scale):
     bits=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(0, 70), start=st.integers(0, 40),
     geometry=st.sampled_from([(192, 64), (128, 128), (320, 80), (48, 16), (72, 24), (24, 8), (50, 5)]),
     magnitude=st.sampled_from([1e-7, 1, 3e4]),
-    clip=st.sampled_from([0.8, 1.0]), reorder=st.booleans(), threads=st.integers(1, 3),
+    clip=st.sampled_from([0.8, 1.0]), fine=st.booleans(), reorder=st.booleans(), threads=st.integers(1, 3),
     instruction_set=st.sampled_from(INSTRUCTION_SETS), seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_quantize_equals_torch_bit_for_bit(
-    bits, batch, tokens, start, geometry, magnitude, clip, reorder, threads, instruction_set, seed
+    bits, batch, tokens, start, geometry, magnitude, clip, fine, reorder, threads, instruction_set, seed
 ):
     channels, group = geometry
     generator = torch.Generator().manual_seed(seed)
@@ -115,8 +116,8 @@ def test_quantize_equals_torch_bit_for_bit(
     if tokens > 4:
         x[:, 0], x[:, 1], x[0, 2], x[:, 3] = 0.0, 5.0, 1e6, torch.arange(channels) * 0.5 * magnitude
     order = torch.randperm(channels, generator=generator) if reorder else torch.arange(channels)
-    codes, scale, zero = quantize_groups(x, bits, group, clip)
-    expected = allocate_blocks(batch, 8, channels, channels // group, bits)
+    codes, scale, zero = quantize_groups(x, bits, group, clip, fine)
+    expected = allocate_blocks(batch, 8, channels, channels // group, bits, fine=fine)
     for plane in expected.values():
         plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
     made = {name: plane.clone() for name, plane in expected.items()}

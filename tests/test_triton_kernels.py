@@ -21,7 +21,7 @@ SMALL_LIMIT = 99 * 1024  # of sm_86 and sm_89
 KERNELS = ("quantize", "dequantize", "split", "exact", "merge")
 COMPILED = [
     ("smollm2", 80), ("smollm2", 90), ("8x128", 80), ("8x128", 90), ("smollm2, 3 bits, 4 queries", 90),
-    ("8x128, 4 bits, 4 queries", 80), ("4x96, 3 bits", 80),
+    ("8x128, 4 bits, 4 queries", 80), ("4x96, 3 bits", 80), ("smollm2, plus", 80), ("8x128, plus", 90),
 ]  # fmt: skip
 FEWEST_CASES = {"attention": 20, "quantize": 7, "dequantize": 20, "model": 5}
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_model
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conftest import tiny_model
 from rotatekv import patch_model
 from rotatekv.cache import RotateKVCache
 from rotatekv.config import PRESETS

@@ -7,6 +7,7 @@ import torch
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
+from rotatekv.quantize import FINE_SCALE
 
 
 def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
@@ -46,7 +47,9 @@ def packed_planes(
     else:
         groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
         sides = (batch, blocks, groups, BLOCK)
-    shapes = {"low": (torch.int32, words), "scale": (torch.float16, sides), "zero": (torch.int8, sides)}
+    fine = not tokens_per_scale and packed["scale"].dtype == FINE_SCALE
+    scale_dtype = FINE_SCALE if fine else torch.float16
+    shapes = {"low": (torch.int32, words), "scale": (scale_dtype, sides), "zero": (torch.int8, sides)}
     if bits in HIGH_PLANE:
         shapes["high"] = (HIGH_PLANE[bits][0], words)
     return blocks, groups, shapes

@@ -9,9 +9,12 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
     scale  float16 (B, N, groups, 16)  one per token and quantization group
     zero   int8    (B, N, groups, 16)
 
-``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. Values are grouped in consecutive
-channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so the group of channel c is looked
-up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's lanes past T are zero.
+``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. In the fine format ``scale`` is
+uint8, the float16's bits 7 to 14, and ``zero`` counts eighths; the scale's dtype says which format it is.
+
+Values are grouped in consecutive channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so
+the group of channel c is looked up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's
+lanes past T are zero.
 
 Codecs whose scales are not per token keep the planes ``low`` and ``high`` alone in blocks: ``stores.PlaneStore``. A
 kernel reads these where scales are per channel over groups of g tokens, g a multiple of 16, so that a block has one of
@@ -26,6 +29,7 @@ from __future__ import annotations
 import torch
 
 from rotatekv.kernels.reference import Packed
+from rotatekv.quantize import FINE_SCALE
 
 BLOCK = 16  # tokens
 HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token
@@ -49,10 +53,13 @@ class Blocks(dict):
         return Blocks, (dict(self),)
 
 
-def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Blocks:
+def allocate_blocks(
+    batch: int, blocks: int, channels: int, groups: int, bits: int, device=None, fine: bool = False
+) -> Blocks:
     """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
     packed = allocate_planes(batch, blocks, channels, bits, device)
-    packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
+    scale_dtype = FINE_SCALE if fine else torch.float16
+    packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=scale_dtype, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
     return Blocks(packed)
 
@@ -66,10 +73,10 @@ def allocate_planes(batch: int, blocks: int, channels: int, bits: int, device=No
 
 
 def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:
-    """Codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8 → the layout, N = ceil(T / 16)."""
+    """Codes (B, T, C) uint8, scale and zero (B, T, groups) of either format → the layout, N = ceil(T / 16)."""
     batch, tokens, channels = codes.shape
     blocks = -(-tokens // BLOCK)
-    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device)
+    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device, scale.dtype == FINE_SCALE)
     write_blocks(packed, 0, codes, scale, zero, bits)
     return packed
 
@@ -83,7 +90,7 @@ def unpack_codes(packed: Packed, tokens: int, bits: int) -> torch.Tensor:
 
 
 def unpack_blocks(packed: Packed, tokens: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first ``tokens`` tokens: codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8."""
+    """The first ``tokens`` tokens: codes (B, T, C) uint8, scale and zero (B, T, groups) as they are stored."""
     scale, zero = (packed[name].transpose(2, 3).flatten(1, 2) for name in ("scale", "zero"))  # (B, N·16, groups)
     return unpack_codes(packed, tokens, bits), scale[:, :tokens], zero[:, :tokens]
 
@@ -117,7 +124,7 @@ def write_blocks(
     """Write T tokens in place from token ``start`` on; tokens outside keep their codes.
 
     Args:
-        codes (B, T, C) uint8, scale (B, T, groups) float16, zero (B, T, groups) int8.
+        codes (B, T, C) uint8, scale and zero (B, T, groups) in the blocks' format.
 
     Raises:
         ValueError: the tokens do not fit in the allocated blocks.

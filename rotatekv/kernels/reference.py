@@ -9,9 +9,9 @@ from rotatekv.quantize import dequantize_groups, quantize_groups
 Packed = dict[str, torch.Tensor]
 
 
-def quantize(x: torch.Tensor, bits: int, group_size: int, clip_ratio: float) -> Packed:
-    """(B, T, C) → ``codes`` (B, T, C) uint8, ``scale`` (B, T, C/g) float16, ``zero`` (B, T, C/g) int8."""
-    codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio)
+def quantize(x: torch.Tensor, bits: int, group_size: int, clip_ratio: float, fine: bool = False) -> Packed:
+    """(B, T, C) → ``codes`` (B, T, C) uint8, ``scale`` (B, T, C/g) float16 or uint8, ``zero`` (B, T, C/g) int8."""
+    codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio, fine)
     return {"codes": codes, "scale": scale, "zero": zero}
 
 

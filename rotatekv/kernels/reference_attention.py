@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import unpack_blocks, unpack_planes
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.quantize import wide_scale, wide_zero
 from rotatekv.transforms import channels_to_heads, rotate_channels
 
 
@@ -42,6 +44,7 @@ class DecodeOptions:
             ``o_proj`` does it, or where values are not rotated.
         key_tokens_per_scale: g, a multiple of 16: keys have a scale and zero per channel and g tokens, see
             ``layout.py``; 0: per token and quantization group of channels.
+        key_affine: what keys still lack after the inverse Hadamard, before RoPE; None: nothing.
     """
 
     head_dim: int
@@ -52,6 +55,7 @@ class DecodeOptions:
     rope: RopeTables | None = None
     unrotate_values: bool = False
     key_tokens_per_scale: int = 0
+    key_affine: Affine | None = None
 
 
 def decode_attention_reference(
@@ -78,6 +82,8 @@ def decode_attention_reference(
     k, v = (_restore(x, total_tokens, exact, name, dtype) for x, name in ((k, "keys"), (v, "values")))
     if options.rotation_width:
         k = rotate_channels(k, options.rotation_width, inverse=True)
+    if options.key_affine is not None:
+        k = options.key_affine(k).to(dtype)
     k, v = channels_to_heads(k, dim), channels_to_heads(v, dim)  # (B, H_kv, T, D)
     columns = torch.arange(total_tokens)
     queries = queries.to(dtype)
@@ -102,8 +108,8 @@ def _per_channel(stored: tuple[torch.Tensor, ...], group_of_channel: torch.Tenso
 
 def _restore(stored: tuple[torch.Tensor, ...], total_tokens, exact, name, dtype) -> torch.Tensor:
     """(B, T, C): codes, scale and zero (B, T_packed, C) dequantized, with the exact tokens in their places."""
-    codes, scale, zero = (x.to(dtype) for x in stored)
-    x = (codes - zero) * scale
+    codes, scale, zero = stored
+    x = (codes.to(dtype) - wide_zero(scale, zero).to(dtype)) * wide_scale(scale).to(dtype)
     x = torch.nn.functional.pad(x, (0, 0, 0, total_tokens - x.shape[1]))
     if exact is not None:
         x[exact.rows.long(), exact.columns.long()] = getattr(exact, name).to(dtype)

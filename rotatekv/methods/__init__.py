@@ -10,6 +10,7 @@ from rotatekv.methods.kivi import KIVI
 from rotatekv.methods.kvquant import KVQuant
 from rotatekv.methods.quarot import QuaRot
 from rotatekv.methods.rotatekv import RotateKV
+from rotatekv.methods.rotatekv_plus import RotateKVPlus
 from rotatekv.methods.rtn import RTN
 from rotatekv.methods.turboquant import TurboQuant
 
@@ -21,6 +22,7 @@ METHODS: dict[str, type[KVMethod]] = {
     "turboquant": TurboQuant,
     "kvquant": KVQuant,
     "rotatekv": RotateKV,
+    "rotatekv_plus": RotateKVPlus,
 }
 
 

@@ -18,6 +18,7 @@ Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as calibration
 
 _NEUTRAL = {  # what a flag must be for a method that has no use for it; a switch: False
     "k_groupsize": None, "v_groupsize": None, "k_clip_ratio": 1.0, "v_clip_ratio": 1.0, "head_group_num": 1,
+    "extra_bit_share": 0.0,
 }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class KVMethod(ABC):
     A codec is immutable and shared by all caches of a model; calibrated statistics are the codec's, not the cache's.
 
     Attributes:
+        k_bits, v_bits: of this layer; the config's, unless the method says otherwise.
         statistics: those of the layer's calibrated tensors that the codec uses; they decide what its bytes mean.
         tokens_per_flush: tokens leave the recent window in multiples of it, so ``encode_*`` gets whole groups.
         unused_flags: fields of ``QuantConfig`` that mean nothing to the method: any but the default is refused.
@@ -59,6 +61,9 @@ class KVMethod(ABC):
 
     tokens_per_flush = 1
     unused_flags: tuple[str, ...] = ()
+    finds_massive_tokens = False  # it has a sink_threshold
+    sink_threshold: float | None = None  # of a hidden-state entry, for sink_selection "massive"
+    gives_extra_bits = False  # extra_bit_share means something to it
     keys_before_rope = False
     quantizes = True
     key_tokens_per_scale = 0  # tokens that share a channel's scale of the keys; 0: scales are per token
@@ -71,6 +76,9 @@ class KVMethod(ABC):
         self.config, self.layer = config, layer
         self.statistics: Statistics = {}
         self._refuse_unused_flags()
+        if config.sink_selection == "massive" and not self.finds_massive_tokens:
+            raise UserError(f"{type(self).__name__} has no thresholds for sink_selection massive: detected or first")
+        self.k_bits, self.v_bits = config.k_bits, config.v_bits
         self.k_groupsize = config.k_groupsize or layer.head_dim
         self.v_groupsize = config.v_groupsize or layer.head_dim
         if self.quantizes:
@@ -110,7 +118,8 @@ class KVMethod(ABC):
             )
 
     def _refuse_unused_flags(self) -> None:
-        given = [flag for flag in self.unused_flags if getattr(self.config, flag) != _NEUTRAL.get(flag, False)]
+        unused = self.unused_flags if self.gives_extra_bits else (*self.unused_flags, "extra_bit_share")
+        given = [flag for flag in unused if getattr(self.config, flag) != _NEUTRAL.get(flag, False)]
         if given:
             flags = ", ".join(given)
             raise UserError(f"{type(self).__name__} has no use for {flags}: leave out {flags}, or take another method")

@@ -79,10 +79,10 @@ class KVQuant(KVMethod):
         return _restore(dense, tokens)
 
     def key_store(self) -> PlaneStore:
-        return PlaneStore(self.config.k_bits)
+        return PlaneStore(self.k_bits)
 
     def value_store(self) -> PlaneStore:
-        return PlaneStore(self.config.v_bits)
+        return PlaneStore(self.v_bits)
 
     def _key_tables(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         return tuple(x.to(device) for x in (self.key_offset, self.key_scale, self.key_levels))

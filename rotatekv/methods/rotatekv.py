@@ -53,13 +53,15 @@ class RotateKV(RTN):
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         channels = heads_to_channels(keys)  # (B, T, H_kv·D)
-        return channels if self.layer.keys_folded else self.transform_key_channels(channels.float())
+        if self.layer.keys_folded:
+            return channels
+        return self.transform_key_channels(self.centre_key_channels(channels.float()))
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
         if self.stored_order is not None:
             channels = self.stored_order.stored(channels)
         rotated = rotate_channels(channels.float(), self.key_width, inverse=True)  # (B, T, H_kv·D)
-        return channels_to_heads(rotated, self.layer.head_dim)  # (B, H_kv, T, D)
+        return channels_to_heads(self.uncentre_key_channels(rotated), self.layer.head_dim)  # (B, H_kv, T, D)
 
     def values_in(self, values: torch.Tensor) -> torch.Tensor:
         channels = heads_to_channels(values)  # (B, T, H_kv·D)
@@ -73,6 +75,14 @@ class RotateKV(RTN):
     def rotate_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Pre-RoPE Grouped-Head Rotation of (..., H_kv·D) key channels."""
         return rotate_channels(channels, self.key_width)
+
+    def centre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
+        """What comes before ``transform_key_channels`` and is not linear: here nothing."""
+        return channels
+
+    def uncentre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
+        """What a read does to (..., H_kv·D) un-rotated key channels: here nothing."""
+        return channels
 
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Rotation then reorder of (..., H_kv·D) key channels; what ``fuse_weights`` folds into ``k_proj``."""

@@ -20,23 +20,26 @@ class RTN(KVMethod):
     """Asymmetric per-token group quantization without any transform (the paper's RTN baseline)."""
 
     rotates = False
+    fine = False  # the format of scales and zero points: quantize.quantize_groups
     unused_flags = ROTATION_FLAGS
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
+        self.k_clip_ratio, self.v_clip_ratio = config.k_clip_ratio, config.v_clip_ratio
         self.key_width = 0  # channels rotated together
         self.stored_order: StoredOrder | None = None
+        self.key_factor = self.key_offset = None  # what keys lack after the inverse rotation, (C,) Constants
         self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
         self.value_group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.v_groupsize)
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
-        return quantize(channels, self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio)
+        return quantize(channels, self.k_bits, self.k_groupsize, self.k_clip_ratio, self.fine)
 
     def decode_keys(self, tokens: Packed) -> torch.Tensor:
         return dequantize(tokens)
 
     def encode_values(self, channels: torch.Tensor) -> Packed:
-        return quantize(channels, self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
+        return quantize(channels, self.v_bits, self.v_groupsize, self.v_clip_ratio, self.fine)
 
     def decode_values(self, tokens: Packed) -> torch.Tensor:
         return dequantize(tokens)
@@ -48,7 +51,10 @@ class RTN(KVMethod):
 
     @cached_property
     def key_form(self) -> HeadForm:
-        return HeadForm(self.layer.head_dim, self.group_of_channel, self.key_width, self.key_tokens_per_scale)
+        return HeadForm(
+            self.layer.head_dim, self.group_of_channel, self.key_width, self.key_tokens_per_scale,
+            self.key_factor, self.key_offset,
+        )  # fmt: skip
 
     @cached_property
     def value_form(self) -> HeadForm:
@@ -59,21 +65,22 @@ class RTN(KVMethod):
     def can_fuse(self) -> bool:
         return self.layer.head_dim % 16 == 0 and self.v_groupsize % 16 == 0
 
-    def decode_options(self, softmax_scale: float, rope: RopeTables) -> DecodeOptions:
+    def decode_options(self, softmax_scale: float, rope: RopeTables, device: torch.device) -> DecodeOptions:
         """What the fused decode kernel must know of this layer."""
         return DecodeOptions(
             head_dim=self.layer.head_dim,
-            key_bits=self.config.k_bits,
-            value_bits=self.config.v_bits,
+            key_bits=self.k_bits,
+            value_bits=self.v_bits,
             softmax_scale=softmax_scale,
             rotation_width=self.key_width,
             rope=rope if self.keys_before_rope else None,
             unrotate_values=self.unrotates_values,
             key_tokens_per_scale=self.key_tokens_per_scale,
+            key_affine=self.key_form.affine_on(device),
         )
 
     def key_store(self) -> BlockStore:
-        return BlockStore(self.config.k_bits, self.k_groupsize, self.config.k_clip_ratio, self.stored_order)
+        return BlockStore(self.k_bits, self.k_groupsize, self.k_clip_ratio, self.stored_order, self.fine)
 
     def value_store(self) -> BlockStore:
-        return BlockStore(self.config.v_bits, self.v_groupsize, self.config.v_clip_ratio)
+        return BlockStore(self.v_bits, self.v_groupsize, self.v_clip_ratio, fine=self.fine)

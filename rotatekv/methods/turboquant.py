@@ -61,10 +61,10 @@ class TurboQuant(KVMethod):
     values_in, values_out = keys_in, keys_out
 
     def key_store(self) -> PlaneStore:
-        return PlaneStore(self.config.k_bits)
+        return PlaneStore(self.k_bits)
 
     def value_store(self) -> PlaneStore:
-        return PlaneStore(self.config.v_bits)
+        return PlaneStore(self.v_bits)
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         return self._encode(channels, self.key_levels)

@@ -12,6 +12,7 @@ import ctypes
 
 import torch
 
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
@@ -84,6 +85,7 @@ def decode_attention(
         values=packed_pointers(values, options.value_bits, batch, channels, "values"),
         queries=pointer(queries, torch.float32, (batch, heads, query_tokens, dim), "queries"),
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
+        **_affine_pointers(options.key_affine, channels, "key_"),
         first=pointer(first, torch.int32, (batch,), "first"),
     )  # fmt: skip
     _set_rope(arguments, options)
@@ -140,6 +142,7 @@ def dequantize_blocks(
     instruction_set: str | None = None,
     out: torch.Tensor | None = None,
     tokens_per_scale: int = 0,
+    affine: Affine | None = None,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens of blocks as heads: unpacked, dequantized, and back from the Hadamard space.
 
@@ -152,6 +155,7 @@ def dequantize_blocks(
         out: (B, H_kv, T, D) float32, contiguous, with room for T ≥ ``tokens`` tokens; later ones stay as they are.
             None: a new one of just ``tokens``.
         tokens_per_scale: a multiple of 16: scales are per channel over so many tokens. 0: per token.
+        affine: applied to the channels after the inverse Hadamard.
 
     Returns:
         (B, H_kv, T, D) float32, ``out`` where that is given.
@@ -173,6 +177,7 @@ def dequantize_blocks(
         batch=batch, kv_heads=heads, head_dim=head_dim, tokens=tokens, output_tokens=room,
         rotation_width=rotation_width, threads=threads or torch.get_num_threads(), blocks=blocks,
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
+        **_affine_pointers(affine, channels),
         output=pointer(out, torch.float32, (batch, heads, room, head_dim), "out"),
     )  # fmt: skip
     _call("dequantize", arguments, instruction_set)
@@ -181,6 +186,13 @@ def dequantize_blocks(
 
 def _optional_indices(indices: torch.Tensor | None, count: int, name: str) -> int | None:
     return None if indices is None else pointer(indices, torch.int32, (count,), name)
+
+
+def _affine_pointers(affine: Affine | None, channels: int, prefix: str = "") -> dict[str, int]:
+    if affine is None:
+        return {}
+    names = ("factor", "offset")
+    return {f"{prefix}{name}": pointer(getattr(affine, name), torch.float32, (channels,), name) for name in names}
 
 
 def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:

@@ -8,13 +8,14 @@
 struct PackedPointers {
     const int32_t* low;     // (B, N, C)
     const void* high;       // (B, N, C) int16 for 3 bits, int32 for 4, null for 2
-    const uint16_t* scale;  // (B, N, groups, 16) float16, or (B, R, C)
+    const void* scale;      // (B, N, groups, 16) float16, or (B, R, C); fine: uint8
     const int8_t* zero;     // (B, N, groups, 16), or (B, R, C)
     int64_t blocks;         // N, allocated
     int64_t groups;         // of channels that share a scale; 0: scales are per channel
     int64_t bits;  // 2, 3 or 4
     int64_t tokens_per_scale;  // g, a multiple of 16: row r of R serves tokens g·r … g·r + g − 1; 0: per token
     int64_t scale_rows;        // R; 0: scales are per token
+    int64_t fine;              // 1: scales are bits 7 … 14 of a float16, zero points count eighths; per token only
 };
 
 struct DecodeArguments {
@@ -32,6 +33,8 @@ struct DecodeArguments {
     float softmax_scale, attention_scaling;
     PackedPointers keys, values;
     const int32_t* group_of_channel;  // (C,) quantization group of each key channel; null: scales are per channel
+    const float* key_factor;          // (C,) with key_offset, what un-rotated keys are multiplied by; null: nothing
+    const float* key_offset;          // (C,) and what is added then, before RoPE
     const float* queries;             // (B, H, query_tokens, D)
     const int32_t* first;             // (B,) first token that is not padding: position 0
     const float* coarse_cos;          // (coarse_rows, rotary_dim / 2), row q is position 16·q
@@ -65,5 +68,7 @@ struct DequantizeArguments {
     int64_t threads;
     PackedPointers blocks;
     const int32_t* group_of_channel;  // (C,) quantization group of each channel; null: scales are per channel
+    const float* factor;              // (C,) with offset, what un-rotated channels are multiplied by; null: nothing
+    const float* offset;              // (C,) and what is added then
     float* output;                    // (B, H_kv, output_tokens, D)
 };

@@ -7,7 +7,7 @@ import ctypes
 
 class PackedPointers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("low", "high", "scale", "zero")] + [
-        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows")
+        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows", "fine")
     ]
 
 
@@ -16,8 +16,8 @@ _DECODE_SIZES = [
     "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values", "threads",
 ]  # fmt: skip
 _DECODE_POINTERS = [
-    "group_of_channel", "queries", "first", "coarse_cos", "coarse_sin", "fine_cos", "fine_sin", "exact_rows",
-    "exact_columns", "exact_keys", "exact_values", "output",
+    "group_of_channel", "key_factor", "key_offset", "queries", "first", "coarse_cos", "coarse_sin", "fine_cos",
+    "fine_sin", "exact_rows", "exact_columns", "exact_keys", "exact_values", "output",
 ]  # fmt: skip
 _QUANTIZE_SIZES = ["structure_bytes", "batch", "tokens", "channels", "start", "threads"]
 _DEQUANTIZE_SIZES = [
@@ -50,6 +50,5 @@ class DequantizeArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _DEQUANTIZE_SIZES),
         ("blocks", PackedPointers),
-        ("group_of_channel", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("group_of_channel", "factor", "offset", "output")),
     ]

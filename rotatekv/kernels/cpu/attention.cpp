@@ -67,8 +67,11 @@ class Decode {
   public:
     explicit Decode(const DecodeArguments& a)
         : a_(a), g_(a), queries_(a.batch * a.query_heads * a.query_tokens * a.head_dim),
-          partials_(a.batch * g_.groups * g_.parts() * part_floats()), group_at_(a.group_of_channel ? size_t(g_.channels) : 0) {
+          partials_(a.batch * g_.groups * g_.parts() * part_floats()), key_offset_(a.key_factor ? size_t(g_.channels) : 0),
+          group_at_(a.group_of_channel ? size_t(g_.channels) : 0) {
         prepare_queries(a, queries_.data());
+        const float norm = a.rotation_width ? std::sqrt(float(a.rotation_width)) : 1.0f;
+        for (size_t i = 0; i < key_offset_.size(); ++i) key_offset_.data()[i] = a.key_offset[i] * norm;
         for (size_t i = 0; i < group_at_.size(); ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
         for (int64_t i = 0; i < threads(); ++i) memory_.emplace_back(a, g_);
     }
@@ -102,7 +105,9 @@ class Decode {
         const int64_t row = pair / g_.groups, group = pair % g_.groups;
         const int32_t *begin = a_.exact_rows, *end = begin + a_.exact_tokens;
         const Part part{a_, g_, memory,
-                        queries_.data() + pair * g_.group_rows * a_.head_dim, group_at_.data(),
+                        queries_.data() + pair * g_.group_rows * a_.head_dim,
+                        ChannelAffine{a_.key_factor, key_offset_.data()}.from(group * g_.group_channels),
+                        group_at_.data(),
                         partials_.data() + (pair * g_.parts() + split) * part_floats(), row, group,
                         g_.exact ? std::lower_bound(begin, end, int32_t(row)) - begin : 0,
                         g_.exact ? std::upper_bound(begin, end, int32_t(row)) - begin : 0};
@@ -134,6 +139,7 @@ class Decode {
     const DecodeArguments& a_;
     const Geometry g_;
     Floats queries_, partials_;
+    std::vector<float> key_offset_;
     std::vector<int32_t> group_at_;
     std::vector<ThreadMemory> memory_;
 };

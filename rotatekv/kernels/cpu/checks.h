@@ -24,6 +24,7 @@ static const char* check_scales(const PackedPointers& packed, int64_t tokens, in
         return nullptr;
     }
     ROTATEKV_REQUIRE(packed.groups == 0, "scales per channel have no groups of channels");
+    ROTATEKV_REQUIRE(!packed.fine, "scales per channel are float16");
     ROTATEKV_REQUIRE(channels % 16 == 0, "scales per channel need a multiple of 16 channels");
     ROTATEKV_REQUIRE(packed.scale_rows * per_scale >= tokens, "the packed tokens have no scales");
     return nullptr;
@@ -104,6 +105,7 @@ static const char* check_decode(const DecodeArguments& a) {
                          channels / a.values.groups % 16 == 0,
                      "a values' group must be a multiple of 16 channels that divides head_dim");
     ROTATEKV_REQUIRE(a.queries && a.first && a.output, "a tensor is missing");
+    ROTATEKV_REQUIRE(!a.key_factor == !a.key_offset, "key_factor and key_offset come together");
     if (const char* wrong = check_groups(a.keys, a.group_of_channel, channels)) return wrong;
     if (const char* wrong = check_indices(a.first, a.batch, a.total_tokens + 1, "first must be 0 … total_tokens"))
         return wrong;

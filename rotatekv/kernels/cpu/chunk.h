@@ -15,6 +15,7 @@ struct Part {
     const Geometry& g;
     ThreadMemory& memory;
     const float* queries;      // (group rows, D), times the softmax scale in log2 units
+    ChannelAffine affine;      // of the rotation group's keys, times sqrt(W) as they are
     const int32_t* group_at;   // (C,) offset of each key channel's group in the table of scales; null: see read_lanes
     float* partials;           // (group rows, D + 2)
     int64_t row, group;        // sequence and rotation group
@@ -61,9 +62,13 @@ static void score_packed_tile(const Part& part, int64_t token, int64_t column) {
     for (int plane = 0; plane < 2; ++plane) {
         float* keys = part.keys(g.fused == Fused::none ? plane : 0);
         read_keys(part, token + plane * kLanes, keys, part.angles(plane));
-        if (g.fused == Fused::none) last_passes(g.plan, int(g.group_channels), keys);
-        else score_fused(g.fused, int(g.head_rows), keys, part.angles(plane), part.queries,
-                         int(part.a.head_dim), part.memory.scores.data() + column + plane * kLanes, kChunk);
+        if (g.fused == Fused::none) {
+            last_passes(g.plan, int(g.group_channels), keys);
+            part.affine.apply(keys, g.group_channels);
+        } else {
+            score_fused(g.fused, int(g.head_rows), keys, part.affine, part.angles(plane), part.queries,
+                        int(part.a.head_dim), part.memory.scores.data() + column + plane * kLanes, kChunk);
+        }
     }
     if (g.fused == Fused::none) score_tile(part, column);
 }

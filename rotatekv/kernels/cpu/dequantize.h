@@ -1,8 +1,7 @@
 // x̂ = (code − zero)·scale for kLanes tokens of a block, one channel at a time.
 #pragma once
 
-#include "arguments.h"
-#include "simd.h"
+#include "scales.h"
 
 // Whether codes become numbers without a conversion: two bits put at the top of a fraction make 1 + code / 4.
 template <int Bits>
@@ -85,9 +84,9 @@ struct TokenScales {
         for (int64_t group = 0; group < packed.groups; ++group) {
             const int64_t block = place.row * packed.blocks + place.block;
             const int64_t at = (block * packed.groups + group) * kBlock + place.first_lane;
-            const Vec scale = load_halves(packed.scale + at);
+            const Vec scale = load_scales(packed, at);
             store(table + group * 2 * kLanes, scale * kFactor<Bits>);
-            store(table + (group * 2 + 1) * kLanes, -(load_bytes(packed.zero + at) + kOffset<Bits>) * scale);
+            store(table + (group * 2 + 1) * kLanes, -(load_zeros(packed, at) + kOffset<Bits>) * scale);
         }
     }
 
@@ -109,9 +108,9 @@ struct ChannelScales {
         const int64_t scale_row = place.row * packed.scale_rows + place.block * kBlock / packed.tokens_per_scale;
         const int64_t at = scale_row * place.channels + place.channel;
         for (int64_t i = 0; i < place.count; i += kLanes) {
-            const Vec scale = load_halves(packed.scale + at + i);
+            const Vec scale = load_scales(packed, at + i);
             store(factor + i, scale * kFactor<Bits>);
-            store(offset + i, -(load_bytes(packed.zero + at + i) + kOffset<Bits>) * scale);
+            store(offset + i, -(load_zeros(packed, at + i) + kOffset<Bits>) * scale);
         }
     }
 

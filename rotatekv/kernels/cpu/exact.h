@@ -24,6 +24,7 @@ static void read_exact_keys(const Part& part, int64_t from, int plane) {
         positions[lane] = a.exact_columns[e] - a.first[part.row];
     }
     inverse_hadamard(part.g.plan, channels, keys, [&](int channel) { return load(keys + channel * kLanes); });
+    part.affine.apply(keys, channels);
     if (a.rotary_dim) set_scattered_angles(a, positions, part.angles(plane));
 }
 

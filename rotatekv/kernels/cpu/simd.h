@@ -124,6 +124,21 @@ static ROTATEKV_INLINE Vec load_halves(const uint16_t* from) {
 #endif
 }
 
+// kLanes consecutive bytes, each bits 7 … 14 of a float16 → float32
+static ROTATEKV_INLINE Vec load_upper_halves(const uint8_t* from) {
+#if defined(__AVX512F__)
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (Vec)_mm512_cvtph_ps(_mm256_slli_epi16(words, 7));
+#elif defined(__AVX2__)
+    const __m128i words = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    return (Vec)_mm256_cvtph_ps(_mm_slli_epi16(words, 7));
+#else
+    Vec x;
+    for (int lane = 0; lane < kLanes; ++lane) x[lane] = half_to_float(uint16_t(from[lane] << 7));
+    return x;
+#endif
+}
+
 // kLanes consecutive int8 → float32
 static ROTATEKV_INLINE Vec load_bytes(const int8_t* from) {
 #if defined(__AVX512F__)

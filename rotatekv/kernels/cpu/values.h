@@ -5,8 +5,7 @@
 // Σ weight·x̂ = unit·(128·Σ high·code + Σ low·code − Σ (128·high + low)·zero).
 #pragma once
 
-#include "arguments.h"
-#include "simd.h"
+#include "scales.h"
 
 constexpr int kChunk = 256;                   // tokens that share one softmax step
 constexpr int kChunkBlocks = kChunk / kBlock;
@@ -45,10 +44,10 @@ static void round_weights(const float* probabilities, const PackedPointers& pack
     float weights[kChunk];
     Vec top = {};
     for (int block = 0; block < blocks; ++block) {
-        const uint16_t* scale = packed.scale + ((first_block + block) * packed.groups + group) * kBlock;
+        const int64_t scale = ((first_block + block) * packed.groups + group) * kBlock;
         for (int lane = 0; lane < kBlock; lane += kLanes) {
             const int at = block * kBlock + lane;
-            const Vec weight = load(probabilities + at) * load_halves(scale + lane);
+            const Vec weight = load(probabilities + at) * load_scales(packed, scale + lane);
             store(weights + at, weight);
             top = max(top, weight);
         }
@@ -60,12 +59,12 @@ static void round_weights(const float* probabilities, const PackedPointers& pack
     const Vec rounding = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
     Vec zero_sum = {};
     for (int block = 0; block < blocks; ++block) {
-        const int8_t* zero = packed.zero + ((first_block + block) * packed.groups + group) * kBlock;
+        const int64_t zero = ((first_block + block) * packed.groups + group) * kBlock;
         IntVec rounded[kBlock / kLanes];
         for (int part = 0; part < kBlock / kLanes; ++part) {
             const Vec shifted = load(weights + block * kBlock + part * kLanes) * inverse + rounding;
             rounded[part] = (IntVec)shifted & 0x3fff;
-            zero_sum += (shifted - rounding) * load_bytes(zero + part * kLanes);
+            zero_sum += (shifted - rounding) * load_zeros(packed, zero + part * kLanes);
         }
         store_block_weights(rounded, out->words[block]);
     }

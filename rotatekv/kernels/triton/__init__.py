@@ -16,11 +16,19 @@ from functools import lru_cache
 
 import torch
 
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.kernels.triton.checks import check, check_decode, check_packed, check_rope, refuse_token_groups
+from rotatekv.kernels.triton.checks import (
+    check,
+    check_affine,
+    check_decode,
+    check_packed,
+    check_rope,
+    refuse_token_groups,
+)
 from rotatekv.transforms import channels_to_heads
 
 __all__ = [
@@ -150,6 +158,7 @@ def dequantize_blocks(
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
     tokens_per_scale: int = 0,
+    affine: Affine | None = None,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens as heads of plain numbers, un-rotated.
 
@@ -162,6 +171,7 @@ def dequantize_blocks(
         dtype: float32, float16 or bfloat16.
         out: (B, H_kv, T, D) with room for T ≥ ``tokens`` tokens, which the result is copied into.
         tokens_per_scale: must be 0: scales are per token.
+        affine: applied to the channels after the inverse Hadamard; not together with ``rope``.
 
     Returns:
         (B, H_kv, T, D), ``out`` where that is given; with ``rope``, padding tokens hold numbers without meaning.
@@ -182,9 +192,14 @@ def dequantize_blocks(
     first = torch.zeros(batch, dtype=torch.int32, device=device) if first is None else first
     check(first, torch.int32, (batch,), device, "first")
     check_rope(rope, head_dim, tokens, device)
+    check_affine(affine, channels, device)
+    if affine is not None and rope is not None:
+        raise ValueError("affine and rope: channels with factors and offsets are read before RoPE")
     from rotatekv.kernels.triton.dequantize import launch_dequantize
 
-    channels = launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype)
+    channels = launch_dequantize(
+        packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype, affine
+    )
     heads = channels_to_heads(channels, head_dim)
     if out is None:
         return heads

@@ -25,8 +25,8 @@ _POINTERS = {
     "*i8": ("zero", "zeros", "key_zero", "value_zero"),
     "*i64": ("offsets",),
     "*fp32": ("x", "queries", "left", "right", "partner", "coarse_cos", "coarse_sin", "fine_cos", "fine_sin", "parts",
-              "tops", "totals", "out"),
-    "fp32": ("clip", "factor", "attention_scaling", "norm"),
+              "tops", "totals", "out", "key_factor", "key_offset"),
+    "fp32": ("clip", "factor", "attention_scaling", "norm", "offset_norm"),
 }  # fmt: skip
 _TYPES = {name: kind for kind, names in _POINTERS.items() for name in names}
 
@@ -58,25 +58,32 @@ class ModelShape:
     bits: int = 2
     query_tokens: int = 1
     unrotate_values: bool = True
+    plus: bool = False  # scales in the fine format, keys with factors and offsets
 
 
 def measure(shape: ModelShape, capability: int) -> list[Usage]:
     """All kernels of one model, compiled for sm_``capability``."""
-    return [_compile(*job, shape.bits, capability) for job in _jobs(shape)]
+    return [_compile(*job, shape, capability) for job in _jobs(shape)]
 
 
 def _jobs(shape: ModelShape) -> list[tuple]:
     """(kernel, constexprs, warps, other options) of each launch, as launch.py and its neighbours make them."""
     dim, channels, half = shape.head_dim, shape.kv_heads * shape.head_dim, shape.head_dim // 2
     plan = factor(shape.rotation_width, dim)
-    attention = {"C": channels, **shape_constants(plan, shape.repeat, shape.query_tokens, half)}
+    attention = {"C": channels, "AFFINE": shape.plus, **shape_constants(plan, shape.repeat, shape.query_tokens, half)}
     packed = {"KEY_GROUPS": shape.kv_heads, "VALUE_GROUPS": shape.kv_heads, "KEY_BITS": shape.bits,
               "VALUE_BITS": shape.bits, "EXACT": True}  # fmt: skip
     wide = factor(shape.rotation_width, dim, half)
-    dequantize = {"C": channels, "GROUPS": shape.kv_heads, "BITS": shape.bits, "HALF": half,
-                  "PRECISION": PRECISION, **wide.constants()}  # fmt: skip
+    dequantize = {"C": channels, "GROUPS": shape.kv_heads, "BITS": shape.bits, "HALF": 0 if shape.plus else half,
+                  "AFFINE": shape.plus, "PRECISION": PRECISION, **wide.constants()}  # fmt: skip
     head = factor(dim if shape.unrotate_values else 0, dim)
-    quantize = {"C": channels, "GROUP": dim, "GROUP_PAD": power_of_two(dim), "BITS": shape.bits, "ORDERED": True}
+    quantize = {
+        "C": channels,
+        "GROUP": dim,
+        "GROUP_PAD": power_of_two(dim),
+        "BITS": shape.bits,
+        "ORDERED": not shape.plus,
+    }
     return [
         (quantize_kernel, quantize, 4, {"enable_fp_fusion": False}),
         (dequantize_kernel, dequantize, wide.warps, {}),
@@ -86,11 +93,13 @@ def _jobs(shape: ModelShape) -> list[tuple]:
     ]
 
 
-def _compile(kernel, constants: dict, warps: int, options: dict, bits: int, capability: int) -> Usage:
+def _compile(kernel, constants: dict, warps: int, options: dict, shape: ModelShape, capability: int) -> Usage:
     names = kernel.arg_names
     given = {name: value for name, value in constants.items() if name in names}
-    high = "*i16" if bits == 3 else "*i32"
+    high = "*i16" if shape.bits == 3 else "*i32"
     types = {name: _TYPES.get(name, high if name.endswith("high") else "i32") for name in names}
+    if shape.plus:
+        types |= dict.fromkeys(("scale", "scales", "key_scale", "value_scale"), "*u8")
     signature = {name: "constexpr" if name in given else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, given, aligned)
@@ -116,6 +125,8 @@ MODELS = {
     "smollm2, 3 bits, 4 queries": ModelShape(3, 64, 192, 3, bits=3, query_tokens=4),
     "8x128, 4 bits, 4 queries": ModelShape(8, 128, 512, 4, bits=4, query_tokens=4),
     "4x96, 3 bits": ModelShape(4, 96, 384, 2, bits=3),
+    "smollm2, plus": ModelShape(3, 64, 192, 3, plus=True),
+    "8x128, plus": ModelShape(8, 128, 512, 4, plus=True),
 }
 
 if __name__ == "__main__":  # python -m rotatekv.kernels.triton.aot smollm2 80

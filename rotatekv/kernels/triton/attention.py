@@ -33,6 +33,7 @@ from rotatekv.kernels.triton.tiles import (
     LANES,
     block_angles,
     head_channels,
+    load_affine,
     load_matrices,
     read_packed,
     rope_angles,
@@ -119,12 +120,14 @@ def store_part(parts, tops, totals, split, batch, batches, group, tile, query_to
 
 @triton.jit
 def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, value_high, value_scale, value_zero,
-                 group_of_channel, exact_lanes, first, left, right, coarse_cos, coarse_sin, fine_cos, fine_sin,
+                 group_of_channel, key_factor, key_offset, offset_norm, exact_lanes, first, left, right,
+                 coarse_cos, coarse_sin, fine_cos, fine_sin,
                  parts, tops, totals, batches, packed_tokens, total_tokens, query_tokens, key_blocks, value_blocks,
                  exact_blocks, blocks_per_split, factor, attention_scaling,
                  C: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_BITS: tl.constexpr,
                  VALUE_BITS: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr,
-                 Q_PAD: tl.constexpr, DV_PAD: tl.constexpr, EXACT: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 Q_PAD: tl.constexpr, DV_PAD: tl.constexpr, EXACT: tl.constexpr, AFFINE: tl.constexpr,
+                 G: tl.constexpr, D: tl.constexpr,
                  A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr,
                  ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
@@ -134,6 +137,9 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     heads = C // D * REPEAT
     q, q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF,
                                REPEAT, TILE, Q_PAD, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)  # fmt: skip
+    if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
+        by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
+        q, q_turned, shift = q * by, q_turned * by, shift / by
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
     place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
@@ -155,6 +161,8 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
         x = read_packed(key_low, key_high, key_scale, key_zero, batch * key_blocks + block, channel, side, keep,
                         C, KEY_GROUPS, KEY_BITS)  # fmt: skip
         keys = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
+        if AFFINE:
+            keys += shift
         token = block * LANES + tl.arange(0, LANES)
         ok = (token >= start) & (token < packed_tokens)
         if EXACT:
@@ -174,12 +182,13 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
 
 
 @triton.jit
-def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, left, right,
+def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor, key_offset, offset_norm, first,
+                 left, right,
                  coarse_cos, coarse_sin, fine_cos, fine_sin, parts, tops, totals, batches, part, total_tokens,
                  query_tokens, factor, attention_scaling,
                  C: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr,
-                 DV_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-                 A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
+                 DV_PAD: tl.constexpr, AFFINE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
+                 B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
                  ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
     batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
@@ -187,6 +196,9 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, lef
     heads = C // D * REPEAT
     q, q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF,
                                REPEAT, TILE, Q_PAD, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)  # fmt: skip
+    if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
+        by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
+        q, q_turned, shift = q * by, q_turned * by, shift / by
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
     place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
@@ -207,6 +219,8 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, lef
         token = tl.load(columns + kept, mask=here, other=0)
         x = tl.load(exact_keys + kept[None, None, :] * C + channel, mask=keep & here[None, None, :], other=0.0)
         keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
+        if AFFINE:
+            keys += shift
         if HALF:
             position = tl.maximum(token - start, 0)[None, :]
             turn_cos, turn_sin = rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position // 16,

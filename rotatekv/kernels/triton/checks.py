@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import packed_planes, rope_planes, shape_of
 from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.reference import Packed
@@ -53,6 +54,12 @@ def check_rope(rope: RopeTables | None, head_dim: int, positions: int, device: t
         check(getattr(rope, name), torch.float32, shape, device, name)
 
 
+def check_affine(affine: Affine | None, channels: int, device: torch.device) -> None:
+    """A float32 factor and offset for each channel."""
+    for name in ("factor", "offset") if affine is not None else ():
+        check(getattr(affine, name), torch.float32, (channels,), device, name)
+
+
 def check_exact(exact: ExactTokens | None, channels: int, device: torch.device) -> None:
     """Rows and columns int32, keys and values of one 16-bit dtype."""
     if exact is None:
@@ -90,6 +97,7 @@ def check_decode(
     if not groups or channels % groups:
         raise ValueError(f"values: {channels} channels cannot be cut into {groups} groups")
     check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
+    check_affine(options.key_affine, channels, device)
     check(first, torch.int32, (batch,), device, "first")
     check_rope(options.rope, dim, total_tokens, device)
     check_exact(exact, channels, device)

@@ -44,9 +44,12 @@ def launch_decode(
     score_factor = options.softmax_scale * factors.norm * math.log2(math.e)
     scaling = rope.attention_scaling if rope else 1.0
     lanes = exact_lanes(exact, batch, blocks) if has_exact else first
+    affine = options.key_affine
+    constants["AFFINE"] = affine is not None
+    by_channel = (*((affine.factor, affine.offset) if affine else (left, left)), 1 / factors.norm)
     split_kernel[(batch * groups, splits, tiles)](
-        queries, *_planes(keys, options.key_bits), *_planes(values, options.value_bits), group_of_channel, lanes, first,
-        left, right, *tables, parts, tops, totals, batch, packed_tokens, total_tokens, query_tokens,
+        queries, *_planes(keys, options.key_bits), *_planes(values, options.value_bits), group_of_channel, *by_channel,
+        lanes, first, left, right, *tables, parts, tops, totals, batch, packed_tokens, total_tokens, query_tokens,
         keys["low"].shape[1], values["low"].shape[1], blocks, -(-blocks // splits), score_factor, scaling,
         C=channels, KEY_GROUPS=keys["scale"].shape[2], VALUE_GROUPS=values["scale"].shape[2],
         KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, EXACT=has_exact, **constants,
@@ -55,7 +58,7 @@ def launch_decode(
     if has_exact:
         offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
         exact_kernel[(batch * groups, tiles)](
-            queries, exact.keys, exact.values, exact.columns, offsets, first, left, right, *tables,
+            queries, exact.keys, exact.values, exact.columns, offsets, *by_channel, first, left, right, *tables,
             parts, tops, totals, batch, splits, total_tokens, query_tokens, score_factor, scaling,
             C=channels, **constants, num_warps=factors.warps, num_stages=STAGES,
         )  # fmt: skip

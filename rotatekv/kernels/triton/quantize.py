@@ -52,16 +52,30 @@ def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, c
     channel = group * GROUP + place  # (GROUP_PAD,)
     keep = new & here[None, :]
     numbers = tl.load(x + (batch * tokens + token) * C + channel[None, :], mask=keep, other=0.0)
-    top = tl.max(tl.where(here[None, :], numbers, float("-inf")), 1) * clip  # (16,)
-    bottom = tl.min(tl.where(here[None, :], numbers, float("inf")), 1) * clip
+    top = tl.max(tl.where(here[None, :], numbers, float("-inf")), 1)  # (16,)
+    bottom = tl.min(tl.where(here[None, :], numbers, float("inf")), 1)
     levels = tl.full((LANES,), LEVELS, tl.float32)
-    limit = tl.full((LANES,), 127.0, tl.float32)
-    scale = tl.maximum(tl.div_rn(top - bottom, levels), tl.div_rn(tl.abs(bottom), limit))
-    scale = tl.minimum(tl.maximum(scale, 2.0**-24), 65504.0).to(tl.float16)
-    wide = scale.to(tl.float32)
-    zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom, wide)), -127.0), 127.0)
+    if scales.dtype.element_ty == tl.uint8:  # the fine format
+        middle, reach = (top + bottom) * 0.5, (top - bottom) * (0.5 * clip)
+        bottom = middle - reach
+        wanted = tl.maximum(tl.div_rn(reach * 2.0, levels), tl.abs(bottom) * (8.0 / 127.0))
+        half = tl.minimum(tl.maximum(wanted, 2.0**-24), 65504.0).to(tl.float16)
+        upper = (half.to(tl.int16, bitcast=True).to(tl.int32) + 64) >> 7
+        upper = tl.minimum(tl.maximum(upper, 1), 0xF7)
+        scale = upper.to(tl.uint8)
+        wide = (upper << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom * 8.0, wide)), -127.0), 127.0)
+        before, after = zero * 0.125, zero * 0.0
+    else:
+        top, bottom = top * clip, bottom * clip
+        limit = tl.full((LANES,), 127.0, tl.float32)
+        scale = tl.maximum(tl.div_rn(top - bottom, levels), tl.div_rn(tl.abs(bottom), limit))
+        scale = tl.minimum(tl.maximum(scale, 2.0**-24), 65504.0).to(tl.float16)
+        wide = scale.to(tl.float32)
+        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom, wide)), -127.0), 127.0)
+        before, after = zero * 0.0, zero
     divisor = tl.broadcast_to(wide[:, None], (LANES, GROUP_PAD))
-    codes = _round(tl.div_rn(numbers, divisor)) + zero[:, None]
+    codes = _round(tl.div_rn(numbers, divisor) + before[:, None]) + after[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS).to(tl.int32)  # (16, GROUP_PAD)
     at = channel
     if ORDERED:

@@ -31,8 +31,13 @@ def read_packed(low, high, scale, zero, block, channel, group, keep, C: tl.const
     if BITS == 4:
         code |= ((tl.load(high + word, mask=keep, other=0) >> (2 * lane)) & 3) << 2
     at = (block * GROUPS + group) * LANES + lane
-    factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
-    offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32)
+    if scale.dtype.element_ty == tl.uint8:  # the fine format of quantize.py
+        upper = tl.load(scale + at, mask=keep, other=0).to(tl.int16)
+        factor = (upper << 7).to(tl.float16, bitcast=True).to(tl.float32)
+        offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32) * 0.125
+    else:
+        factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
+        offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32)
     return (code.to(tl.float32) - offset) * factor
 
 
@@ -72,6 +77,18 @@ def unrotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl
         z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)), PRECISION)  # (B_PAD, OUT·16)
         x = tl.permute(tl.reshape(z, (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
     return tl.reshape(x, (G_PAD, ROWS_PAD * B_PAD, LANES))
+
+
+@triton.jit
+def load_affine(factors, offsets, group, offset_norm, G: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+                B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr):  # fmt: skip
+    """Factors and offsets of a rotation group's un-rotated channels, (G_PAD, D', 1) each; offsets times the norm."""
+    place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
+    head = tl.arange(0, G_PAD)[:, None, None]
+    channel = (group * G + head) * D + place[None, :, None]
+    keep = (head < G) & real[None, :, None]
+    return (tl.load(factors + channel, mask=keep, other=1.0),
+            tl.load(offsets + channel, mask=keep, other=0.0) * offset_norm)  # fmt: skip
 
 
 @triton.jit

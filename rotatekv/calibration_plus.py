@@ -1,0 +1,178 @@
+"""RotateKV+'s statistics of a model: key means and factors, and which layers need a bit more. Forward passes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from rotatekv.attention import project_qkv
+from rotatekv.calibration import stream_modules
+from rotatekv.config import PRESETS, QuantConfig
+from rotatekv.errors import UserError
+from rotatekv.methods.base import KVMethod, LayerGeometry
+from rotatekv.methods.rotatekv_plus import RotateKVPlus
+from rotatekv.patch import find_text_model, layer_geometry, patch_with_methods
+from rotatekv.sinks import largest_magnitude
+from rotatekv.stores import TokenStore
+from rotatekv.transforms import heads_to_channels
+
+SINK_SHARE = 1 / 512  # of the tokens, whose largest hidden-state entry lies above the threshold
+FIRST_TOKENS = 16  # of a window, that do not count: the sinks among them are kept in 16 bits and are unlike the rest
+_SMALLEST = 1e-8
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens of one layer: keys and their squares (C,), squared queries (C,), and how many."""
+
+    keys: torch.Tensor
+    squares: torch.Tensor
+    queries: torch.Tensor
+    tokens: int = 0
+
+    def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """(B, H, T, D) and (B, H_kv, T, D), both before RoPE."""
+        keys = heads_to_channels(key)[:, FIRST_TOKENS:].double().flatten(0, 1)  # (B·T, C)
+        groups = query[:, :, FIRST_TOKENS:].unflatten(1, (key.shape[1], -1)).double()  # (B, H_kv, H / H_kv, T, D)
+        self.keys += keys.sum(0)
+        self.squares += keys.square().sum(0)
+        self.queries += groups.square().sum(dim=(0, 2, 3)).flatten()
+        self.tokens += len(keys)
+
+
+def collect_key_factors(
+    model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of each pre-RoPE key channel, and its factor (E q² / Var k)^¼, of geometric mean 1 in a layer.
+
+    E q² is the mean square of the pre-RoPE queries that meet the channel, summed over the heads that share it.
+
+    Args:
+        model: not patched. windows: token ids, (1, T) each; the first 16 of each do not count.
+
+    Returns:
+        mean, scale: (num_hidden_layers, H_kv·D) float32.
+    """
+    channels = layer_geometry(text_model.layers[0].self_attn).channels
+    sums = [_Moments(*(torch.zeros(channels, dtype=torch.float64) for _ in range(3))) for _ in text_model.layers]
+
+    def take(attention: nn.Module, hidden_states: torch.Tensor) -> None:
+        query, key, _ = project_qkv(attention, hidden_states)
+        sums[attention.layer_idx].add(query.cpu(), key.cpu())
+
+    stream_modules(model, text_model, windows, [layer.self_attn for layer in text_model.layers], take)
+    if not sums[0].tokens:
+        raise UserError(f"the calibration text has no window of more than {FIRST_TOKENS} tokens")
+    means, scales = zip(*(_factors(moments) for moments in sums), strict=True)
+    return torch.stack(means).float(), torch.stack(scales).float()
+
+
+def collect_sink_thresholds(model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """What the largest hidden-state entry of one token in 512 exceeds, per layer.
+
+    Args:
+        model: not patched. windows: token ids, (1, T) each.
+
+    Returns:
+        (num_hidden_layers, 1) float32.
+    """
+    layers = list(text_model.layers)
+    found: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def take(layer: nn.Module, hidden_states: torch.Tensor) -> None:
+        found[layer.self_attn.layer_idx].append(largest_magnitude(hidden_states).flatten().float().cpu())
+
+    stream_modules(model, text_model, windows, layers, take)
+    magnitudes = torch.stack([torch.cat(of_layer) for of_layer in found])  # (L, tokens)
+    count = max(round(magnitudes.shape[1] * SINK_SHARE), 1)
+    return magnitudes.topk(min(count + 1, magnitudes.shape[1]), dim=1).values[:, -1:]
+
+
+def _factors(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = moments.keys / moments.tokens
+    variance = (moments.squares / moments.tokens - mean**2).clamp_min(_SMALLEST)
+    log_scale = ((moments.queries / moments.tokens).clamp_min(_SMALLEST) / variance).log() / 4
+    return mean, (log_scale - log_scale.mean()).exp()
+
+
+def rank_sensitivity(
+    model: nn.Module,
+    windows: Iterable[torch.Tensor],
+    key_mean: torch.Tensor,
+    key_scale: torch.Tensor,
+    sink_threshold: torch.Tensor,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> torch.Tensor:
+    """Which layers' keys and values it costs most to quantize: one at a time, everything else exact.
+
+    The cost is the Kullback-Leibler divergence of the predictions from the unquantized model's, by the RotateKV2+
+    preset: 2·L forward passes a window.
+
+    Args:
+        model: not patched. windows: token ids, (1, T) each. key_mean, key_scale: of ``collect_key_factors``.
+        sink_threshold: of ``collect_sink_thresholds``.
+        progress: wraps the numbers of the layers.
+
+    Returns:
+        (num_hidden_layers, 2) float32, keys and values: (place + ½) / (2·L), place 0 is the most sensitive of all.
+    """
+    attentions = [layer.self_attn for layer in find_text_model(model).layers]
+    windows = [(window.to(model.device), _log_probabilities(model, window)) for window in windows]
+    config = replace(PRESETS["RotateKV2+"], extra_bit_share=0.0, fuse_weights=False)
+    exact = [_Exact(config, layer_geometry(attention)) for attention in attentions]
+    for codec, threshold in zip(exact, sink_threshold, strict=True):
+        codec.sink_threshold = threshold.item()
+    costs = torch.zeros(len(attentions), 2, dtype=torch.float64)
+    for number in progress(range(len(attentions))):
+        statistics = {"key_mean": key_mean[number], "key_scale": key_scale[number]}
+        statistics |= {"extra_bit_rank": torch.ones(2), "sink_threshold": sink_threshold[number]}
+        for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
+            methods = list(exact)
+            methods[number] = codec(config, layer_geometry(attentions[number]), statistics)
+            with patch_with_methods(model, config, methods):
+                for window, expected in windows:
+                    found = _log_probabilities(model, window)
+                    costs[number, column] += (expected.exp() * (expected - found)).sum().item()
+    places = torch.empty(costs.numel())
+    places[costs.flatten().argsort(descending=True, stable=True)] = torch.arange(costs.numel(), dtype=torch.float32)
+    return ((places + 0.5) / costs.numel()).view_as(costs)
+
+
+def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """(T, V) float32."""
+    with torch.no_grad():
+        return torch.log_softmax(model(input_ids=window.to(model.device), use_cache=False).logits[0].float(), -1)
+
+
+class _Exact(KVMethod):
+    """Keys and values as they are, in the cache of a quantizing config."""
+
+    gives_extra_bits = finds_massive_tokens = True
+
+    def __init__(self, config: QuantConfig, layer: LayerGeometry):
+        super().__init__(config, layer)
+
+    def encode_keys(self, channels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"raw": channels}
+
+    def decode_keys(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tokens["raw"]
+
+    encode_values, decode_values = encode_keys, decode_keys
+
+
+class _KeysAlone(RotateKVPlus):
+    """RotateKV+ with values as they are (rotated, which loses nothing)."""
+
+    can_fuse, value_form, value_store = False, None, TokenStore
+    encode_values, decode_values = _Exact.encode_values, _Exact.decode_values
+
+
+class _ValuesAlone(RotateKVPlus):
+    """RotateKV+ with keys as they are (transformed, which loses nothing)."""
+
+    can_fuse, value_form, key_store = False, None, TokenStore
+    encode_keys, decode_keys = _Exact.encode_keys, _Exact.decode_keys

@@ -1,0 +1,308 @@
+"""RotateKV+: its codec and its calibration against few-line references, folding, massive tokens, and its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_folder, tiny_model, tiny_text
+
+import calibrate_reorder
+from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model, unpatch_model
+from rotatekv.attention import project_qkv
+from rotatekv.calibration import CalibrationTarget, load_statistics, save_statistics
+from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, rank_sensitivity
+from rotatekv.kernels import cpu
+from rotatekv.methods import LayerGeometry, build_method
+from rotatekv.patch import find_text_model
+from rotatekv.transforms import hadamard_matrix
+
+LAYERS, HEADS, DIM = 2, 3, 16
+CHANNELS = HEADS * DIM
+PLUS = PRESETS["RotateKV2+"]
+
+
+def random_statistics(threshold: float = 1e9, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "key_mean": torch.randn(LAYERS, CHANNELS, generator=generator),
+        "key_scale": torch.rand(LAYERS, CHANNELS, generator=generator) + 0.5,
+        "extra_bit_rank": torch.tensor([[1 / 8, 7 / 8], [5 / 8, 3 / 8]]),
+        "sink_threshold": torch.full((LAYERS, 1), threshold),
+    }
+
+
+@pytest.fixture
+def statistics_file(tmp_path):
+    return save_statistics(tmp_path / "tiny.plus.safetensors", "plus", random_statistics(), {})
+
+
+def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, config, path, chunks, mask=None) -> tuple[torch.Tensor, RotateKVCache]:
+    rows = 1 if mask is None else mask.shape[0]
+    ids, start, parts = token_ids(rows, sum(chunks)), 0, []
+    mask = torch.ones_like(ids) if mask is None else mask
+    with patch_model(model, config, path), torch.no_grad():
+        cache = RotateKVCache.for_model(model)
+        for length in chunks:
+            here = {"attention_mask": mask[:, : start + length]}
+            here["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
+            parts.append(model(ids[:, start : start + length], past_key_values=cache, **here).logits)
+            start += length
+    return torch.cat(parts, dim=1), cache
+
+
+def numpy_fine(x: np.ndarray, bits: int, clip: float) -> np.ndarray:
+    """(T, C), heads of 16 share a scale: the range about its middle, a scale of 4 digits, a zero point in eighths."""
+    groups = x.reshape(len(x), -1, DIM)
+    middle, reach = (groups.max(-1) + groups.min(-1)) / 2, (groups.max(-1) - groups.min(-1)) / 2 * clip
+    exponent = np.floor(np.log2(2 * reach / (2**bits - 1)))
+    scale = np.rint(2 * reach / (2**bits - 1) / 2.0 ** (exponent - 3)) * 2.0 ** (exponent - 3)
+    zero = np.rint(-(middle - reach) / scale * 8) / 8
+    codes = np.clip(np.rint(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
+    return ((codes - zero[..., None]) * scale[..., None]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("preset, bits", [("RotateKV2+", 3), ("RotateKV3+", 4), ("RotateKV4+", 4)])
+def test_keys_are_centred_balanced_rotated_and_back(preset, bits):
+    """Layer 0, whose keys come first of all in sensitivity: a bit more, but for RotateKV4+."""
+    statistics = {name: x[0] for name, x in random_statistics().items()}
+    codec = build_method(PRESETS[preset], LayerGeometry(0, HEADS, DIM), statistics)
+    keys = torch.randn(1, HEADS, 40, DIM, generator=torch.Generator().manual_seed(1)) * 2 + 3
+    assert codec.k_bits == bits
+    got = codec.keys_out(codec.decode_keys(codec.encode_keys(codec.keys_in(keys))))
+    mean, scale = (statistics[name].double().numpy() for name in ("key_mean", "key_scale"))
+    matrix = hadamard_matrix(CHANNELS).double().numpy()
+    channels = keys[0].transpose(0, 1).flatten(1).double().numpy()  # (T, C)
+    stored = numpy_fine(((channels - mean) * scale) @ matrix.T, bits, codec.k_clip_ratio)
+    want = (stored @ matrix) / scale + mean
+    difference = np.abs(got[0].transpose(0, 1).flatten(1).double().numpy() - want)
+    assert np.quantile(difference, 0.95) < 1e-4  # but for ties, of scales too
+    assert 0.01 < np.abs(want - channels).mean() < 1
+
+
+def test_the_factors_make_the_scores_noise_least():
+    """The rotation spreads Σ (s·σ)² of noise evenly; divided by s² it costs q² of it in channel c."""
+    generator = torch.Generator().manual_seed(0)
+    queries, deviations = torch.rand(2, 64, generator=generator, dtype=torch.float64).exp().pow(3)
+
+    def noise(s: torch.Tensor) -> float:
+        return (((s * deviations) ** 2).mean() * (queries**2 / s**2).sum()).item()
+
+    best = (queries**2 / deviations**2) ** 0.25
+    others = [best * (0.3 * torch.randn(64, generator=generator)).exp() for _ in range(50)] + [torch.ones(64)]
+    assert all(noise(best) < noise(other) for other in others)
+
+
+def test_bits_are_the_formulas(statistics_file, tiny):
+    tokens, config = 200, replace(PLUS, extra_bit_share=0.4)
+    _, cache = logits(tiny, config, statistics_file, (tokens,))
+    assert [(m.k_bits, m.v_bits) for m in (x.method for x in cache.layers)] == [(3, 2), (2, 3)]
+    packed = (tokens - 16) // 16 * 16
+    sides = packed * HEADS * 2 * 2  # a byte of scale and one of zero, keys and values
+    codes = packed * CHANNELS * (3 + 2) // 8
+    window = (tokens - packed) * (2 * CHANNELS * 2 + 1)  # a flag beside each
+    assert cache.nbytes() == LAYERS * (codes + sides + window) + 4 * tokens
+
+
+@pytest.mark.parametrize(
+    "share, bits", [(0.0, [2, 2, 2, 2]), (0.25, [3, 2, 2, 2]), (0.5, [3, 2, 2, 3]), (1.0, [3] * 4)]
+)
+def test_the_most_sensitive_get_a_bit_more(share, bits, statistics_file, tiny):
+    with patch_model(tiny, replace(PLUS, extra_bit_share=share), statistics_file) as handle:
+        methods = handle.spec.methods
+    assert [x for method in methods for x in (method.k_bits, method.v_bits)] == bits
+    assert [m.k_clip_ratio for m in methods] == [pytest.approx(0.9 if m.k_bits == 3 else 0.8) for m in methods]
+
+
+def test_folded_and_online_are_one(statistics_file, any_family):
+    """qwen2 has biases, llama and phi3 get one, qwen3's keys are normalised and stay online."""
+    model = any_family
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    config = replace(PLUS, k_bits=4, v_bits=4, extra_bit_share=0.0)
+    folded, _ = logits(model, config, statistics_file, (50, 1, 1))
+    online, _ = logits(model, replace(config, fuse_weights=False), statistics_file, (50, 1, 1))
+    assert (folded - online).abs().median() < 1e-3 * online.std()
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_bias_that_was_not_there_goes_again(statistics_file, tiny):
+    attention = find_text_model(tiny).layers[0].self_attn
+    assert attention.k_proj.bias is None
+    patch_model(tiny, PLUS, statistics_file)
+    assert attention.k_proj.bias.any() and attention.v_proj.bias is None
+    unpatch_model(tiny)
+    assert attention.k_proj.bias is None and "bias" in attention.k_proj._parameters
+
+
+# --- massive tokens ------------------------------------------------------------------------------------------------
+
+
+def test_massive_tokens_stay_exact_whenever_they_come(tmp_path, monkeypatch):
+    """One-shot, in chunks and one by one; padding, which is as large, is none."""
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    model = tiny_model().double()
+    hidden = model.get_input_embeddings()(token_ids(2, 90)).abs().amax(-1)  # (B, T), the first layer's input
+    threshold = hidden.flatten().sort().values[-12].item() - 1e-6
+    path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(threshold), {})
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[0, :9] = 0
+    whole, cache = logits(model, PLUS, path, (90,), mask)
+    layer, packed = cache.layers[0], cache.layers[0].packed_keys.length
+    expected = ((hidden > threshold) & mask.bool())[:, :packed].nonzero()
+    assert len(expected) > 4 and packed == 64
+    assert torch.equal(torch.stack([layer.sink_rows, layer.sink_columns], 1).long(), expected)
+    for chunks in ((30, 20, 1, 39), (12,) + (1,) * 78):
+        parts, other = logits(model, PLUS, path, chunks, mask)
+        assert torch.equal(other.layers[0].sink_columns, layer.sink_columns)
+        assert torch.equal(other.layers[0].sink_rows, layer.sink_rows)
+        difference = (parts - whole)[mask.bool()].abs()
+        assert difference.median() < 1e-6 and difference.mean() < 2e-3
+
+
+def test_sinks_survive_a_crop_and_a_beam(tmp_path, tiny):
+    hidden = tiny.get_input_embeddings()(token_ids(2, 90)).abs().amax(-1)
+    path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(hidden.median().item()), {})
+    with patch_model(tiny, PLUS, path), torch.no_grad():
+        cache, other = RotateKVCache.for_model(tiny), RotateKVCache.for_model(tiny)
+        tiny(token_ids(2, 90), past_key_values=cache)
+        cache.crop(-40)  # 50 left: 48 in whole blocks, two in the window
+        layer = cache.layers[0]
+        assert layer.packed_keys.length == 48 and layer.window_massive.shape == (2, 2)
+        assert layer.sink_columns.max() < 50
+        cache.select_rows(torch.tensor([1, 1, 0]))
+        assert layer.window_massive.shape[0] == 3
+        tiny(token_ids(2, 90)[:, :50], past_key_values=other)
+        rows = torch.tensor([1, 1, 0])
+        more = token_ids(3, 40, seed=5)
+        got = tiny(more, past_key_values=cache).logits
+        other.select_rows(rows)
+        want = tiny(more, past_key_values=other).logits
+    # Two tokens of the cut block decode once more: their codes may differ, the rest is the same.
+    assert (got - want).abs().median() < 0.1 * want.std()
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("preset", ["RotateKV2+", "RotateKV4+"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_fused_kernels_give_the_general_path(preset, rows, fold, tmp_path, any_family, monkeypatch):
+    hidden = any_family.get_input_embeddings()(token_ids(1, 60)).abs().amax(-1)
+    path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(hidden.quantile(0.8).item()), {})
+    calls, kernel = [], cpu.decode_attention
+    monkeypatch.setattr(cpu, "decode_attention", lambda *args: calls.append(1) or kernel(*args))
+    mask = torch.ones(rows, 62, dtype=torch.long)
+    if rows > 1:
+        mask[0, :7] = mask[2, :19] = 0
+    model, config, chunks = any_family.double(), replace(PRESETS[preset], fuse_weights=fold), (40, 1, 1, 3, 16, 1)
+    fused, _ = logits(model, config, path, chunks, mask)
+    assert len(calls) == LAYERS * 4  # not the 16, which have two windows
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    general, cache = logits(model, config, path, chunks, mask)
+    assert len(calls) == LAYERS * 4 and len(cache.layers[0].sink_rows)
+    difference = (fused - general)[mask.bool()].abs()
+    assert difference.median() < 5e-4 and difference.mean() < 0.005 * general.std()
+
+
+# --- calibration ---------------------------------------------------------------------------------------------------
+
+
+def test_factors_and_thresholds_are_those_of_the_definition(any_family):
+    model, windows = any_family, [token_ids(1, 40, seed) for seed in (1, 2)]
+    text_model, queries, keys, inputs = find_text_model(model), [[], []], [[], []], [[], []]
+
+    def keep(attention, args, kwargs):
+        query, key, _ = project_qkv(attention, kwargs["hidden_states"])
+        queries[attention.layer_idx].append(query[0, :, 16:].double())
+        keys[attention.layer_idx].append(key[0, :, 16:].double())
+
+    hooks = [x.self_attn.register_forward_pre_hook(keep, with_kwargs=True) for x in text_model.layers]
+    hooks += [
+        x.register_forward_pre_hook(lambda m, args: inputs[m.self_attn.layer_idx].append(args[0].abs().amax(-1)))
+        for x in text_model.layers
+    ]
+    with torch.no_grad():
+        for window in windows:
+            model(window, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    mean, scale = collect_key_factors(model, text_model, windows)
+    thresholds = collect_sink_thresholds(model, text_model, windows)
+    for number in range(LAYERS):
+        query, key = torch.cat(queries[number], 1), torch.cat(keys[number], 1)  # (H, T, D), (H_kv, T, D)
+        torch.testing.assert_close(mean[number].double(), key.mean(1).flatten(), rtol=1e-4, atol=1e-5)
+        squares = query.square().mean(1).view(HEADS, -1, DIM).sum(1).flatten()
+        want = (squares / key.var(1, correction=0).flatten()) ** 0.25
+        want /= want.log().mean().exp()
+        torch.testing.assert_close(scale[number].double(), want, rtol=1e-3, atol=1e-5)
+        # One token in 512 of 80 is none: but one is above the threshold, the second largest.
+        assert thresholds[number] == torch.cat(inputs[number], 1).flatten().sort().values[-2]
+
+
+def test_the_layer_that_decides_is_the_most_sensitive():
+    """Values that the output ignores cost nothing; those it is made of cost most."""
+    model = tiny_model()
+    layers = find_text_model(model).layers
+    with torch.no_grad():
+        layers[0].self_attn.o_proj.weight.mul_(0.0)
+        layers[1].self_attn.o_proj.weight.mul_(3.0)
+    windows, text_model = [token_ids(1, 80)], find_text_model(model)
+    mean, scale = collect_key_factors(model, text_model, windows)
+    rank = rank_sensitivity(model, windows, mean, scale, torch.full((LAYERS, 1), 1e9))
+    assert sorted(rank.flatten().tolist()) == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
+    assert rank[0].min() > rank[1].max()  # layer 0 is not heard at all
+    model(windows[0])  # unpatched again
+
+
+def test_calibrate_reorder_makes_the_file(tmp_path, monkeypatch, capsys):
+    folder = save_tiny_folder(tmp_path / "tiny-llama")
+    (tmp_path / "text.txt").write_text(tiny_text(300))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(folder), "--dataset", "text.txt", "--seq_length", "100", "--statistics", "plus"]
+    calibrate_reorder.main(flags)
+    assert "2 layers × 48 channels, and their order of sensitivity" in capsys.readouterr().out
+    path = tmp_path / "reorder_indices" / "tiny-llama.plus.safetensors"
+    found = load_statistics("plus", CalibrationTarget(str(folder), LAYERS, CHANNELS), path)
+    assert found["key_scale"].log().mean(dim=1).abs().max() < 1e-5
+    model, _ = load_model(str(folder))
+    with patch_model(model, "RotateKV2+"), torch.no_grad():  # found by the model's name
+        assert model(token_ids(1, 70)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("key_scale", lambda x: -x), ("key_mean", lambda x: x * float("nan")), ("extra_bit_rank", lambda x: x[:, :1]),
+    ("sink_threshold", lambda x: x[:1]), ("key_mean", lambda x: x[:, :-1]),
+])  # fmt: skip
+def test_a_damaged_file_is_one_line(name, damage, tmp_path, tiny):
+    statistics = random_statistics()
+    statistics[name] = damage(statistics[name])
+    path = save_statistics(tmp_path / "bad.safetensors", "plus", statistics, {})
+    with pytest.raises(UserError, match=name) as error:
+        patch_model(tiny, PLUS, path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"Grouped_Head_Key_Rotation": False}, "before RoPE"), ({"Outlier_Aware_Key_Rotation": True}, "no use for"),
+    ({"k_bits": 4}, "at most"), ({"extra_bit_share": 1.5}, "extra_bit_share"),
+])  # fmt: skip
+def test_flags_without_sense_are_one_line(changes, message, statistics_file, tiny):
+    with pytest.raises(UserError, match=message) as error:
+        patch_model(tiny, replace(PLUS, **changes), statistics_file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"extra_bit_share": 0.1}, {"sink_selection": "massive"}])
+@pytest.mark.parametrize("preset", ["RTN2", "KIVI2", "TurboQuant2"])
+def test_other_methods_refuse_its_flags(preset, changes, tiny):
+    with pytest.raises(UserError, match=next(iter(changes))):
+        patch_model(tiny, replace(PRESETS[preset], **changes))
