@@ -17,6 +17,7 @@ from rotatekv.evals.generation import complete
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.external import use_method
+from rotatekv.results import Run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -25,14 +26,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--num_fewshot", type=int, default=8, help="worked examples before each question (default: 8)")
     group.add_argument("--max_new_tokens", type=int, default=256, help="tokens per answer, at most (default: 256)")
     group.add_argument("--batch_size", type=int, default=1, help="questions answered at once (default: 1)")
+    group.add_argument(
+        "--agree_with",
+        metavar="DIR",
+        help="another run's folder, say FP16's: also count the tokens of an answer before the two runs differ",
+    )
     return parser.parse_args(argv)
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    others = Run.of_folder(args.agree_with, "gsm8k").samples if args.agree_with is not None else None
+
+    def metric_of(records: list[dict]) -> dict:
+        agreement = {} if others is None else {"agreement": gsm8k.agreement(records, others)}
+        return {"accuracy": gsm8k.accuracy(records), **agreement}
+
+    def score_again(records: list[dict]) -> tuple[list[dict], dict]:
+        records = [gsm8k.score(record) for record in records]
+        return records, metric_of(records)
+
     if args.rescore is not None:
-        return report(rescore(args.rescore, "gsm8k", gsm8k.score_again), args.rescore)
+        return report(rescore(args.rescore, "gsm8k", score_again), args.rescore)
     check_positive(args, "limit", "max_new_tokens", "batch_size")
     name, quant_config = method_from_args(args)
     examples = gsm8k.load_examples(args.num_fewshot)
@@ -63,13 +79,14 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    metric = {"accuracy": gsm8k.accuracy(records)}
-    report(finish_run(run, records, metric, len(records) < len(questions)), run.folder)
+    report(finish_run(run, records, metric_of(records), len(records) < len(questions)), run.folder)
 
 
 def report(metrics: dict, folder: str | Path) -> None:
     print(f"{metrics['n']} questions, {Path(folder) / 'metrics.json'}")
     print(f"gsm8k accuracy: {metrics['metric']['accuracy']:.2f} %  {summary(metrics)}")
+    if "agreement" in metrics["metric"]:
+        print(f"the same as the other run for {metrics['metric']['agreement']:.1f} tokens of an answer, on average")
 
 
 if __name__ == "__main__":

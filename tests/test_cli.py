@@ -101,7 +101,8 @@ def test_two_methods_at_once_are_refused_by_name(flags, names):
         ("k_clip_ratio", "0.5", 0.5), ("v_clip_ratio", "0.7", 0.7), ("head_group_num", "1", 1),
         ("Outlier_Aware_Key_Rotation", "False", False), ("Attention_Sink_Aware", "False", False),
         ("Grouped_Head_Key_Rotation", "False", False), ("fuse_weights", "False", False),
-        ("num_sink_entries", "5", 5), ("residual_length", "32", 32), ("extra_bit_share", "0.3", 0.3), ("sink_selection", "first", "first"),
+        ("num_sink_entries", "5", 5), ("residual_length", "32", 32), ("extra_bit_share", "0.3", 0.3),
+        ("sink_selection", "first", "first"),
     ],
 )  # fmt: skip
 def test_a_flag_overrides_the_preset_and_nothing_else(flag, value, expected):

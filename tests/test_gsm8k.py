@@ -286,6 +286,22 @@ def test_last_line_records_and_metrics_say_the_same(folder, data, tmp_path, caps
     assert metrics["config"]["num_fewshot"] == 1 and metrics["config"]["max_new_tokens"] == 6
 
 
+def test_agreement_counts_tokens_before_the_first_difference(folder, data, tmp_path, capsys):
+    records = [{"id": 0, "token_ids": [5, 6, 7, 8]}, {"id": 1, "token_ids": [5, 6]}, {"id": 2, "token_ids": [1]}]
+    others = {0: {"token_ids": [5, 6, 9, 8]}, 1: {"token_ids": [5, 6, 7]}, 2: {"token_ids": [2]}}
+    assert gsm8k.agreement(records, others) == 4 / 3
+    with pytest.raises(UserError, match="question 2 has no"):
+        gsm8k.agreement(records, {**others, 2: {}})
+    GSM8K_evaluation.main(flags(folder, data, tmp_path / "one", "--FP16", "--limit", 3))
+    other = next((tmp_path / "one").rglob("metrics.json")).parent
+    GSM8K_evaluation.main(flags(folder, data, tmp_path / "two", "--RTN2", "--limit", 3, "--agree_with", other))
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    agreement = metrics_of(tmp_path / "two")["metric"]["agreement"]
+    assert said == f"the same as the other run for {agreement:.1f} tokens of an answer, on average" and agreement < 6
+    GSM8K_evaluation.main(flags(folder, data, tmp_path / "one", "--rescore", other, "--agree_with", other))
+    assert metrics_of(tmp_path / "one")["metric"]["agreement"] == 6
+
+
 def test_accuracy_counts_right_answers(folder, data, tmp_path):
     """The golds are set to what the model says, but for one: 6 of 7 right."""
     GSM8K_evaluation.main(flags(folder, data, tmp_path / "first", "--RTN4"))

@@ -34,7 +34,8 @@ def complete(
 
     Returns:
         for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` (the
-        batch's longest completion) and what ``cache_use`` measures of the batch's cache, divided by its rows.
+            batch's longest completion), ``token_ids`` and what ``cache_use`` measures of the batch's cache, divided
+            by its rows.
 
     Raises:
         UserError: a prompt has no token, or it and its completion exceed the model's context.
@@ -80,6 +81,7 @@ def complete_inputs(
                 "prediction": cut_at(text, stop_strings),
                 "prompt_tokens": int(mask.sum()),
                 "new_tokens": len(row),
+                "token_ids": row.tolist(),
                 **use,
             }
         )

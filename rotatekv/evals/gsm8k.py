@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from rotatekv.errors import UserError
@@ -103,10 +104,23 @@ def accuracy(records: Sequence[dict]) -> float:
     return 100 * sum(record["score"] for record in records) / len(records)
 
 
-def score_again(records: Sequence[dict]) -> tuple[list[dict], dict]:
-    """For ``rescore``: the records scored anew, and their metric."""
-    records = [score(record) for record in records]
-    return records, {"accuracy": accuracy(records)}
+def agreement(records: Sequence[dict], others: Mapping[int, dict]) -> float:
+    """Tokens of a completion before it leaves the one that another run gave to the same question, on average.
+
+    Args:
+        others: that run's records by ``id``.
+
+    Raises:
+        UserError: a question is not there, or a run of an earlier version kept no token ids.
+    """
+    total = 0
+    for record in records:
+        other = others.get(record["id"])
+        if other is None or "token_ids" not in other or "token_ids" not in record:
+            raise UserError(f"question {record['id']} has no completion's tokens in both runs: run both anew")
+        pairs = zip(record["token_ids"], other["token_ids"], strict=False)
+        total += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return total / len(records)
 
 
 def _load_hub() -> list[dict]:
