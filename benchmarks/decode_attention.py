@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from rotatekv import results
 from rotatekv.kernels import cpu
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.cpu.build import chosen_instruction_set
 from rotatekv.kernels.layout import BLOCK, allocate_blocks
 from rotatekv.kernels.reference_attention import DecodeOptions
@@ -31,22 +32,30 @@ from rotatekv.kernels.rope_tables import RopeTables
 SHAPES = {"smollm2": (9, 3, 64, 3), "llama-8x128": (32, 8, 128, 4)}
 
 
-def fused_step(shape: str, tokens: int, bits: int) -> tuple[Callable, int]:
-    """The packed decode step of random codes, and the bytes of its keys and values."""
+def fused_step(shape: str, tokens: int, bits: int, plus: bool = False) -> tuple[Callable, int]:
+    """The packed decode step of random codes, and the bytes of its keys and values.
+
+    Args:
+        plus: as RotateKV+ stores them: scales in the fine format, keys with factors and offsets.
+    """
     heads, kv_heads, dim, group_heads = SHAPES[shape]
     channels = kv_heads * dim
     packed = []
     for _ in range(2):
-        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits)
+        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, fine=plus)
         for name in ("low", "high"):
             if name in blocks:
                 limit = torch.iinfo(blocks[name].dtype)
                 blocks[name].random_(limit.min, limit.max)
-        blocks["scale"].uniform_(0.5, 1.0)
+        if plus:
+            blocks["scale"].random_(0x70, 0x78)  # 0.5 … 1
+        else:
+            blocks["scale"].uniform_(0.5, 1.0)
         blocks["zero"].random_(0, 2**bits)
         packed.append(blocks)
     rope = RopeTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), tokens)
-    options = DecodeOptions(dim, bits, bits, dim**-0.5, group_heads * dim, rope)
+    affine = Affine(torch.rand(channels) + 0.5, torch.randn(channels)) if plus else None
+    options = DecodeOptions(dim, bits, bits, dim**-0.5, group_heads * dim, rope, key_affine=affine)
     group_of_channel = (torch.randperm(channels) // dim).int()
     queries, first = torch.randn(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32)
     size = sum(x.nbytes for blocks in packed for x in blocks.values())
@@ -144,7 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = [bandwidth_row() | {"by_fused": ""}]
     for shape in args.shapes.split(","):
         for tokens in map(int, args.lengths.split(",")):
-            steps = {f"fused {args.bits}-bit": fused_step(shape, tokens, args.bits), **torch_steps(shape, tokens)}
+            fused = {f"fused {args.bits}-bit": fused_step(shape, tokens, args.bits)}
+            fused["fused, RotateKV+"] = fused_step(shape, tokens, args.bits, plus=True)
+            steps = {**fused, **torch_steps(shape, tokens)}
             times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
             fused = next(iter(times.values()))
             for name, found in times.items():
