@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     name, quant_config = method_from_args(args)
     examples = gsm8k.load_examples(args.num_fewshot)
     questions = gsm8k.load_questions(args.data_dir)
+    samples = questions[: args.limit]
+    if others is not None:
+        gsm8k.check_token_ids(samples, others)
     model, tokenizer = load_model(**model_flags(args))
 
     dataset = {"id": "gsm8k/test", "sha256": records_sha256(questions)}
@@ -66,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
         records = complete(model, tokenizer, prompts, args.max_new_tokens, [gsm8k.STOP])
         return [gsm8k.score({**record, "answers": s["answers"]}) for s, record in zip(batch, records, strict=True)]
 
-    samples = questions[: args.limit]
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "gsm8k", name, handle, dataset, **protocol)
         if not score_samples(

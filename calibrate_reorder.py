@@ -1,9 +1,9 @@
 """Calibrate a model on a text: RotateKV's reorder indices, RotateKV+'s key statistics, or KVQuant's ranges and levels.
 
 Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forward pass. RotateKV+'s statistics are the
-means and factors of the pre-RoPE keys and what makes an activation massive, two passes, and the sensitivity of each
-layer, two passes a layer over the first window. KVQuant's statistics take two passes, one of them with gradients, and
-more memory.
+means, factors and order of the pre-RoPE keys and what makes an activation massive, three passes, and the sensitivity
+of each layer, two passes a layer over the first window. KVQuant's statistics take two passes, one of them with
+gradients, and more memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rotatekv import QuantConfig, load_model
 from rotatekv.calibration import KINDS, collect_key_sums, file_name, indices_from_key_sums, save_statistics
 from rotatekv.calibration_kvquant import collect_key_ranges, collect_levels
-from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, rank_sensitivity
+from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         layers, channels = tensors["key_offset"].shape
         made = f"{layers} layers × {channels} channels, levels for 2, 3 and 4 bits"
     elif args.statistics == "plus":
-        tensors = plus_statistics(model, text_model, windows)
+        tensors = plus_statistics(model, text_model, windows, group * text_model.layers[0].self_attn.head_dim)
+        metadata |= {"head_group_num": group}
         layers, channels = tensors["key_mean"].shape
         made = f"{layers} layers × {channels} channels, and their order of sensitivity"
     else:
@@ -114,12 +115,13 @@ def reorder_indices(model, text_model, windows: list, width: int) -> torch.Tenso
     return indices_from_key_sums(key_sums, width)
 
 
-def plus_statistics(model, text_model, windows: list) -> dict[str, torch.Tensor]:
+def plus_statistics(model, text_model, windows: list, width: int) -> dict[str, torch.Tensor]:
     mean, scale = collect_key_factors(model, text_model, progress(windows, "keys"))
+    order = order_channels(model, text_model, progress(windows, "order"), mean, scale, width)
     threshold = collect_sink_thresholds(model, text_model, progress(windows, "sinks"))
+    found = {"key_mean": mean, "key_scale": scale, "reorder_index": order, "sink_threshold": threshold}
     layers = partial(tqdm, desc="sensitivity", unit="layer")
-    rank = rank_sensitivity(model, windows[:1], mean, scale, threshold, layers)
-    return {"key_mean": mean, "key_scale": scale, "extra_bit_rank": rank, "sink_threshold": threshold}
+    return found | {"extra_bit_rank": rank_sensitivity(model, windows[:1], found, layers)}
 
 
 def kvquant_statistics(model, text_model, windows: list) -> dict[str, torch.Tensor]:

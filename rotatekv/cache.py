@@ -35,7 +35,7 @@ class RotateKVCache(Cache):
 
     Attributes:
         positions: (B, T) int32, the position of every cached token, kept once for all layers.
-        token_mask: (B, T) bool of the running first call, False at padding; None when there is none.
+        token_mask: (B, T) bool of the running call's tokens, False at padding; None when there is none.
         fused_call: what a fused kernel needs for the running call; None where the general path is taken.
     """
 
@@ -59,7 +59,7 @@ class RotateKVCache(Cache):
         return cls(handle_of(model).spec)
 
     def begin_forward(self, position_ids: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None) -> None:
-        """Note the new tokens' positions and, on the first call, which of them are padding.
+        """Note the new tokens' positions, and which of them are padding.
 
         Args:
             position_ids: (B, T) or (1, T).
@@ -77,7 +77,8 @@ class RotateKVCache(Cache):
         else:
             # Cut first: an earlier call that failed half-way may have left positions without tokens.
             self.positions = torch.cat([self.positions[:, :cached], new.to(self.positions.device)], dim=1)
-        self.token_mask = _token_mask(attention_mask, self.positions.shape) if cached == 0 else None
+        mask = _token_mask(attention_mask, self.positions.shape)
+        self.token_mask = None if mask is None else mask[:, cached:]
 
     def set_rope_table(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """How to make cos and sin at all positions, (B, T_cached + T, rotary_dim), if the call needs them."""

@@ -70,7 +70,8 @@ KINDS = {
         "RotateKV+-statistics", ".plus", " --statistics plus", "",
         {
             "key_mean": (torch.float32, _CHANNELS), "key_scale": (torch.float32, _CHANNELS),
-            "extra_bit_rank": (torch.float32, 2), "sink_threshold": (torch.float32, 1),
+            "reorder_index": (torch.int64, _CHANNELS), "extra_bit_rank": (torch.float32, 2),
+            "sink_threshold": (torch.float32, 1),
         },
     ),
 }  # fmt: skip
@@ -234,6 +235,7 @@ def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | Non
     path = _existing(kind, target.model_id, path)
     tensors, metadata = _read_tensors(kind, path)
     _check_model(kind, path, metadata, target.model_id)
+    _check_group(kind, path, metadata, target.head_group_num)
     for name, (_, width) in KINDS[kind].tensors.items():
         _check_numbers(kind, path, name, tensors[name], (target.num_layers, width or target.channels))
     return tensors
@@ -333,16 +335,20 @@ def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, ch
         raise UserError(f"{path} holds {indices.dtype} numbers, not indices: {_REMAKE}")
     if len(shape) != 2 or shape != (num_layers, channels):
         raise UserError(f"{path} holds indices of shape {shape}, the model needs {(num_layers, channels)}: {_REMAKE}")
-    made_with = found.metadata.get("head_group_num")
-    if made_with is not None and made_with != str(group):
-        raise UserError(
-            f"{path} was made for groups of {made_with} heads, not {group}: "
-            f"run calibrate_reorder.py --head_group_num {group} --output FILE and pass --calibration_file FILE"
-        )
+    _check_group("reorder", path, found.metadata, group)
     rows = indices.long().sort(dim=-1).values
     if not torch.equal(rows, torch.arange(channels).expand_as(rows)):
         bad = int((rows != torch.arange(channels)).any(dim=-1).nonzero()[0, 0])
         raise UserError(f"{path}: row {bad} is not a permutation of 0 … {channels - 1}: {_REMAKE}")
+
+
+def _check_group(kind: str, path: Path, metadata: Mapping[str, str], group: int) -> None:
+    made_with = metadata.get("head_group_num")
+    if made_with is not None and made_with != str(group):
+        raise UserError(
+            f"{path} was made for groups of {made_with} heads, not {group}: run calibrate_reorder.py"
+            f"{KINDS[kind].flags} --head_group_num {group} --output FILE and pass --calibration_file FILE"
+        )
 
 
 def _check_model(kind: str, path: Path, metadata: Mapping[str, str], model_id: str) -> None:
@@ -352,17 +358,18 @@ def _check_model(kind: str, path: Path, metadata: Mapping[str, str], model_id: s
 
 
 def _check_numbers(kind: str, path: Path, name: str, rows: torch.Tensor, shape: tuple[int, int]) -> None:
-    """Finite float32 of the right shape; scales above zero, levels ascending."""
-    made_by = KINDS[kind].remake
-    if rows.dtype != torch.float32:
-        raise UserError(f"{path} holds {name} as {rows.dtype}, not float32: {made_by}")
+    """Numbers of the right dtype and shape: finite, scales above zero, levels ascending, indices permutations."""
+    made_by, dtype = KINDS[kind].remake, KINDS[kind].tensors[name][0]
+    if rows.dtype != dtype:
+        raise UserError(f"{path} holds {name} as {rows.dtype}, not {dtype}: {made_by}")
     if tuple(rows.shape) != shape:
         raise UserError(f"{path} holds {name} of shape {tuple(rows.shape)}, the model needs {shape}: {made_by}")
     damaged = not rows.isfinite().all()
-    damaged |= "scale" in name and bool((rows <= 0).any())
+    damaged |= "index" in name and not torch.equal(rows.sort(dim=-1).values, torch.arange(shape[1]).expand(shape))
+    damaged |= "scale" in name and not bool(((rows > 0) & rows.reciprocal().isfinite()).all())
     damaged |= "levels" in name and bool((rows.diff(dim=-1) < 0).any())
     if damaged:
-        raise UserError(f"{path}: {name} is not finite, positive or ascending as it must be: {made_by}")
+        raise UserError(f"{path}: {name} is not finite, positive, ascending or a permutation as it must be: {made_by}")
 
 
 def _same_model(one: str, other: str) -> bool:

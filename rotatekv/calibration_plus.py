@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from rotatekv.attention import project_qkv
-from rotatekv.calibration import stream_modules
+from rotatekv.calibration import stream_keys, stream_modules
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry
@@ -17,7 +17,7 @@ from rotatekv.methods.rotatekv_plus import RotateKVPlus
 from rotatekv.patch import find_text_model, layer_geometry, patch_with_methods
 from rotatekv.sinks import largest_magnitude
 from rotatekv.stores import TokenStore
-from rotatekv.transforms import heads_to_channels
+from rotatekv.transforms import heads_to_channels, rotate_channels
 
 SINK_SHARE = 1 / 512  # of the tokens, whose largest hidden-state entry lies above the threshold
 FIRST_TOKENS = 16  # of a window, that do not count: the sinks among them are kept in 16 bits and are unlike the rest
@@ -70,6 +70,28 @@ def collect_key_factors(
     return torch.stack(means).float(), torch.stack(scales).float()
 
 
+def order_channels(
+    model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor],
+    key_mean: torch.Tensor, key_scale: torch.Tensor, width: int,
+) -> torch.Tensor:  # fmt: skip
+    """argsort of the variances of the rotated, centred and balanced key channels (ties in channel order).
+
+    Args:
+        key_mean, key_scale: of ``collect_key_factors``. width: channels per rotation group, G·D.
+
+    Returns:
+        (num_hidden_layers, H_kv·D) int64.
+    """
+    squares = torch.zeros(key_mean.shape, dtype=torch.float64)
+
+    def add(number: int, keys: torch.Tensor) -> None:
+        centred = (keys[:, FIRST_TOKENS:].double().cpu() - key_mean[number]) * key_scale[number]
+        squares[number] += rotate_channels(centred, width).square().sum(dim=(0, 1))
+
+    stream_keys(model, text_model, windows, add)
+    return squares.argsort(dim=-1, stable=True)
+
+
 def collect_sink_thresholds(model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]) -> torch.Tensor:
     """What the largest hidden-state entry of one token in 512 exceeds, per layer.
 
@@ -101,9 +123,7 @@ def _factors(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
 def rank_sensitivity(
     model: nn.Module,
     windows: Iterable[torch.Tensor],
-    key_mean: torch.Tensor,
-    key_scale: torch.Tensor,
-    sink_threshold: torch.Tensor,
+    statistics: Mapping[str, torch.Tensor],
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> torch.Tensor:
     """Which layers' keys and values it costs most to quantize: one at a time, everything else exact.
@@ -112,8 +132,7 @@ def rank_sensitivity(
     preset: 2·L forward passes a window.
 
     Args:
-        model: not patched. windows: token ids, (1, T) each. key_mean, key_scale: of ``collect_key_factors``.
-        sink_threshold: of ``collect_sink_thresholds``.
+        model: not patched. windows: token ids, (1, T) each. statistics: the others of the kind ``plus``, of all layers.
         progress: wraps the numbers of the layers.
 
     Returns:
@@ -123,15 +142,14 @@ def rank_sensitivity(
     windows = [(window.to(model.device), _log_probabilities(model, window)) for window in windows]
     config = replace(PRESETS["RotateKV2+"], extra_bit_share=0.0, fuse_weights=False)
     exact = [_Exact(config, layer_geometry(attention)) for attention in attentions]
-    for codec, threshold in zip(exact, sink_threshold, strict=True):
+    for codec, threshold in zip(exact, statistics["sink_threshold"], strict=True):
         codec.sink_threshold = threshold.item()
     costs = torch.zeros(len(attentions), 2, dtype=torch.float64)
     for number in progress(range(len(attentions))):
-        statistics = {"key_mean": key_mean[number], "key_scale": key_scale[number]}
-        statistics |= {"extra_bit_rank": torch.ones(2), "sink_threshold": sink_threshold[number]}
+        of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": torch.ones(2)}
         for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
             methods = list(exact)
-            methods[number] = codec(config, layer_geometry(attentions[number]), statistics)
+            methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
             with patch_with_methods(model, config, methods):
                 for window, expected in windows:
                     found = _log_probabilities(model, window)

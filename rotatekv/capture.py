@@ -137,7 +137,12 @@ class _Keeper:
                     layer.set_sinks(*self.sinks)
                 else:
                     give_sinks(layer, hidden_states)
-            stored = layer.update(key, value, lambda x, start: rope(x, cos, sin))[:2]
+
+            def rope_from(x: torch.Tensor, start: int) -> torch.Tensor:
+                tokens = slice(start, start + x.shape[2])
+                return rope(x, cos[:, tokens], sin[:, tokens])
+
+            stored = layer.update(key, value, rope_from)[:2]
             errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]
             self._store("quantization_error", **{f"{name}.keys": errors[0], f"{name}.values": errors[1]})
 

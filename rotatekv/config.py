@@ -124,8 +124,7 @@ def _rotatekv_plus(bits: int) -> QuantConfig:
     clip_ratio = {2: 0.8, 3: 0.9, 4: 0.95}[bits]
     return QuantConfig(
         method="rotatekv_plus", k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio,
-        Outlier_Aware_Key_Rotation=False, sink_selection="massive", residual_length=16,
-        extra_bit_share=0.0 if bits == 4 else 0.2,
+        sink_selection="massive", residual_length=16, extra_bit_share=0.0 if bits == 4 else 0.2,
     )  # fmt: skip
 
 

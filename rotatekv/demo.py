@@ -1,4 +1,4 @@
-"""``make demo``: the embedded model under five presets, as a table of perplexity, bits and cache bytes."""
+"""``make demo``: the embedded model under six presets, as a table of perplexity, bits and cache bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.models import EMBEDDED_MODEL, load_model
 from rotatekv.patch import patch_model
 
-METHODS = ("FP16", "RTN2", "RotateKV4", "RotateKV3", "RotateKV2")
+METHODS = ("FP16", "RTN2", "RotateKV4", "RotateKV3", "RotateKV2", "RotateKV2+")
 SEQ_LENGTH, WINDOWS = 2048, 2
 
 

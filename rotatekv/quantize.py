@@ -61,7 +61,10 @@ def _quantize_fine(
     scale = torch.maximum(reach * 2 / levels, bottom.abs() * (ZERO_STEPS / _ZERO_POINT_LIMIT))
     half = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().view(torch.int16).int()
     scale = (half + (1 << (_FINE_SHIFT - 1))) >> _FINE_SHIFT
-    scale = scale.clamp(_SMALLEST_FINE_SCALE, _LARGEST_FINE_SCALE).to(FINE_SCALE)
+    scale = scale.clamp(_SMALLEST_FINE_SCALE, _LARGEST_FINE_SCALE)
+    # A scale that was rounded down may leave the zero point out of reach: the next one does not.
+    beyond = wide_scale(scale.to(FINE_SCALE)) * (_ZERO_POINT_LIMIT / ZERO_STEPS) < bottom.abs()
+    scale = (scale + beyond).clamp_max(_LARGEST_FINE_SCALE).to(FINE_SCALE)
     wide = wide_scale(scale)
     zero = torch.round(-bottom * ZERO_STEPS / wide).clamp(-_ZERO_POINT_LIMIT, _ZERO_POINT_LIMIT)
     codes = torch.round(groups / wide.unsqueeze(-1) + zero.unsqueeze(-1) / ZERO_STEPS).clamp_(0, levels)

@@ -17,7 +17,7 @@ def give_sinks(layer: RotateKVLayer, hidden_states: torch.Tensor, token_mask: to
 
     Args:
         hidden_states: (B, T, hidden_size), the input of the decoder layer.
-        token_mask: (B, T) bool of a cache's first update, False at padding; None: there is none.
+        token_mask: (B, T) bool of these tokens, False at padding; None: there is none.
     """
     config = layer.method.config
     if config.sink_selection == "massive":

@@ -395,3 +395,10 @@ def test_another_kind_or_layer_is_refused(written):
         read_capture(written, "attention_scores")
     with pytest.raises(UserError, match="layer 3"):
         read_capture(written).get(3, "keys")
+
+
+def test_quantization_error_with_a_recent_window(tiny):
+    """What a call packs lies before its last tokens: the codec turns it at its own positions."""
+    codecs = {"it": build_methods(tiny, tiny.model, replace(PRESETS["RTN4"], residual_length=5), fold=False)}
+    _, found = capture(tiny, "quantization_error", codecs=codecs)
+    assert found["quantization_error"]["layers.0.it.keys"].isfinite().all()

@@ -31,12 +31,15 @@ def test_quantizer_equals_the_numpy_version(bits, clip_ratio, shift, spread):
     assert scale.dtype == codes.dtype == torch.uint8 and zero.dtype == torch.int8
     groups = x.double().numpy().reshape(40, 2, 32)
     middle, reach = (groups.max(-1) + groups.min(-1)) / 2, (groups.max(-1) - groups.min(-1)) / 2 * clip_ratio
-    wanted = np.maximum(2 * reach / (2**bits - 1), np.abs(middle - reach) * 8 / 127)
+    least = np.abs(middle - reach) * 8 / 127  # or the zero point would not fit
+    wanted = np.maximum(2 * reach / (2**bits - 1), least)
     steps = numpy_scales()
-    nearest = np.abs(steps[:0xF8] - wanted[..., None]).min(-1)
-    assert (np.abs(steps[scale.numpy()] - wanted) <= nearest + wanted * 1e-3).all()  # rounded twice: to float16 first
+    allowed = np.where(steps[:0xF8] * 1.0005 >= least[..., None], steps[:0xF8], np.inf)
+    nearest = np.abs(allowed - wanted[..., None]).min(-1)
+    # Rounded twice, to float16 first; and what is least is a matter of float32's last digit.
+    assert (np.abs(steps[scale.numpy()] - wanted) <= nearest + wanted * 1e-3).mean() > 0.98
     wide = steps[scale.numpy()]
-    eighths = np.clip(np.rint(-(middle - reach) * 8 / wide), -127, 127)
+    eighths = np.rint(-(middle - reach) * 8 / wide)
     assert (np.abs(zero.numpy() - eighths) <= 1).all() and (zero.numpy() == eighths).mean() > 0.99
     expected = np.clip(np.rint(groups / wide[..., None] + zero.numpy()[..., None] / 8), 0, 2**bits - 1)
     assert (codes.numpy().reshape(expected.shape) == expected).mean() > 0.999  # but for ties
@@ -56,7 +59,7 @@ def test_a_range_that_is_not_clipped_comes_back_within_half_a_step(bits):
     assert (error <= wide * 0.5001).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -250.0, 1e-30, 6e4, -1e38])
+@pytest.mark.parametrize("value", [0.0, 1.0, -250.0, 1e-30, 6e4, -1e38, *np.linspace(-2, -1, 23)])
 def test_constant_and_extreme_rows_stay_finite(value):
     restored = dequantize_groups(*quantize_groups(torch.full((1, 16), value), 2, 16, 0.8, fine=True))
     assert restored.isfinite().all()

@@ -50,6 +50,14 @@ def test_the_figure_is_written(runs, tmp_path, capsys):
     assert "4 runs of 3 methods" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"task": "ppl"}', '{"task": "ppl", "config": null}'])
+def test_a_damaged_run_is_one_line(runs, content, capsys):
+    next(runs.glob("*/metrics.json")).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        frontier.main(["--input", str(runs), "--chunk_size", "8"])
+    assert stop.value.code == 2 and "is damaged: --rescore" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, message", [([], "no finished FP16 run in"), (["--chunk_size", "9"], "chunk_size 9")])
 def test_nothing_to_compare_with_is_one_line(runs, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:

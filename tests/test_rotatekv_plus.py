@@ -13,7 +13,7 @@ import calibrate_reorder
 from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model, unpatch_model
 from rotatekv.attention import project_qkv
 from rotatekv.calibration import CalibrationTarget, load_statistics, save_statistics
-from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, rank_sensitivity
+from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
 from rotatekv.kernels import cpu
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.patch import find_text_model
@@ -29,6 +29,7 @@ def random_statistics(threshold: float = 1e9, seed: int = 0) -> dict[str, torch.
     return {
         "key_mean": torch.randn(LAYERS, CHANNELS, generator=generator),
         "key_scale": torch.rand(LAYERS, CHANNELS, generator=generator) + 0.5,
+        "reorder_index": torch.stack([torch.randperm(CHANNELS, generator=generator) for _ in range(LAYERS)]),
         "extra_bit_rank": torch.tensor([[1 / 8, 7 / 8], [5 / 8, 3 / 8]]),
         "sink_threshold": torch.full((LAYERS, 1), threshold),
     }
@@ -69,7 +70,7 @@ def numpy_fine(x: np.ndarray, bits: int, clip: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("preset, bits", [("RotateKV2+", 3), ("RotateKV3+", 4), ("RotateKV4+", 4)])
-def test_keys_are_centred_balanced_rotated_and_back(preset, bits):
+def test_keys_are_centred_balanced_rotated_reordered_and_back(preset, bits):
     """Layer 0, whose keys come first of all in sensitivity: a bit more, but for RotateKV4+."""
     statistics = {name: x[0] for name, x in random_statistics().items()}
     codec = build_method(PRESETS[preset], LayerGeometry(0, HEADS, DIM), statistics)
@@ -79,7 +80,8 @@ def test_keys_are_centred_balanced_rotated_and_back(preset, bits):
     mean, scale = (statistics[name].double().numpy() for name in ("key_mean", "key_scale"))
     matrix = hadamard_matrix(CHANNELS).double().numpy()
     channels = keys[0].transpose(0, 1).flatten(1).double().numpy()  # (T, C)
-    stored = numpy_fine(((channels - mean) * scale) @ matrix.T, bits, codec.k_clip_ratio)
+    order, stored = statistics["reorder_index"].numpy(), np.empty_like(channels)
+    stored[:, order] = numpy_fine((((channels - mean) * scale) @ matrix.T)[:, order], bits, codec.k_clip_ratio)
     want = (stored @ matrix) / scale + mean
     difference = np.abs(got[0].transpose(0, 1).flatten(1).double().numpy() - want)
     assert np.quantile(difference, 0.95) < 1e-4  # but for ties, of scales too
@@ -158,7 +160,7 @@ def test_massive_tokens_stay_exact_whenever_they_come(tmp_path, monkeypatch):
     expected = ((hidden > threshold) & mask.bool())[:, :packed].nonzero()
     assert len(expected) > 4 and packed == 64
     assert torch.equal(torch.stack([layer.sink_rows, layer.sink_columns], 1).long(), expected)
-    for chunks in ((30, 20, 1, 39), (12,) + (1,) * 78):
+    for chunks in ((30, 20, 1, 39), (5, 85), (12,) + (1,) * 78):
         parts, other = logits(model, PLUS, path, chunks, mask)
         assert torch.equal(other.layers[0].sink_columns, layer.sink_columns)
         assert torch.equal(other.layers[0].sink_rows, layer.sink_rows)
@@ -236,6 +238,7 @@ def test_factors_and_thresholds_are_those_of_the_definition(any_family):
     for hook in hooks:
         hook.remove()
     mean, scale = collect_key_factors(model, text_model, windows)
+    order = order_channels(model, text_model, windows, mean, scale, CHANNELS)
     thresholds = collect_sink_thresholds(model, text_model, windows)
     for number in range(LAYERS):
         query, key = torch.cat(queries[number], 1), torch.cat(keys[number], 1)  # (H, T, D), (H_kv, T, D)
@@ -244,6 +247,11 @@ def test_factors_and_thresholds_are_those_of_the_definition(any_family):
         want = (squares / key.var(1, correction=0).flatten()) ** 0.25
         want /= want.log().mean().exp()
         torch.testing.assert_close(scale[number].double(), want, rtol=1e-3, atol=1e-5)
+        rotated = ((key.transpose(0, 1).flatten(1) - mean[number]) * scale[number]) @ hadamard_matrix(
+            CHANNELS
+        ).T.double()
+        variances = rotated.var(0, correction=0)[order[number]]
+        assert (variances.diff() > -1e-4 * variances.max()).all() and variances.max() > 1.5 * variances.min()
         # One token in 512 of 80 is none: but one is above the threshold, the second largest.
         assert thresholds[number] == torch.cat(inputs[number], 1).flatten().sort().values[-2]
 
@@ -257,7 +265,8 @@ def test_the_layer_that_decides_is_the_most_sensitive():
         layers[1].self_attn.o_proj.weight.mul_(3.0)
     windows, text_model = [token_ids(1, 80)], find_text_model(model)
     mean, scale = collect_key_factors(model, text_model, windows)
-    rank = rank_sensitivity(model, windows, mean, scale, torch.full((LAYERS, 1), 1e9))
+    statistics = random_statistics() | {"key_mean": mean, "key_scale": scale}
+    rank = rank_sensitivity(model, windows, statistics)
     assert sorted(rank.flatten().tolist()) == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
     assert rank[0].min() > rank[1].max()  # layer 0 is not heard at all
     model(windows[0])  # unpatched again
@@ -271,7 +280,7 @@ def test_calibrate_reorder_makes_the_file(tmp_path, monkeypatch, capsys):
     calibrate_reorder.main(flags)
     assert "2 layers × 48 channels, and their order of sensitivity" in capsys.readouterr().out
     path = tmp_path / "reorder_indices" / "tiny-llama.plus.safetensors"
-    found = load_statistics("plus", CalibrationTarget(str(folder), LAYERS, CHANNELS), path)
+    found = load_statistics("plus", CalibrationTarget(str(folder), LAYERS, CHANNELS, HEADS), path)
     assert found["key_scale"].log().mean(dim=1).abs().max() < 1e-5
     model, _ = load_model(str(folder))
     with patch_model(model, "RotateKV2+"), torch.no_grad():  # found by the model's name
@@ -280,7 +289,8 @@ def test_calibrate_reorder_makes_the_file(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, damage", [
     ("key_scale", lambda x: -x), ("key_mean", lambda x: x * float("nan")), ("extra_bit_rank", lambda x: x[:, :1]),
-    ("sink_threshold", lambda x: x[:1]), ("key_mean", lambda x: x[:, :-1]),
+    ("sink_threshold", lambda x: x[:1]), ("key_scale", lambda x: x * 1e-40), ("key_mean", lambda x: x[:, :-1]),
+    ("reorder_index", lambda x: x // 2),
 ])  # fmt: skip
 def test_a_damaged_file_is_one_line(name, damage, tmp_path, tiny):
     statistics = random_statistics()
@@ -292,13 +302,19 @@ def test_a_damaged_file_is_one_line(name, damage, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"Grouped_Head_Key_Rotation": False}, "before RoPE"), ({"Outlier_Aware_Key_Rotation": True}, "no use for"),
+    ({"Grouped_Head_Key_Rotation": False, "Outlier_Aware_Key_Rotation": False}, "before RoPE"),
     ({"k_bits": 4}, "at most"), ({"extra_bit_share": 1.5}, "extra_bit_share"),
 ])  # fmt: skip
 def test_flags_without_sense_are_one_line(changes, message, statistics_file, tiny):
     with pytest.raises(UserError, match=message) as error:
         patch_model(tiny, replace(PLUS, **changes), statistics_file)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_for_other_groups_of_heads_is_one_line(tmp_path, tiny):
+    path = save_statistics(tmp_path / "one.safetensors", "plus", random_statistics(), {"head_group_num": 1})
+    with pytest.raises(UserError, match=r"groups of 1 heads, not 3: run calibrate_reorder\.py --statistics plus"):
+        patch_model(tiny, PLUS, path)
 
 
 @pytest.mark.parametrize("changes", [{"extra_bit_share": 0.1}, {"sink_selection": "massive"}])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     runs = read_runs(Path(args.input), args.chunk_size)
     lines = lines_of(runs)
+    if not lines:
+        raise UserError(f"no run in {args.input} lies above FP16's perplexity: there is nothing to draw")
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     draw(figure.subplots(), lines)
     first = next(iter(runs))
@@ -57,9 +60,12 @@ def read_runs(folder: Path, chunk_size: int | None) -> list[dict]:
     for path in sorted(folder.glob("*/metrics.json")):
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            numbers = [*metrics["metric"].values(), metrics["avg_bits"]["total"], metrics["n"]]
+            drawn = metrics["task"] == "ppl" and metrics["config"].get("chunk_size") == chunk_size
+            drawn &= "method" in metrics["config"] and all(map(math.isfinite, numbers))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: --rescore {path.parent} writes it anew") from None
-        if metrics.get("task") == "ppl" and metrics["config"].get("chunk_size") == chunk_size:
+        if drawn:
             found.append(metrics)
     exact = max((run for run in found if run["config"]["method"] == "FP16"), key=lambda run: run["n"], default=None)
     if exact is None:

@@ -34,8 +34,8 @@ def complete(
 
     Returns:
         for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` (the
-            batch's longest completion), ``token_ids`` and what ``cache_use`` measures of the batch's cache, divided
-            by its rows.
+            batch's longest completion), ``token_ids`` without the padding at their end, and what ``cache_use``
+            measures of the batch's cache, divided by its rows.
 
     Raises:
         UserError: a prompt has no token, or it and its completion exceed the model's context.
@@ -81,11 +81,17 @@ def complete_inputs(
                 "prediction": cut_at(text, stop_strings),
                 "prompt_tokens": int(mask.sum()),
                 "new_tokens": len(row),
-                "token_ids": row.tolist(),
+                "token_ids": _without_padding(row.tolist(), tokenizer.pad_token_id),
                 **use,
             }
         )
     return records
+
+
+def _without_padding(token_ids: list[int], pad_token_id: int) -> list[int]:
+    while token_ids and token_ids[-1] == pad_token_id:
+        token_ids.pop()
+    return token_ids
 
 
 class _StopAt(StoppingCriteria):

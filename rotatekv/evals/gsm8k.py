@@ -113,14 +113,20 @@ def agreement(records: Sequence[dict], others: Mapping[int, dict]) -> float:
     Raises:
         UserError: a question is not there, or a run of an earlier version kept no token ids.
     """
+    check_token_ids(records, {record["id"]: record for record in records})
+    check_token_ids(records, others)
     total = 0
     for record in records:
-        other = others.get(record["id"])
-        if other is None or "token_ids" not in other or "token_ids" not in record:
-            raise UserError(f"question {record['id']} has no completion's tokens in both runs: run both anew")
-        pairs = zip(record["token_ids"], other["token_ids"], strict=False)
+        pairs = zip(record["token_ids"], others[record["id"]]["token_ids"], strict=False)
         total += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return total / len(records)
+
+
+def check_token_ids(samples: Sequence[dict], records: Mapping[int, dict]) -> None:
+    """Raises UserError where a sample has no completion's tokens among ``records``."""
+    for sample in samples:
+        if not isinstance(records.get(sample["id"], {}).get("token_ids"), list):
+            raise UserError(f"question {sample['id']} has no completion's tokens in both runs: run both anew")
 
 
 def _load_hub() -> list[dict]:

@@ -1,4 +1,4 @@
-"""RotateKV+: centred and balanced keys, fine scales, a short recent window, and a bit more where it counts.
+"""RotateKV+: centred, balanced and reordered keys, fine scales, a short recent window, and a bit more where it counts.
 
 Ours, not the paper's: docs/beyond.md says what was tried, and what each part is worth.
 """
@@ -16,7 +16,7 @@ from rotatekv.stores import Constant
 
 
 class RotateKVPlus(RotateKV):
-    """Pre-RoPE Grouped-Head Rotation of keys that calibration has centred and balanced, instead of reordering them.
+    """Pre-RoPE Grouped-Head Rotation of keys that calibration has centred and balanced, then reordered by variance.
 
     Per key channel c before RoPE, calibration gives the mean μ_c and a factor s_c = (E q_c² / Var k_c)^¼. What is
     rotated and quantized is ``H·(s∘(k − μ))``; a read is ``k = (Hᵀ·x̂) / s + μ``, one multiply-add a channel.
@@ -24,6 +24,8 @@ class RotateKVPlus(RotateKV):
     *Centred*: a key's mean is the same for every token, so it needs no bits; it is most of what the paper's reordering
     groups. *Balanced*: the rotation spreads rounding noise evenly over its channels, so channel c of a key gets noise
     in proportion to Σ (s·σ)² / s_c², which costs q_c² of it in the scores; the s above makes the sum of that least.
+    *Reordered*: the rotated channels are still of unlike variance, since those of a key are correlated; like ones share
+    a scale. The paper's order is by the sum, which is the mean that is gone here.
     *Fine*: the range is clipped about its middle, the zero point is kept in eighths and the scale in 8 bits
     (``quantize.quantize_groups``). *A bit more*: of all layers' keys and values, the ``extra_bit_share`` that
     calibration found most sensitive get a bit more than the others.
@@ -35,14 +37,13 @@ class RotateKVPlus(RotateKV):
     fine = True
     tokens_per_flush = BLOCK
     gives_extra_bits = finds_massive_tokens = True
-    unused_flags = ("Outlier_Aware_Key_Rotation",)
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
         if not config.Grouped_Head_Key_Rotation:
             raise UserError("rotatekv_plus centres keys before RoPE: leave out --Grouped_Head_Key_Rotation False")
-        names = "key_mean", "key_scale", "extra_bit_rank", "sink_threshold"
-        mean, scale, rank, threshold = self.use_statistics(statistics, *names)
+        names = "key_mean", "key_scale", "reorder_index", "extra_bit_rank", "sink_threshold"
+        mean, scale, _, rank, threshold = self.use_statistics(statistics, *names)
         self.sink_threshold = threshold.item()
         self.key_mean, self.key_scale = Constant(mean), Constant(scale)
         self.key_factor, self.key_offset = Constant(1 / scale), self.key_mean
@@ -62,7 +63,7 @@ class RotateKVPlus(RotateKV):
         return channels * self.key_factor.on(channels.device) + self.key_offset.on(channels.device)
 
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """Balance, then rotate (..., H_kv·D) centred key channels; linear, so it folds into ``k_proj``."""
+        """Balance, rotate, reorder (..., H_kv·D) centred key channels; linear, so it folds into ``k_proj``."""
         return super().transform_key_channels(channels * self.key_scale.on(channels.device))
 
     @staticmethod

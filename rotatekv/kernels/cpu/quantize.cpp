@@ -50,8 +50,10 @@ static Scale fine_scale_of(float top, float bottom, float clip_ratio, float leve
     bottom = middle - reach;
     const float wanted = std::max(reach * 2.0f / levels, std::fabs(bottom) * float(8.0 / 127.0));
     Scale scale;
-    const int rounded = (stored_half(wanted) + (1 << 6)) >> 7;
-    scale.stored = uint16_t(std::min(std::max(rounded, 1), 0xf7));
+    const int rounded = std::min(std::max((stored_half(wanted) + (1 << 6)) >> 7, 1), 0xf7);
+    // A scale that was rounded down may leave the zero point out of reach: the next one does not.
+    const bool beyond = half_to_float(uint16_t(rounded << 7)) * (kZeroPointLimit / kZeroSteps) < std::fabs(bottom);
+    scale.stored = uint16_t(std::min(rounded + beyond, 0xf7));
     scale.wide = half_to_float(uint16_t(scale.stored << 7));
     scale.zero = int8_t(round_and_clamp(-bottom * kZeroSteps / scale.wide, 0.0f, -kZeroPointLimit, kZeroPointLimit));
     return scale;

@@ -62,6 +62,9 @@ def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, c
         half = tl.minimum(tl.maximum(wanted, 2.0**-24), 65504.0).to(tl.float16)
         upper = (half.to(tl.int16, bitcast=True).to(tl.int32) + 64) >> 7
         upper = tl.minimum(tl.maximum(upper, 1), 0xF7)
+        # A scale that was rounded down may leave the zero point out of reach: the next one does not.
+        reached = (upper << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (127.0 / 8.0)
+        upper = tl.minimum(tl.where(reached < tl.abs(bottom), upper + 1, upper), 0xF7)
         scale = upper.to(tl.uint8)
         wide = (upper << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom * 8.0, wide)), -127.0), 127.0)
