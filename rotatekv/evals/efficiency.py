@@ -117,7 +117,8 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 def _originals_beside(handle: PatchHandle) -> int:
     """Bytes of the unfolded originals where they wait on the model's own device (a CPU model's do)."""
-    waiting = [parameter for _, _, parameter in handle.saved_weights if parameter.device == handle.model.device]
+    originals = [parameter for _, _, parameter in handle.saved_weights if parameter is not None]  # None: a new bias
+    waiting = [parameter for parameter in originals if parameter.device == handle.model.device]
     return sum(parameter.numel() * parameter.element_size() for parameter in waiting)
 
 
