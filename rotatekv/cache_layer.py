@@ -45,6 +45,7 @@ class RotateKVLayer(CacheLayerMixin):
         self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
         self.window_keys = self.window_values = self.window_massive = self._new_massive = None
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
+        self._sinks_in_window = True  # maybe; once none is there, only a crop brings one back
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -156,17 +157,20 @@ class RotateKVLayer(CacheLayerMixin):
         parts = []
         if self.sink_keys is not None:
             sinks = (self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values)
-            if self.window_keys is not None:  # a sink still in the window is exact already
+            if self.window_keys is not None and self._sinks_in_window:  # a sink in the window is exact already
                 packed = self.sink_columns < self.packed_keys.length
+                self._sinks_in_window = not bool(packed.all())
                 sinks = tuple(tensor[packed] for tensor in sinks)
             parts.append(sinks)
         if self.window_keys is not None and self.window_keys.shape[1]:
             batch, tokens = self.window_keys.shape[:2]
             counted = {"dtype": torch.int32, "device": self.window_keys.device}
             columns = torch.arange(self.packed_keys.length, self.get_seq_length(), **counted)
-            rows = torch.arange(batch, **counted).repeat_interleave(tokens)
+            rows = torch.zeros(tokens, **counted)
+            if batch > 1:
+                rows, columns = torch.arange(batch, **counted).repeat_interleave(tokens), columns.repeat(batch)
             keys, values = self.window_keys.flatten(0, 1), self.window_values.flatten(0, 1)  # (B·T_window, H_kv·D)
-            parts.append((rows, columns.repeat(batch), self.packed_keys.to_stored_order(keys), values))
+            parts.append((rows, columns, self.packed_keys.to_stored_order(keys), values))
         if len(parts) < 2:
             return ExactTokens(*parts[0]) if parts else None
         rows, columns, keys, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -192,7 +196,8 @@ class RotateKVLayer(CacheLayerMixin):
         if self._new_massive is not None:
             massive, self.window_massive = self._split_window(self.window_massive, self._new_massive.to(keys.device))
             self._new_massive = None
-            self._add_sinks(massive, keys, values)
+            if massive.shape[1]:
+                self._add_sinks(massive, keys, values)
         if keys.shape[1]:
             self.packed_keys.add(keys, self.method.encode_keys, kernels)
             self.packed_values.add(values, self.method.encode_values, kernels)
@@ -222,7 +227,7 @@ class RotateKVLayer(CacheLayerMixin):
         recent = new if window is None else torch.cat([window, new], dim=1)
         packed = self.packed_keys.length
         cut = self._window().packed_of(packed + recent.shape[1]) - packed
-        return recent[:, :cut], recent[:, cut:].clone()
+        return recent[:, :cut], recent[:, cut:].clone() if cut or window is None else recent
 
     def _read(self, kernels: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor]:
         method, key_form, value_form = self.method, self.method.key_form, self.method.value_form
@@ -296,6 +301,7 @@ class RotateKVLayer(CacheLayerMixin):
             self.window_values = self.window_values[:, :left].clone()
             if self.window_massive is not None:
                 self.window_massive = self.window_massive[:, :left].clone()
+        self._sinks_in_window = True
         if length < packed:
             self._crop_packed(length)
 
