@@ -14,6 +14,7 @@ from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model,
 from rotatekv.attention import project_qkv
 from rotatekv.calibration import CalibrationTarget, load_statistics, save_statistics
 from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.evals.efficiency import _originals_beside
 from rotatekv.kernels import cpu
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.patch import find_text_model
@@ -141,6 +142,13 @@ def test_a_bias_that_was_not_there_goes_again(statistics_file, tiny):
     assert attention.k_proj.bias.any() and attention.v_proj.bias is None
     unpatch_model(tiny)
     assert attention.k_proj.bias is None and "bias" in attention.k_proj._parameters
+
+
+def test_the_originals_that_wait_are_counted_without_the_new_bias(statistics_file, tiny):
+    attention = find_text_model(tiny).layers[0].self_attn
+    weights = [getattr(attention, name).weight.numel() * 4 for name in ("k_proj", "v_proj", "o_proj")]
+    with patch_model(tiny, PLUS, statistics_file) as handle:
+        assert _originals_beside(handle) == LAYERS * sum(weights)
 
 
 # --- massive tokens ------------------------------------------------------------------------------------------------
