@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from rotatekv.cache_layer import RotateKVLayer
+from rotatekv.cache_layer import RotateKVLayer, rope_from
 from rotatekv.config import QuantConfig
 from rotatekv.decode import FusedCall
 from rotatekv.methods import KVMethod
@@ -77,8 +77,7 @@ class RotateKVCache(Cache):
         else:
             # Cut first: an earlier call that failed half-way may have left positions without tokens.
             self.positions = torch.cat([self.positions[:, :cached], new.to(self.positions.device)], dim=1)
-        mask = _token_mask(attention_mask, self.positions.shape)
-        self.token_mask = None if mask is None else mask[:, cached:]
+        self.token_mask = _token_mask(attention_mask, cached, self.positions.shape)
 
     def set_rope_table(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """How to make cos and sin at all positions, (B, T_cached + T, rotary_dim), if the call needs them."""
@@ -108,12 +107,8 @@ class RotateKVCache(Cache):
         if rope is None or self._rope_table is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
         cos, sin = (table.to(key_states.device) for table in self._rope_table())
-
-        def rope_from(x: torch.Tensor, start: int) -> torch.Tensor:
-            tokens = slice(start, start + x.shape[2])
-            return rope(x, cos[:, tokens], sin[:, tokens])
-
-        keys, values, flushed = self.layers[layer_idx].update(key_states, value_states, rope_from)
+        layer = self.layers[layer_idx]
+        keys, values, flushed = layer.update(key_states, value_states, rope_from(rope, cos, sin))
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             keys = _NoGradient.apply(keys, key_states)
             values = _NoGradient.apply(values, value_states)
@@ -188,14 +183,17 @@ class _NoGradient(torch.autograd.Function):
         raise RuntimeError("no gradients through a quantized KV cache: call unpatch_model(model) before training")
 
 
-def _token_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """(B, T) bool, True at real tokens, from a 2-D mask or a 4-D mask of any kind."""
+def _token_mask(attention_mask: torch.Tensor | None, cached: int, shape: tuple[int, int]) -> torch.Tensor | None:
+    """(B, T) bool, True at real tokens of the call, from a 2-D mask or a 4-D mask of any kind for all of ``shape``."""
     if attention_mask is None:
         return None
     if attention_mask.dim() == 4:
         seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
         attention_mask = seen.any(dim=1).any(dim=1)
-    return attention_mask[:, : shape[1]].bool().expand(shape)
+    new = attention_mask[:, cached : shape[1]].bool()
+    # Tokens that a short mask does not name are padding, as in Hugging Face's own masks.
+    new = torch.nn.functional.pad(new, (0, shape[1] - cached - new.shape[1]))
+    return new.expand(shape[0], -1)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -21,6 +21,16 @@ _BESIDE = (  # the tensors beside the packed stores
 )  # fmt: skip
 
 
+def rope_from(rope: Callable, cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """What ``RotateKVLayer.update`` takes: a family's ``rope(x, cos, sin)`` with tables of all tokens, cut to x's."""
+
+    def turn(x: torch.Tensor, start: int) -> torch.Tensor:
+        tokens = slice(start, start + x.shape[2])
+        return rope(x, cos[:, tokens], sin[:, tokens])
+
+    return turn
+
+
 class RotateKVLayer(CacheLayerMixin):
     """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
 

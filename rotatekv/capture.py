@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rotatekv.attention import project_qkv, rope_function
-from rotatekv.cache_layer import RotateKVLayer
+from rotatekv.cache_layer import RotateKVLayer, rope_from
 from rotatekv.config import PRESETS
 from rotatekv.methods import KVMethod
 from rotatekv.methods.rotatekv import RotateKV
@@ -137,12 +137,7 @@ class _Keeper:
                     layer.set_sinks(*self.sinks)
                 else:
                     give_sinks(layer, hidden_states)
-
-            def rope_from(x: torch.Tensor, start: int) -> torch.Tensor:
-                tokens = slice(start, start + x.shape[2])
-                return rope(x, cos[:, tokens], sin[:, tokens])
-
-            stored = layer.update(key, value, rope_from)[:2]
+            stored = layer.update(key, value, rope_from(rope, cos, sin))[:2]
             errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]
             self._store("quantization_error", **{f"{name}.keys": errors[0], f"{name}.values": errors[1]})
 

@@ -176,6 +176,24 @@ def test_massive_tokens_stay_exact_whenever_they_come(tmp_path, monkeypatch):
         assert difference.median() < 1e-6 and difference.mean() < 2e-3
 
 
+@pytest.mark.parametrize("width", [5, 30, 33])
+def test_a_later_calls_short_mask_leaves_the_rest_padding(width, tmp_path, tiny):
+    """As Hugging Face's own masks do: the tokens it does not name are unseen, and no sinks."""
+    path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(0.0), {})
+    for length in (width, 35):
+        mask = torch.ones(2, width, dtype=torch.long)
+        mask = torch.nn.functional.pad(mask, (0, length - width))
+        with patch_model(tiny, PLUS, path), torch.no_grad():
+            cache = RotateKVCache.for_model(tiny)
+            tiny(token_ids(2, 30), past_key_values=cache)
+            found = tiny(token_ids(2, 5, seed=1), attention_mask=mask, past_key_values=cache).logits
+        flags = cache.layers[0].window_massive[:, -5:]
+        assert torch.equal(flags, torch.arange(30, 35).expand(2, 5) < width)
+        if length == width:
+            short = found
+    torch.testing.assert_close(short, found)
+
+
 def test_sinks_survive_a_crop_and_a_beam(tmp_path, tiny):
     hidden = tiny.get_input_embeddings()(token_ids(2, 90)).abs().amax(-1)
     path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(hidden.median().item()), {})
