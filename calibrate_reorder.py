@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     text_model = find_text_model(model)
     check_supported(text_model)
     group = resolved_head_group(text_model, config)
+    width = group * text_model.layers[0].self_attn.head_dim
     ids = tokenize(tokenizer, text)[:, : args.calibration_tokens]
     if not ids.numel():
         raise UserError(f"the text {args.dataset} has no tokens")
@@ -96,12 +97,11 @@ def main(argv: list[str] | None = None) -> None:
         layers, channels = tensors["key_offset"].shape
         made = f"{layers} layers × {channels} channels, levels for 2, 3 and 4 bits"
     elif args.statistics == "plus":
-        tensors = plus_statistics(model, text_model, windows, group * text_model.layers[0].self_attn.head_dim)
+        tensors = plus_statistics(model, text_model, windows, width)
         metadata |= {"head_group_num": group}
         layers, channels = tensors["key_mean"].shape
         made = f"{layers} layers × {channels} channels, and their order of sensitivity"
     else:
-        width = group * text_model.layers[0].self_attn.head_dim
         tensors = {"indices": reorder_indices(model, text_model, windows, width)}
         metadata |= {"head_group_num": group, "order": width}
         layers, channels = tensors["indices"].shape

@@ -13,6 +13,7 @@ from rotatekv.calibration import stream_keys, stream_modules
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry
+from rotatekv.methods.fp16 import FP16
 from rotatekv.methods.rotatekv_plus import RotateKVPlus
 from rotatekv.patch import find_text_model, layer_geometry, patch_with_methods
 from rotatekv.sinks import largest_magnitude
@@ -173,24 +174,19 @@ class _Exact(KVMethod):
     def __init__(self, config: QuantConfig, layer: LayerGeometry):
         super().__init__(config, layer)
 
-    def encode_keys(self, channels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"raw": channels}
-
-    def decode_keys(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        return tokens["raw"]
-
-    encode_values, decode_values = encode_keys, decode_keys
+    encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys
+    encode_values, decode_values = FP16.encode_values, FP16.decode_values
 
 
 class _KeysAlone(RotateKVPlus):
     """RotateKV+ with values as they are (rotated, which loses nothing)."""
 
     can_fuse, value_form, value_store = False, None, TokenStore
-    encode_values, decode_values = _Exact.encode_values, _Exact.decode_values
+    encode_values, decode_values = FP16.encode_values, FP16.decode_values
 
 
 class _ValuesAlone(RotateKVPlus):
     """RotateKV+ with keys as they are (transformed, which loses nothing)."""
 
     can_fuse, value_form, key_store = False, None, TokenStore
-    encode_keys, decode_keys = _Exact.encode_keys, _Exact.decode_keys
+    encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys

@@ -57,7 +57,7 @@ class KIVI(RTN):
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         """(B, T, C), T a multiple of g → ``codes`` (B, T, C), ``scale`` and ``zero`` (B, T / g, C)."""
         columns = channels.unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
-        packed = quantize(columns, self.k_bits, self.k_groupsize, self.config.k_clip_ratio)
+        packed = quantize(columns, self.k_bits, self.k_groupsize, self.k_clip_ratio)
         codes = packed["codes"].transpose(2, 3).flatten(1, 2)  # (B, T, C)
         return {"codes": codes, "scale": packed["scale"].squeeze(-1), "zero": packed["zero"].squeeze(-1)}
 

@@ -60,7 +60,7 @@ class RotateKVPlus(RotateKV):
         return channels - self.key_mean.on(channels.device)
 
     def uncentre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        return channels * self.key_factor.on(channels.device) + self.key_offset.on(channels.device)
+        return self.key_form.affine_on(channels.device)(channels)
 
     def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Balance, rotate, reorder (..., H_kv·D) centred key channels; linear, so it folds into ``k_proj``."""

@@ -18,7 +18,7 @@ import triton.language as tl
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.triton.plan import power_of_two
-from rotatekv.kernels.triton.tiles import LANES
+from rotatekv.kernels.triton.tiles import LANES, wide_scale
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding it rounds a float32 below 2^22 to even; larger ones are clamped
 
@@ -63,10 +63,10 @@ def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, c
         upper = (half.to(tl.int16, bitcast=True).to(tl.int32) + 64) >> 7
         upper = tl.minimum(tl.maximum(upper, 1), 0xF7)
         # A scale that was rounded down may leave the zero point out of reach: the next one does not.
-        reached = (upper << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (127.0 / 8.0)
+        reached = wide_scale(upper) * (127.0 / 8.0)
         upper = tl.minimum(tl.where(reached < tl.abs(bottom), upper + 1, upper), 0xF7)
         scale = upper.to(tl.uint8)
-        wide = (upper << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        wide = wide_scale(upper)
         zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom * 8.0, wide)), -127.0), 127.0)
         before, after = zero * 0.125, zero * 0.0
     else:

@@ -12,6 +12,12 @@ LANES = tl.constexpr(16)  # tokens of a block
 
 
 @triton.jit
+def wide_scale(stored):
+    """A scale of the fine format, bits 7 to 14 of a float16, as float32."""
+    return (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def read_packed(low, high, scale, zero, block, channel, group, keep, C: tl.constexpr, GROUPS: tl.constexpr,
                 BITS: tl.constexpr):  # fmt: skip
     """Dequantized numbers of one block: (code − zero)·scale.
@@ -32,8 +38,7 @@ def read_packed(low, high, scale, zero, block, channel, group, keep, C: tl.const
         code |= ((tl.load(high + word, mask=keep, other=0) >> (2 * lane)) & 3) << 2
     at = (block * GROUPS + group) * LANES + lane
     if scale.dtype.element_ty == tl.uint8:  # the fine format of quantize.py
-        upper = tl.load(scale + at, mask=keep, other=0).to(tl.int16)
-        factor = (upper << 7).to(tl.float16, bitcast=True).to(tl.float32)
+        factor = wide_scale(tl.load(scale + at, mask=keep, other=0))
         offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32) * 0.125
     else:
         factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
