@@ -26,7 +26,7 @@ from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SUPPORTED_ATTENTION = ("eager", "sdpa")
-_FIXED_ROPE_TYPES = ("default", "linear", "llama3")
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _HANDLE = "_rotatekv_handle"
 
 
@@ -182,13 +182,20 @@ def check_supported(text_model: nn.Module) -> None:
             f"sliding-window layers (window {window}) are not supported: use a model without, "
             "or set config.sliding_window = None before loading if no text exceeds the window"
         )
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type not in _FIXED_ROPE_TYPES:
-        raise UserError(
-            f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: "
-            f"supported are {', '.join(_FIXED_ROPE_TYPES)}"
-        )
+    _check_rope(text_model)
     check_attention(config)
+
+
+def _check_rope(text_model: nn.Module) -> None:
+    """Raises UserError where keys would have to be turned by other frequencies as the text grows."""
+    rope_type = getattr(text_model.rotary_emb, "rope_type", "default")
+    if rope_type in _FIXED_ROPE_TYPES:
+        return
+    cure = f"use a model whose RoPE type is one of {', '.join(_FIXED_ROPE_TYPES)}"
+    if rope_type == "dynamic":  # up to that length it is the default
+        length = text_model.config.max_position_embeddings
+        cure += f", or set config.rope_parameters['rope_type'] = 'default' before loading if no text exceeds {length}"
+    raise UserError(f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: {cure}")
 
 
 def check_attention(config) -> None:

@@ -18,6 +18,7 @@ from rotatekv import PRESETS, patch_model
 from rotatekv.calibration import save_reorder_indices
 
 HEADS, DIM = 3, 16
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
 
 
 def paley_times_sylvester() -> torch.Tensor:
@@ -95,11 +96,12 @@ def naive_sinks(hidden_states, entries):
     ("preset", "fuse"),
     [(f"RotateKV{bits}", fuse) for bits in (2, 3, 4) for fuse in (True, False)] + [("RTN2", False), ("RTN4", False)],
 )
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "yarn"])
 def test_logits_equal_hugging_faces_own_forward_with_fake_quantization(family, preset, fuse, tmp_path):
     # float64 weights, so that the two sides quantize the same numbers up to 1e-15; ours decodes in float32. A scale on
     # a float16 boundary may still fall the other way now and then: one group of one token.
-    actual, expected = tiny_model(family).double(), tiny_model(family).double()
+    family, changes = ("llama", {"rope_parameters": YARN}) if family == "yarn" else (family, {})
+    actual, expected = tiny_model(family, **changes).double(), tiny_model(family, **changes).double()
     config = replace(PRESETS[preset], fuse_weights=fuse, num_sink_entries=5)
     generator = torch.Generator().manual_seed(1)
     order = torch.stack([torch.randperm(HEADS * DIM, generator=generator) for _ in range(2)])
