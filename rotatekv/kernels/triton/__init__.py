@@ -33,7 +33,7 @@ from rotatekv.transforms import channels_to_heads
 
 __all__ = [
     "READS_TOKEN_GROUPS", "available", "decode_attention", "dequantize_blocks", "interpreted", "needs",
-    "quantize_into_blocks",
+    "quantize_into_blocks", "set_dry",
 ]  # fmt: skip
 
 READS_TOKEN_GROUPS = False
@@ -59,7 +59,17 @@ def _available(device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= _OLDEST_GPU
-    return device.type == "cpu" and interpreted()
+    return device.type == "cpu" and (_dry or interpreted())
+
+
+_dry = False
+
+
+def set_dry(dry: bool) -> None:
+    """Whether kernels take CPU tensors because nothing is launched: ``dry_run.py``."""
+    global _dry
+    _dry = dry
+    _available.cache_clear()
 
 
 def interpreted() -> bool:
