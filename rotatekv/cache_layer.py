@@ -289,11 +289,12 @@ class RotateKVLayer(CacheLayerMixin):
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0.
+        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0, an int or a tensor of one.
 
         What was packed stays packed, but for the first tokens of a group that is cut (``tokens_per_flush`` > 1): these
         go back to the window as they decode, in 16 bits, and are quantized again once the group is full again.
         """
+        tokens_to_remove = int(tokens_to_remove)  # generate of transformers 5.17 hands in a tensor of no dimension
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:

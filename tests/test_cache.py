@@ -308,6 +308,21 @@ def test_crop_rules(rotated):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_crop_takes_a_tensor_of_no_dimension(window, tiny):
+    """What generate of transformers 5.17 hands in after a rejected candidate."""
+    with patch_model(tiny, replace(ROTATEKV2, residual_length=window)):
+        by_int, by_tensor = filled(tiny), filled(tiny)
+        by_int.crop(-5)
+        by_tensor.crop(torch.tensor(-5))
+        assert type(by_tensor.get_seq_length()) is int
+        assert by_tensor.positions.shape == by_int.positions.shape == (1, 7)
+        assert all(torch.equal(a, b) for a, b in zip(by_int.tensors(), by_tensor.tensors(), strict=True))
+        assert torch.equal(next_logits(tiny, by_tensor), next_logits(tiny, by_int))
+        with pytest.raises(ValueError, match="crop"):
+            by_tensor.crop(torch.tensor(3))
+
+
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 1], [0], [2, 1, 0, 0, 2]])
 def test_selecting_rows_moves_everything_of_a_sequence_and_quantizes_nothing(rows, patched, monkeypatch):
     cache = filled(patched, rows=3, tokens=14)
