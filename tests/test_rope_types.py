@@ -22,7 +22,7 @@ FIXED = [
     *((family, rope("yarn", **YARN)) for family in ("llama", "mistral", "qwen2", "qwen3")),
     ("llama", rope("yarn", **YARN, beta_fast=16, mscale=1.5, mscale_all_dim=0.5, truncate=False)),
     ("qwen2", rope("yarn", **YARN, attention_factor=0.7)),
-    ("phi3", rope("linear", factor=4.0, partial_rotary_factor=0.5)),
+    ("phi3", rope("default", partial_rotary_factor=0.5)),
     ("llama", rope("proportional", partial_rotary_factor=0.5)),
 ]  # fmt: skip
 
