@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -14,16 +15,25 @@ try:  # GPU extra: Dao-AILab/fast-hadamard-transform
 except ImportError:
     _cuda_hadamard_transform = None
 
-_PALEY_PRIMES = {12: 11, 20: 19}
+_LARGEST_BASE = 1024  # of Paley's orders that are multiplied by densely
 
 
 def has_hadamard(order: int) -> bool:
-    """Whether ``order`` is 2^n, 12·2^n or 20·2^n, the orders this package builds."""
-    return order >= 1 and any(order % base == 0 and _is_power_of_two(order // base) for base in (1, 12, 20))
+    """Whether this package builds a matrix of ``order``: 2^n, or 2^n times an order of Paley's (12, 20, 28, 36, …)."""
+    return hadamard_base(order) > 0
+
+
+@lru_cache(maxsize=256)
+def hadamard_base(order: int) -> int:
+    """The smallest P with order = P·2^n and P = 1 or an order of Paley's up to 1024; 0: there is none."""
+    base = order // (order & -order) if order >= 1 else 0  # the odd part
+    while 1 < base <= min(order, _LARGEST_BASE) and not _paley_field(base):
+        base *= 2
+    return base if base <= min(order, _LARGEST_BASE) else 0
 
 
 def hadamard_matrix(order: int) -> torch.Tensor:
-    """The orthonormal Hadamard matrix: Sylvester's for 2^n, Paley I (order 12 or 20) ⊗ Sylvester otherwise.
+    """The orthonormal Hadamard matrix: Sylvester's for 2^n, Paley's of order ``hadamard_base`` ⊗ Sylvester's otherwise.
 
     Returns:
         (order, order) float64, entries ±1/sqrt(order), ``H @ H.T = I``.
@@ -31,14 +41,36 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     Raises:
         UserError: no matrix of that order here.
     """
-    if not has_hadamard(order):
-        raise UserError(f"no Hadamard matrix of order {order}: it must be 2^n, 12·2^n or 20·2^n")
-    base = next((b for b in _PALEY_PRIMES if order % b == 0 and _is_power_of_two(order // b)), 1)
-    matrix = _paley(_PALEY_PRIMES[base]) if base > 1 else torch.ones(1, 1, dtype=torch.float64)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    base = hadamard_base(order)
+    if not base:
+        raise UserError(f"no Hadamard matrix of order {order} here: take 1, 12, 20, 28, 36, 44, 52, 60 … times 2^n")
+    matrix = base_matrix(base).double()
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
     while matrix.shape[0] < order:
         matrix = torch.kron(matrix, two)
     return matrix / math.sqrt(order)
+
+
+@cache
+def base_matrix(base: int) -> torch.Tensor:
+    """Paley's Hadamard matrix of an order that ``hadamard_base`` gives, (base, base) float32, entries ±1.
+
+    Kept as long as the process lives, since the CPU kernels take its address.
+    """
+    if base == 1:
+        return torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    prime, power = _paley_field(base)
+    field = prime**power
+    conference = torch.ones(field + 1, field + 1, dtype=torch.float32, device="cpu")
+    conference[0, 0] = 0
+    conference[1:, 1:] = _quadratic_characters(prime, power)
+    identity = torch.eye(field + 1, dtype=torch.float32, device="cpu")
+    if base == field + 1:  # his first construction
+        conference[1:, 0] = -1
+        return conference + identity
+    square = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu")
+    turned = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float32, device="cpu")
+    return torch.kron(conference, square) + torch.kron(identity, turned)
 
 
 def hadamard(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
@@ -64,15 +96,20 @@ def head_group_size(num_key_value_heads: int, head_dim: int, requested: int) -> 
     """G: the largest divisor of H_kv up to ``requested`` whose width G·head_dim has a Hadamard matrix.
 
     Raises:
-        UserError: not even a single head has one.
+        UserError: a single head, which is how values are rotated, has none.
     """
     # PAPER: G = 4 with orders 2^n; models whose head count 4 does not divide take the next smaller G here.
-    for size in range(min(requested, num_key_value_heads), 0, -1):
-        if num_key_value_heads % size == 0 and has_hadamard(size * head_dim):
-            return size
-    raise UserError(
-        f"no head group up to {requested} of {num_key_value_heads} heads × {head_dim} has a Hadamard order "
-        "(2^n, 12·2^n or 20·2^n): this model needs --method RTN2, RTN3 or RTN4"
+    if not has_hadamard(head_dim):
+        raise UserError(no_hadamard(head_dim))
+    sizes = range(min(requested, num_key_value_heads), 0, -1)
+    return next(size for size in sizes if num_key_value_heads % size == 0 and has_hadamard(size * head_dim))
+
+
+def no_hadamard(head_dim: int) -> str:
+    """What to do about a model whose heads cannot be rotated."""
+    return (
+        f"there is no Hadamard matrix of order {head_dim} here, this model's head_dim: take a method that does not "
+        "rotate, --method RTN2, RTN3 or RTN4"
     )
 
 
@@ -100,23 +137,54 @@ def _is_power_of_two(n: int) -> bool:
     return n >= 1 and n & (n - 1) == 0
 
 
-def _paley(prime: int) -> torch.Tensor:
-    """Paley's first construction for a prime ≡ 3 mod 4: order prime + 1, entries ±1."""
-    squares = {i * i % prime for i in range(1, prime)}
-    symbol = [0] + [1 if i in squares else -1 for i in range(1, prime)]
-    matrix = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
-    for row in range(prime):
-        matrix[row + 1, 0] = -1
-        for column in range(prime):
-            matrix[row + 1, column + 1] = 1 if row == column else symbol[(column - row) % prime]
-    return matrix
+def _paley_field(order: int) -> tuple[int, int] | None:
+    """(p, k) of the field GF(p^k) that makes a matrix of ``order``, by Paley's first or second construction."""
+    first, second = order - 1, order // 2 - 1
+    if first % 4 == 3 and (field := _prime_power(first)):
+        return field
+    return _prime_power(second) if order % 4 == 0 and second % 4 == 1 else None
+
+
+def _prime_power(n: int) -> tuple[int, int] | None:
+    """(p, k) with p^k = n; None: n is no power of a prime."""
+    if n < 2:
+        return None
+    prime = next((d for d in range(2, math.isqrt(n) + 1) if n % d == 0), n)
+    power = round(math.log(n, prime))
+    return (prime, power) if prime**power == n else None
+
+
+def _quadratic_characters(prime: int, power: int) -> torch.Tensor:
+    """χ(column − row) over GF(p^k), (p^k, p^k) float32: 0, 1 for squares, −1 for the others.
+
+    Element e has the digits of e to the base p as its polynomial's coefficients.
+    """
+    count = prime**power
+    weights = prime ** torch.arange(power, dtype=torch.int64, device="cpu")
+    digits = torch.arange(count, dtype=torch.int64, device="cpu")[:, None] // weights % prime  # (p^k, k)
+    differences = ((digits[None] - digits[:, None]) % prime * weights).sum(-1)
+    # x is primitive modulo the first f = x^k − remainder of which its powers are all elements but 0.
+    candidates = (_powers_of_x(prime, remainder) for remainder in itertools.product(range(prime), repeat=power))
+    powers = next(found for found in candidates if len(found) == count - 1)
+    character = torch.zeros(count, dtype=torch.float32, device="cpu")
+    character[powers[::2]], character[powers[1::2]] = 1, -1  # squares are the even powers
+    return character[differences]
+
+
+def _powers_of_x(prime: int, remainder: tuple[int, ...]) -> list[int]:
+    """x⁰, x¹, … modulo x^k − remainder over GF(p), as numbers, until 0 or an earlier one comes again."""
+    element, seen = (1,) + (0,) * (len(remainder) - 1), {}
+    while any(element) and element not in seen:
+        seen[element] = sum(digit * prime**place for place, digit in enumerate(element))
+        lower, top = (0, *element[:-1]), element[-1]
+        element = tuple((a + top * b) % prime for a, b in zip(lower, remainder, strict=True))
+    return list(seen.values())
 
 
 @lru_cache(maxsize=64)
 def _kronecker_factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A (a, a) and B (b, b) with A ⊗ B the matrix of ``hadamard_matrix`` and b the power of two nearest sqrt(order)."""
-    if not has_hadamard(order):
-        raise UserError(f"no Hadamard matrix of order {order}: it must be 2^n, 12·2^n or 20·2^n")
-    splits = [2**n for n in range(order.bit_length()) if order % 2**n == 0 and has_hadamard(order // 2**n)]
+    # Where there is no matrix at all, the last line says so.
+    splits = [2**n for n in range(order.bit_length()) if order % 2**n == 0 and has_hadamard(order // 2**n)] or [1]
     right = min(splits, key=lambda b: abs(math.log(b / math.sqrt(order))))
     return tuple(hadamard_matrix(size).to(device, dtype) for size in (order // right, right))

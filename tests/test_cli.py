@@ -186,7 +186,7 @@ def test_ctrl_c_ends_with_130_and_names_resume(capsys):
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory):
-    """Paths of models (``order``: head_dim 56), texts and an empty folder."""
+    """Paths of models (``order``: head_dim 184), texts and an empty folder."""
     root = tmp_path_factory.mktemp("cli")
     texts = {"text": tiny_text(100), "short": tiny_text(7), "empty": "", "blank": " \n\n"}
     paths = {name: root / f"{name}.txt" for name in texts}
@@ -196,7 +196,7 @@ def at(tmp_path_factory):
     models = {
         "model": save_tiny_folder(root / "tiny-llama"),
         "sliding": save_tiny_folder(root / "sliding", "mistral", sliding_window=8),
-        "order": save_tiny_folder(root / "order", head_dim=56, num_key_value_heads=2),
+        "order": save_tiny_folder(root / "order", head_dim=184, num_key_value_heads=2),
     }
     return SimpleNamespace(**paths, **models, root=root, nothing=root / "nothing")
 
@@ -293,7 +293,7 @@ def test_a_folder_that_holds_no_model(at, capfd):
 
 def test_a_head_group_without_a_hadamard_order(at, capfd):
     line = fail(capfd, at, "--model", at.order)
-    assert "Hadamard order" in line and "--method RTN2" in line
+    assert "Hadamard matrix of order 184" in line and "--method RTN2" in line
 
 
 def test_a_sliding_window_model(at, capfd):

@@ -353,4 +353,4 @@ def test_shapes_that_do_not_fit_are_one_line():
     assert codec_of("KIVI2", dim=16, v_groupsize=16, k_groupsize=7).tokens_per_flush == 7  # tokens: any number
     for name in ("QuaRot2", "TurboQuant2"):
         with pytest.raises(UserError, match=r"Hadamard.*RTN"):
-            codec_of(name, dim=72)
+            codec_of(name, dim=184)

@@ -20,7 +20,7 @@ from rotatekv.transforms import (
 )
 
 ORDERS = [1, 2, 4, 8, 16, 64, 128, 12, 24, 48, 192, 20, 40, 80, 160]
-REFUSED = [-4, 0, 3, 5, 6, 7, 10, 28, 36, 56, 60, 100, 144, 240, 400]
+REFUSED = [-4, 0, 3, 5, 6, 7, 10, 14, 18, 30, 92, 116, 184, 232, 8152]
 
 
 def sylvester_by_bit_parity(order: int) -> np.ndarray:
@@ -95,12 +95,19 @@ def test_other_orders_are_refused_in_one_line(order):
     assert "\n" not in str(caught.value)
 
 
-def test_supported_orders_are_exactly_three_families():
-    families = {base * 2**n for base in (1, 12, 20) for n in range(12)}
-    assert [n for n in range(2000) if has_hadamard(n)] == sorted(n for n in families if n < 2000)
+def is_paley_order(order: int) -> bool:
+    """By his theorem: q + 1 for a prime power q ≡ 3 mod 4, or 2·(q + 1) for one ≡ 1 mod 4."""
+    primes = [p for p in range(2, order) if all(p % d for d in range(2, p))]
+    powers = {p**k for p in primes for k in range(1, 9)}
+    return any(q % 4 == r and order == n * (q + 1) for q in powers for r, n in ((3, 1), (1, 2)))
 
 
-@pytest.mark.parametrize("order", [3, 28, 56])
+def test_supported_orders_are_paleys_times_powers_of_two():
+    families = {base * 2**n for base in [1, *filter(is_paley_order, range(4, 301, 4))] for n in range(9)}
+    assert [n for n in range(301) if has_hadamard(n)] == sorted(n for n in families if n <= 300)
+
+
+@pytest.mark.parametrize("order", [3, 92, 184])
 def test_transform_of_an_unsupported_width_is_refused(order):
     with pytest.raises(UserError, match=f"order {order}"):
         hadamard(torch.zeros(2, order))
@@ -117,9 +124,10 @@ def test_transform_of_an_unsupported_width_is_refused(order):
         (10, 64, 4, 2),
         (5, 64, 5, 5),  # 320 = 20 · 16
         (5, 64, 4, 1),
-        (7, 64, 7, 1),  # 448 has none
-        (9, 64, 9, 3),  # 576 has none, 192 does
-        (3, 80, 4, 1),  # 240 has none
+        (7, 64, 7, 7),  # 448 = 28 · 16
+        (9, 64, 9, 9),  # 576 = 36 · 16
+        (3, 80, 4, 3),  # 240 = 60 · 4
+        (3, 52, 4, 1),  # 156 has none
         (6, 16, 4, 3),
     ],
 )
@@ -128,9 +136,9 @@ def test_head_group_is_the_largest_legal_divisor(heads, head_dim, requested, exp
 
 
 def test_head_group_agrees_with_brute_force():
-    orders = {base * 2**n for base in (1, 12, 20) for n in range(12)}
+    orders = {base * 2**n for base in [1, *filter(is_paley_order, range(4, 301, 4))] for n in range(12)}
     for heads in range(1, 17):
-        for head_dim in (8, 16, 24, 48, 80):
+        for head_dim in (8, 16, 24, 28):
             for requested in range(1, 9):
                 legal = [g for g in range(1, requested + 1) if heads % g == 0 and g * head_dim in orders]
                 assert head_group_size(heads, head_dim, requested) == max(legal)
@@ -138,7 +146,7 @@ def test_head_group_agrees_with_brute_force():
 
 def test_head_group_without_any_order_names_a_method_that_works():
     with pytest.raises(UserError, match="RTN2"):
-        head_group_size(2, 56, 4)
+        head_group_size(2, 184, 4)  # two heads together have a matrix, but values are rotated head by head
 
 
 @pytest.mark.parametrize("groups, width", [(1, 48), (2, 48), (3, 16), (4, 8), (2, 20)])

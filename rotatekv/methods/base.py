@@ -103,18 +103,20 @@ class KVMethod(ABC):
 
     def _check_shapes(self) -> None:
         layer = self.layer
-        if layer.head_dim % 8:
-            raise UserError(f"head_dim {layer.head_dim} is not a multiple of 8: its codes do not fill whole bytes")
         self._check_key_groups()
         if layer.head_dim % self.v_groupsize:
-            raise UserError(f"v_groupsize {self.v_groupsize} does not divide head_dim {layer.head_dim}")
+            fits = _largest_divisor(layer.head_dim, self.v_groupsize)
+            raise UserError(
+                f"v_groupsize {self.v_groupsize} does not divide head_dim {layer.head_dim}: --v_groupsize {fits} does"
+            )
 
     def _check_key_groups(self) -> None:
         layer = self.layer
         if layer.channels % self.k_groupsize:
+            fits = _largest_divisor(layer.channels, self.k_groupsize)
             raise UserError(
                 f"k_groupsize {self.k_groupsize} does not divide the {layer.channels} key channels "
-                f"({layer.num_key_value_heads} heads × {layer.head_dim})"
+                f"({layer.num_key_value_heads} heads × {layer.head_dim}): --k_groupsize {fits} does"
             )
 
     def _refuse_unused_flags(self) -> None:
@@ -156,3 +158,8 @@ class KVMethod(ABC):
 
     def __deepcopy__(self, memo: dict) -> KVMethod:
         return self
+
+
+def _largest_divisor(n: int, most: int) -> int:
+    """The largest divisor of n up to ``most``."""
+    return next(size for size in range(min(n, most), 0, -1) if n % size == 0)

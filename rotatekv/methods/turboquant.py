@@ -13,7 +13,7 @@ from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import ROTATION_FLAGS
 from rotatekv.stores import Constant, PlaneStore
-from rotatekv.transforms import channels_to_heads, has_hadamard, heads_to_channels, rotate_channels
+from rotatekv.transforms import channels_to_heads, has_hadamard, heads_to_channels, no_hadamard, rotate_channels
 
 SIGN_SEED = 2504_19874  # of the rotation's signs: the same for every layer, head and run
 _GRID = 2**14  # intervals on which the density is integrated
@@ -41,10 +41,7 @@ class TurboQuant(KVMethod):
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
         if not has_hadamard(layer.head_dim):
-            raise UserError(
-                f"TurboQuant rotates heads by Hadamard matrices, and there is none of order {layer.head_dim} "
-                "(2^n, 12·2^n or 20·2^n): this model needs an RTN or KIVI method"
-            )
+            raise UserError(no_hadamard(layer.head_dim))
         generator = torch.Generator().manual_seed(SIGN_SEED)
         signs = torch.randint(2, (layer.head_dim,), generator=generator).mul(2).sub(1).float()  # (D,) ±1
         levels = (torch.tensor(sphere_levels(layer.head_dim, bits)) for bits in (config.k_bits, config.v_bits))

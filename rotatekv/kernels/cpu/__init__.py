@@ -16,7 +16,7 @@ from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
-from rotatekv.kernels.cpu.checks import packed_pointers, pointer, rope_pointers
+from rotatekv.kernels.cpu.checks import hadamard_base_pointer, packed_pointers, pointer, rope_pointers
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
@@ -83,6 +83,8 @@ def decode_attention(
         softmax_scale=options.softmax_scale, attention_scaling=1.0,
         keys=packed_pointers(keys, options.key_bits, batch, channels, "keys", options.key_tokens_per_scale),
         values=packed_pointers(values, options.value_bits, batch, channels, "values"),
+        key_base=hadamard_base_pointer(options.rotation_width),
+        value_base=hadamard_base_pointer(dim if options.unrotate_values else 0),
         queries=pointer(queries, torch.float32, (batch, heads, query_tokens, dim), "queries"),
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
         **_affine_pointers(options.key_affine, channels, "key_"),
@@ -147,8 +149,7 @@ def dequantize_blocks(
     """The first ``tokens`` tokens of blocks as heads: unpacked, dequantized, and back from the Hadamard space.
 
     Args:
-        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; tokens ≤ 16·N. C = H_kv·head_dim, and
-            head_dim D is a multiple of 8.
+        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; tokens ≤ 16·N. C = H_kv·head_dim.
         group_of_channel: (C,) int32, the quantization group of each channel; None with ``tokens_per_scale``.
         rotation_width: order of the orthonormal Hadamard matrix whose inverse each run of so many channels is
             multiplied by: whole heads. 0: none.
@@ -176,6 +177,7 @@ def dequantize_blocks(
         structure_bytes=ctypes.sizeof(DequantizeArguments),
         batch=batch, kv_heads=heads, head_dim=head_dim, tokens=tokens, output_tokens=room,
         rotation_width=rotation_width, threads=threads or torch.get_num_threads(), blocks=blocks,
+        base=hadamard_base_pointer(rotation_width),
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
         **_affine_pointers(affine, channels),
         output=pointer(out, torch.float32, (batch, heads, room, head_dim), "out"),

@@ -18,6 +18,12 @@ struct PackedPointers {
     int64_t fine;              // 1: scales are bits 7 … 14 of a float16, zero points count eighths; per token only
 };
 
+// The factor of a Hadamard matrix that is no power of two, entries ±1, where the kernels have no pass of their own.
+struct HadamardBase {
+    const float* matrix;  // (order, order); null: none is needed
+    int64_t order;
+};
+
 struct DecodeArguments {
     int64_t structure_bytes;  // sizeof(DecodeArguments): both sides must agree
     int64_t batch, query_heads, kv_heads, head_dim, query_tokens;
@@ -32,6 +38,7 @@ struct DecodeArguments {
     int64_t threads;
     float softmax_scale, attention_scaling;
     PackedPointers keys, values;
+    HadamardBase key_base, value_base;  // of the orders W and D
     const int32_t* group_of_channel;  // (C,) quantization group of each key channel; null: scales are per channel
     const float* key_factor;          // (C,) with key_offset, what un-rotated keys are multiplied by; null: nothing
     const float* key_offset;          // (C,) and what is added then, before RoPE
@@ -67,6 +74,7 @@ struct DequantizeArguments {
     int64_t rotation_width;  // W of the Hadamard matrix to undo; 0 = not rotated
     int64_t threads;
     PackedPointers blocks;
+    HadamardBase base;                // of the order W
     const int32_t* group_of_channel;  // (C,) quantization group of each channel; null: scales are per channel
     const float* factor;              // (C,) with offset, what un-rotated channels are multiplied by; null: nothing
     const float* offset;              // (C,) and what is added then

@@ -11,6 +11,10 @@ class PackedPointers(ctypes.Structure):
     ]
 
 
+class HadamardBase(ctypes.Structure):
+    _fields_ = [("matrix", ctypes.c_void_p), ("order", ctypes.c_int64)]
+
+
 _DECODE_SIZES = [
     "structure_bytes", "batch", "query_heads", "kv_heads", "head_dim", "query_tokens", "packed_tokens", "total_tokens",
     "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values", "threads",
@@ -32,6 +36,8 @@ class DecodeArguments(ctypes.Structure):
         ("attention_scaling", ctypes.c_float),
         ("keys", PackedPointers),
         ("values", PackedPointers),
+        ("key_base", HadamardBase),
+        ("value_base", HadamardBase),
         *((name, ctypes.c_void_p) for name in _DECODE_POINTERS),
     ]
 
@@ -50,5 +56,6 @@ class DequantizeArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _DEQUANTIZE_SIZES),
         ("blocks", PackedPointers),
+        ("base", HadamardBase),
         *((name, ctypes.c_void_p) for name in ("group_of_channel", "factor", "offset", "output")),
     ]

@@ -130,7 +130,7 @@ class Decode {
         }
         if (!a_.unrotate_values) return;
         HadamardPlan plan;
-        plan_hadamard(dim, &plan);
+        plan_hadamard(dim, a_.value_base, &plan);
         Floats room(dim * kLanes);
         for (int64_t row = 0; row < rows; row += kLanes)
             unrotate_rows(a_.output + row * dim, std::min<int64_t>(kLanes, rows - row), dim, plan, room.data());

@@ -62,10 +62,10 @@ static const char* check_sizes(const DecodeArguments& a) {
     return nullptr;
 }
 
-static const char* check_rotation(int64_t width, int64_t kv_heads, int64_t head_dim) {
+static const char* check_rotation(int64_t width, const HadamardBase& base, int64_t kv_heads, int64_t head_dim) {
     HadamardPlan plan;
-    ROTATEKV_REQUIRE(width >= 0 && width <= 65536 && plan_hadamard(width, &plan),
-                     "rotation_width must be 0 or a Hadamard order: 2^n, 12·2^n or 20·2^n");
+    ROTATEKV_REQUIRE(width >= 0 && width <= 65536 && plan_hadamard(width, base, &plan),
+                     "rotation_width must be 0 or a Hadamard order");
     ROTATEKV_REQUIRE(width == 0 || (width % head_dim == 0 && kv_heads * head_dim % width == 0),
                      "rotation_width must be a whole number of heads that divides kv_heads");
     return nullptr;
@@ -73,8 +73,8 @@ static const char* check_rotation(int64_t width, int64_t kv_heads, int64_t head_
 
 static const char* check_transforms(const DecodeArguments& a) {
     HadamardPlan plan;
-    if (const char* wrong = check_rotation(a.rotation_width, a.kv_heads, a.head_dim)) return wrong;
-    ROTATEKV_REQUIRE(!a.unrotate_values || plan_hadamard(a.head_dim, &plan), "head_dim has no Hadamard matrix");
+    if (const char* wrong = check_rotation(a.rotation_width, a.key_base, a.kv_heads, a.head_dim)) return wrong;
+    ROTATEKV_REQUIRE(!a.unrotate_values || plan_hadamard(a.head_dim, a.value_base, &plan), "head_dim has no Hadamard matrix");
     ROTATEKV_REQUIRE(a.rotary_dim >= 0 && a.rotary_dim <= a.head_dim && a.rotary_dim % 2 == 0,
                      "rotary_dim must be even and at most head_dim");
     if (a.rotary_dim == 0) return nullptr;

@@ -7,11 +7,12 @@ from functools import lru_cache
 import torch
 
 from rotatekv.kernels.checks import packed_planes, rope_planes
-from rotatekv.kernels.cpu.arguments import PackedPointers
+from rotatekv.kernels.cpu.arguments import HadamardBase, PackedPointers
 from rotatekv.kernels.layout import Blocks
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.quantize import FINE_SCALE
+from rotatekv.transforms import base_matrix, hadamard_base
 
 
 def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> int:
@@ -45,6 +46,13 @@ def _check_rope(rope: RopeTables) -> tuple[int, int, tuple[str, ...]]:
     for name, shape in shapes.items():
         pointer(getattr(rope, name), torch.float32, shape, name)
     return rows, half, tuple(shapes)
+
+
+@lru_cache(maxsize=64)
+def hadamard_base_pointer(order: int) -> HadamardBase:
+    """The dense factor of a Hadamard matrix; nothing for 2^n, 12·2^n and 20·2^n, which have passes of their own."""
+    base = hadamard_base(order)
+    return HadamardBase() if base in (0, 1, 12, 20) else HadamardBase(base_matrix(base).data_ptr(), base)
 
 
 def packed_pointers(

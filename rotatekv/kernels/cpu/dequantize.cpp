@@ -23,7 +23,7 @@ class Dequantize {
         : a_(a), channels_(a.kv_heads * a.head_dim), width_(a.rotation_width ? a.rotation_width : a.head_dim),
           norm_(a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f),
           offset_(a.factor ? size_t(channels_) : 0), group_at_(a.group_of_channel ? size_t(channels_) : 0) {
-        plan_hadamard(a.rotation_width, &plan_);
+        plan_hadamard(a.rotation_width, a.base, &plan_);
         for (size_t i = 0; i < group_at_.size(); ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
         for (size_t i = 0; i < offset_.size(); ++i) offset_[i] = a.offset[i] / norm_;
     }
@@ -80,12 +80,11 @@ class Dequantize {
 
 static const char* check_dequantize(const DequantizeArguments& a) {
     ROTATEKV_REQUIRE(a.structure_bytes == int64_t(sizeof(DequantizeArguments)), "built from other sources: rebuild");
-    ROTATEKV_REQUIRE(a.batch >= 0 && a.kv_heads >= 1, "sizes must be positive");
-    ROTATEKV_REQUIRE(a.head_dim >= 8 && a.head_dim % 8 == 0, "head_dim must be a multiple of 8");
+    ROTATEKV_REQUIRE(a.batch >= 0 && a.kv_heads >= 1 && a.head_dim >= 1, "sizes must be positive");
     ROTATEKV_REQUIRE(a.kv_heads * a.head_dim <= (1 << 20), "too many channels");
     ROTATEKV_REQUIRE(a.tokens >= 0 && a.tokens <= a.output_tokens, "tokens must be 0 … those of the output");
     ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
-    if (const char* wrong = check_rotation(a.rotation_width, a.kv_heads, a.head_dim)) return wrong;
+    if (const char* wrong = check_rotation(a.rotation_width, a.base, a.kv_heads, a.head_dim)) return wrong;
     if (a.batch == 0 || a.tokens == 0) return nullptr;
     const int64_t channels = a.kv_heads * a.head_dim;
     if (const char* wrong = check_packed(a.blocks, a.tokens, channels)) return wrong;

@@ -1,10 +1,11 @@
 // Inverse Hadamard transforms of vectors of kLanes tokens, un-normalised: y = sqrt(W)·Hᵀ·x with the matrix of
-// rotatekv/transforms.py, which is Sylvester's of order 2^n, or Paley's of order 12 or 20 ⊗ Sylvester's.
+// rotatekv/transforms.py, which is Sylvester's of order 2^n, or one of Paley's ⊗ Sylvester's.
 #pragma once
 
 #include <array>
 #include <utility>
 
+#include "arguments.h"
 #include "simd.h"
 
 // Sylvester's order N on the vectors source(0) … source(N − 1), into registers: log2(N)·N additions, some of them as
@@ -124,21 +125,47 @@ static void paley_pass(float* x, int stride) {
     }
 }
 
+constexpr int kLargestBase = 1024;
+
+// Any transposed order over vectors `stride` apart, for orders that have no pass of their own: a dense product.
+static void dense_pass(float* x, int stride, const HadamardBase& base) {
+    alignas(64) float held[kLargestBase * kLanes];
+    const int order = int(base.order);
+    for (int column = 0; column < stride; ++column) {
+        float* at = x + column * kLanes;
+        for (int i = 0; i < order; ++i) store(held + i * kLanes, load(at + i * stride * kLanes));
+        for (int j = 0; j < order; j += 4) {
+            Vec sums[4] = {};
+            for (int i = 0; i < order; ++i) {
+                const Vec from = load(held + i * kLanes);
+                const float* signs = base.matrix + i * order + j;
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) sums[k] += from * signs[k];
+            }
+            for (int k = 0; k < 4; ++k) store(at + (j + k) * stride * kLanes, sums[k]);
+        }
+    }
+}
+
 // width = inner · middle · paley: Sylvester's order `inner` on consecutive channels, then order `middle`, then Paley's.
 struct HadamardPlan {
     int width = 0, inner = 1, middle = 1, paley = 1;
+    HadamardBase base = {};
 };
 
-// False if there is no matrix of that order. Width 0 means no transform.
-static bool plan_hadamard(int64_t width, HadamardPlan* plan) {
+// False if there is no matrix of that order; `base` is looked at for other orders than 2^n, 12·2^n and 20·2^n. Width 0
+// means no transform.
+static bool plan_hadamard(int64_t width, const HadamardBase& base, HadamardPlan* plan) {
     *plan = HadamardPlan{};
     plan->width = int(width);
     if (width == 0) return true;
-    for (int paley : {1, 12, 20}) {
+    const bool dense = base.matrix && base.order >= 4 && base.order <= kLargestBase && base.order % 4 == 0;
+    for (int64_t paley : {int64_t(1), int64_t(12), int64_t(20), dense ? base.order : 1}) {
         if (width % paley) continue;
         const int64_t rest = width / paley;
         if (rest & (rest - 1)) continue;
-        plan->paley = paley;
+        plan->base = base;
+        plan->paley = int(paley);
         plan->inner = int(rest < 16 ? rest : 16);
         plan->middle = int(rest / plan->inner);
         return true;
@@ -186,7 +213,8 @@ static void last_passes(const HadamardPlan& plan, int channels, float* x) {
     sylvester_passes(x, channels, plan.inner, plan.middle);
     const int stride = plan.inner * plan.middle;
     if (plan.paley == 12) paley_pass<12>(x, stride);
-    if (plan.paley == 20) paley_pass<20>(x, stride);
+    else if (plan.paley == 20) paley_pass<20>(x, stride);
+    else if (plan.paley > 1) dense_pass(x, stride, plan.base);
 }
 
 // x (channels, kLanes) ← sqrt(W)·Hᵀ·(loader(0), loader(1), …)

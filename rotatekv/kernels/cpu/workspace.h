@@ -39,7 +39,7 @@ struct Geometry {
         const int64_t chunks_of_part = std::max<int64_t>(chunks / wanted, 1);
         splits = (chunks + chunks_of_part - 1) / chunks_of_part;
         exact = a.exact_tokens > 0;
-        plan_hadamard(a.rotation_width, &plan);
+        plan_hadamard(a.rotation_width, a.key_base, &plan);
         fused = fused_form(plan, int(a.head_dim), int(a.rotary_dim), head_rows);
     }
 
