@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -29,6 +30,18 @@ def rope_from(rope: Callable, cos: torch.Tensor, sin: torch.Tensor) -> Callable[
         return rope(x, cos[:, tokens], sin[:, tokens])
 
     return turn
+
+
+def _storing(method: Callable) -> Callable:
+    """A method of a layer that makes tensors to keep: plain ones, of no graph, and not those of
+    ``torch.inference_mode``, which no call outside it could write to."""
+
+    @functools.wraps(method)
+    def store(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return store
 
 
 class RotateKVLayer(CacheLayerMixin):
@@ -72,6 +85,7 @@ class RotateKVLayer(CacheLayerMixin):
         """Name those of the coming update's tokens, (B, T) bool, that become sinks when they are packed."""
         self._new_massive = is_massive
 
+    @_storing
     def update(
         self,
         key_states: torch.Tensor,
@@ -92,7 +106,7 @@ class RotateKVLayer(CacheLayerMixin):
         if rope is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
         # Autocast would round the rotations to its dtype, and cannot join float16 scales.
-        with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
+        with torch.autocast(key_states.device.type, enabled=False):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             keys, values = key_states.detach(), value_states.detach()
@@ -125,6 +139,7 @@ class RotateKVLayer(CacheLayerMixin):
             return False
         return kernels.READS_TOKEN_GROUPS or not self.method.key_tokens_per_scale
 
+    @_storing
     def attend(
         self,
         query: torch.Tensor,
@@ -143,7 +158,7 @@ class RotateKVLayer(CacheLayerMixin):
         Returns:
             (B, H, T, D) in the dtype of the inputs; folded weights: still in the values' rotated space.
         """
-        with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
+        with torch.autocast(key_states.device.type, enabled=False):
             device = query.device
             kernels = call.kernels(device)
             if not self.method.keys_before_rope:  # otherwise the kernel turns queries and keys
@@ -288,6 +303,7 @@ class RotateKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._clear()
 
+    @_storing
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0, an int or a tensor of one.
 
@@ -328,6 +344,7 @@ class RotateKVLayer(CacheLayerMixin):
         self.packed_keys.crop(whole)
         self.packed_values.crop(whole)
 
+    @_storing
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` of the batch what row ``rows[i]`` was: packed codes move, nothing is quantized again."""
         if not self.is_initialized:
@@ -375,6 +392,7 @@ class RotateKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self._move(self.device)
 
+    @_storing
     def _move(self, device: torch.device | str) -> None:
         self.packed_keys.move(device)
         self.packed_values.move(device)

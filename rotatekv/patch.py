@@ -111,7 +111,7 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
     text_model, methods = _check_patchable(model), tuple(methods)
     fingerprint = _fingerprint(model, config, methods)
     handle = PatchHandle(model, CacheSpec(config, methods, fingerprint), RopeSource(text_model.rotary_emb))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for layer, method in zip(text_model.layers, methods, strict=True):
             handle.bind(layer.self_attn, "forward", attention_forward)
             handle.hooks.append(layer.register_forward_pre_hook(choose_sinks, with_kwargs=True))
