@@ -131,12 +131,13 @@ class RotateKVCache(Cache):
         self.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        indices = torch.as_tensor(indices)
+        if not isinstance(indices, torch.Tensor):
+            indices = torch.tensor(indices, device=self.positions.device if self.positions is not None else "cpu")
         self.select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.positions is not None:
-            rows = torch.arange(self.positions.shape[0], device=self.positions.device)
+            rows = torch.arange(self.positions.shape[0], dtype=torch.int64, device=self.positions.device)
             self.select_rows(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:

@@ -375,7 +375,7 @@ class RotateKVLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             rows = next(self.tensors("keys")).shape[0]
-            self.select_rows(torch.arange(rows, device=self.device).repeat_interleave(repeats))
+            self.select_rows(torch.arange(rows, dtype=torch.int64, device=self.device).repeat_interleave(repeats))
 
     def tensors(self, kind: str) -> Iterator[torch.Tensor]:
         """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""

@@ -216,7 +216,10 @@ def save_statistics(
 
 def placeholders(kind: str, channels: int) -> dict[str, torch.Tensor]:
     """Statistics of one layer that mean nothing, to try a config before its file is looked for."""
-    zeros = {name: torch.zeros(width or channels, dtype=dtype) for name, (dtype, width) in KINDS[kind].tensors.items()}
+    zeros = {
+        name: torch.zeros(width or channels, dtype=dtype, device="cpu")
+        for name, (dtype, width) in KINDS[kind].tensors.items()
+    }
     return {"reorder_index": zeros["indices"].long()} if kind == "reorder" else zeros
 
 
@@ -318,7 +321,7 @@ def _read_authors_tensor(path: Path) -> ReorderIndices:
         if isinstance(content, dict):
             content = [content[key] for key in sorted(content, key=lambda key: int(re.sub(r"\D", "", str(key)) or 0))]
         if isinstance(content, (list, tuple)):
-            content = torch.stack([torch.as_tensor(row).flatten() for row in content])
+            content = torch.stack([torch.as_tensor(row, device="cpu").flatten() for row in content])
         if not isinstance(content, torch.Tensor) or content.is_floating_point() or content.dim() != 2:
             raise ValueError("no (layers, channels) table of integers")
     except Exception as error:  # torch.load raises a dozen classes on foreign bytes
@@ -337,8 +340,9 @@ def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, ch
         raise UserError(f"{path} holds indices of shape {shape}, the model needs {(num_layers, channels)}: {_REMAKE}")
     _check_group("reorder", path, found.metadata, group)
     rows = indices.long().sort(dim=-1).values
-    if not torch.equal(rows, torch.arange(channels).expand_as(rows)):
-        bad = int((rows != torch.arange(channels)).any(dim=-1).nonzero()[0, 0])
+    counted = torch.arange(channels, dtype=torch.int64, device="cpu").expand_as(rows)
+    if not torch.equal(rows, counted):
+        bad = int((rows != counted).any(dim=-1).nonzero()[0, 0])
         raise UserError(f"{path}: row {bad} is not a permutation of 0 … {channels - 1}: {_REMAKE}")
 
 
@@ -365,7 +369,8 @@ def _check_numbers(kind: str, path: Path, name: str, rows: torch.Tensor, shape: 
     if tuple(rows.shape) != shape:
         raise UserError(f"{path} holds {name} of shape {tuple(rows.shape)}, the model needs {shape}: {made_by}")
     damaged = not rows.isfinite().all()
-    damaged |= "index" in name and not torch.equal(rows.sort(dim=-1).values, torch.arange(shape[1]).expand(shape))
+    counted = torch.arange(shape[1], dtype=torch.int64, device="cpu").expand(shape)
+    damaged |= "index" in name and not torch.equal(rows.sort(dim=-1).values, counted)
     damaged |= "scale" in name and not bool(((rows > 0) & rows.reciprocal().isfinite()).all())
     damaged |= "levels" in name and bool((rows.diff(dim=-1) < 0).any())
     if damaged:

@@ -58,7 +58,8 @@ def collect_key_factors(
         mean, scale: (num_hidden_layers, H_kv·D) float32.
     """
     channels = layer_geometry(text_model.layers[0].self_attn).channels
-    sums = [_Moments(*(torch.zeros(channels, dtype=torch.float64) for _ in range(3))) for _ in text_model.layers]
+    zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
+    sums = [_Moments(*(zeros.clone() for _ in range(3))) for _ in text_model.layers]
 
     def take(attention: nn.Module, hidden_states: torch.Tensor) -> None:
         query, key, _ = project_qkv(attention, hidden_states)
@@ -83,7 +84,7 @@ def order_channels(
     Returns:
         (num_hidden_layers, H_kv·D) int64.
     """
-    squares = torch.zeros(key_mean.shape, dtype=torch.float64)
+    squares = torch.zeros(key_mean.shape, dtype=torch.float64, device="cpu")
 
     def add(number: int, keys: torch.Tensor) -> None:
         centred = (keys[:, FIRST_TOKENS:].double().cpu() - key_mean[number]) * key_scale[number]
@@ -145,9 +146,9 @@ def rank_sensitivity(
     exact = [_Exact(config, layer_geometry(attention)) for attention in attentions]
     for codec, threshold in zip(exact, statistics["sink_threshold"], strict=True):
         codec.sink_threshold = threshold.item()
-    costs = torch.zeros(len(attentions), 2, dtype=torch.float64)
+    costs = torch.zeros(len(attentions), 2, dtype=torch.float64, device="cpu")
     for number in progress(range(len(attentions))):
-        of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": torch.ones(2)}
+        of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": costs.new_ones(2)}
         for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
             methods = list(exact)
             methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
@@ -155,8 +156,7 @@ def rank_sensitivity(
                 for window, expected in windows:
                     found = _log_probabilities(model, window)
                     costs[number, column] += (expected.exp() * (expected - found)).sum().item()
-    places = torch.empty(costs.numel())
-    places[costs.flatten().argsort(descending=True, stable=True)] = torch.arange(costs.numel(), dtype=torch.float32)
+    places = costs.flatten().argsort(descending=True, stable=True).argsort().float()
     return ((places + 0.5) / costs.numel()).view_as(costs)
 
 

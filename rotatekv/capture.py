@@ -124,7 +124,7 @@ class _Keeper:
         if "k_rotated" in self.kinds:
             self._store("k_rotated", **_rotated(self.request.rotation[self.number], key))
         if "attention_scores" in self.kinds:
-            heads = torch.tensor(self.request.heads, device=query.device)
+            heads = torch.tensor(self.request.heads, dtype=torch.int64, device=query.device)
             groups = heads // (query.shape[1] // key.shape[1])
             query = rope(query, cos, sin)[0, heads]
             scores = attention_scores(query, roped[0, groups], attention.scaling)
@@ -164,7 +164,7 @@ def top_activations(hidden_states: torch.Tensor) -> Tensors:
 def attention_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """Causal softmax weights of (heads, T, D) queries and keys after RoPE → (heads, T, T) float16."""
     heads, length, _ = query.shape
-    scores = torch.zeros(heads, length, length, dtype=torch.float16)
+    scores = torch.zeros(heads, length, length, dtype=torch.float16, device="cpu")
     for start in range(0, length, _QUERY_CHUNK):
         rows = query[:, start : start + _QUERY_CHUNK].float()
         products = rows @ key[:, : start + rows.shape[1]].float().transpose(1, 2) * scaling

@@ -75,7 +75,7 @@ def plan_fused_call(
             return None
         seen = attention_mask.bool().to(device)
         first = (~seen).sum(1).to(torch.int32)
-        if not torch.equal(seen, torch.arange(length, device=device) >= first[:, None]):
+        if not torch.equal(seen, torch.arange(length, dtype=torch.int32, device=device) >= first[:, None]):
             return None  # holes, or padding on the right
     expected = torch.arange(length, dtype=torch.int32, device=device) - first[:, None]
     if (first > length - new_tokens).any() or not torch.equal(torch.where(expected < 0, expected, positions), expected):

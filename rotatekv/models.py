@@ -127,7 +127,7 @@ def pick_device(device: str | None) -> torch.device:
     if device == "cuda":
         device = f"cuda:{local_rank()}"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {device!r} is not available here: try --device cpu") from None

@@ -44,8 +44,8 @@ class LevelHistogram:
     """
 
     def __init__(self, bins: int = 1024):
-        self.mass = torch.zeros(bins, dtype=torch.float64)
-        self.moment = torch.zeros(bins, dtype=torch.float64)
+        self.mass = torch.zeros(bins, dtype=torch.float64, device="cpu")
+        self.moment = torch.zeros(bins, dtype=torch.float64, device="cpu")
 
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """Count numbers of weight ≥ 0, of one shape; those outside [-1, 1] are left out."""
@@ -63,9 +63,9 @@ class LevelHistogram:
         """
         # AUTHORS: scikit-learn's k-means from one random start, which ends in a local optimum of the same sum.
         bins = len(self.mass)
-        middles = (torch.arange(bins, dtype=torch.float64) + 0.5) * (2 / bins) - 1
+        middles = (torch.arange(bins, dtype=torch.float64, device="cpu") + 0.5) * (2 / bins) - 1
         total = self.mass.sum()
-        spare = _EMPTY_BIN * (total if total > 0 else torch.ones(()).double())
+        spare = _EMPTY_BIN * (total if total > 0 else total.new_ones(()))
         mass, moment = self.mass + spare, self.moment + spare * middles
         before_mass, before_moment, before_square = (
             torch.nn.functional.pad(x.cumsum(0), (1, 0)) for x in (mass, moment, moment**2 / mass)
@@ -74,7 +74,8 @@ class LevelHistogram:
         def between(x: torch.Tensor) -> torch.Tensor:
             return x[None, :] - x[:, None]  # (start, end): the sum over bins start … end − 1
 
-        starts, ends = torch.arange(bins + 1)[:, None], torch.arange(bins + 1)[None, :]
+        edges = torch.arange(bins + 1, dtype=torch.int64, device="cpu")
+        starts, ends = edges[:, None], edges[None, :]
         cost = between(before_square) - between(before_moment) ** 2 / between(before_mass)
         cost = torch.where(starts < ends, cost, torch.inf)  # of one cluster
         best, choices = cost[0], []  # best[j]: the bins before j in as many clusters as there are choices, and one
@@ -86,7 +87,7 @@ class LevelHistogram:
             cuts = [bins]
             for choice in reversed(choices[: count - 1]):
                 cuts.append(int(choice[cuts[-1]]))
-            cuts = torch.tensor([0, *reversed(cuts)])
+            cuts = torch.tensor([0, *reversed(cuts)], dtype=torch.int64, device="cpu")
             sums = [x[cuts[1:]] - x[cuts[:-1]] for x in (before_moment, before_mass)]
             found.append((sums[0] / sums[1]).float())
         return found

@@ -283,7 +283,8 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         past = cache.get_seq_length()
-        position_ids = torch.arange(past, past + length, device=tokens.device).unsqueeze(0)  # (1, T)
+        counted = torch.arange(past, past + length, dtype=torch.int64, device=tokens.device)
+        position_ids = counted.unsqueeze(0)  # (1, T)
     mask = kwargs.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
     cache.begin_forward(position_ids, batch_size, mask)

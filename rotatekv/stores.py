@@ -171,10 +171,11 @@ class CodeStore(Store):
     def heads(self, form: HeadForm, room: int, kernels: ModuleType) -> torch.Tensor:
         """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set."""
         low = self.tensors["low"]
+        shape = low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim
         return kernels.dequantize_blocks(
             self.tensors, self.length, self.bits, form.groups_on(low.device), form.head_dim, form.rotation_width,
-            out=torch.empty(low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim, device=low.device),
-            tokens_per_scale=form.tokens_per_scale, affine=form.affine_on(low.device),
+            out=torch.empty(shape, dtype=torch.float32, device=low.device), tokens_per_scale=form.tokens_per_scale,
+            affine=form.affine_on(low.device),
         )  # fmt: skip
 
 

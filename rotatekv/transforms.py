@@ -36,7 +36,7 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     """The orthonormal Hadamard matrix: Sylvester's for 2^n, Paley's of order ``hadamard_base`` ⊗ Sylvester's otherwise.
 
     Returns:
-        (order, order) float64, entries ±1/sqrt(order), ``H @ H.T = I``.
+        (order, order) float64 on the CPU, entries ±1/sqrt(order), ``H @ H.T = I``.
 
     Raises:
         UserError: no matrix of that order here.

@@ -99,8 +99,9 @@ def random_llava(
 
 def _spread(projector: torch.nn.Module, std: float) -> None:
     """Give a random projector outputs as large as word embeddings, so that pictures differ in the text model."""
+    weight = projector.linear_1.weight
     with torch.no_grad():
-        states = torch.randn(256, projector.linear_1.in_features)
+        states = torch.randn(256, weight.shape[1], dtype=weight.dtype, device=weight.device)
         projector.linear_2.weight.mul_(std / projector(states).std())
 
 

@@ -87,16 +87,17 @@ def attend_with_own_windows(
     """
     new, tokens = query.shape[2], key.shape[2]
     outputs, all_weights = [], []
+    counted = {"dtype": torch.int64, "device": key.device}
     for first in range(0, new, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, new)
         seen = tokens - new + last  # by the last of these queries
         own = range(tokens - new + first, seen)  # the queries' own tokens
         edges = [flushed.window.packed_of(token + 1) for token in own]
-        here, packed = (torch.tensor(x, device=key.device) for x in (list(own), edges))  # (Q,)
+        here, packed = (torch.tensor(x, **counted) for x in (list(own), edges))  # (Q,)
         # As they decode, as they were in the window, and the tokens that are there still.
         parts = (0, edges[-1]), (edges[0], min(flushed.end, seen)), (flushed.end, seen)
-        columns = torch.cat([torch.arange(*part, device=key.device) for part in parts if part[0] < part[1]])  # (K,)
-        is_exact = torch.arange(len(columns), device=key.device) >= parts[0][1]
+        columns = torch.cat([torch.arange(*part, **counted) for part in parts if part[0] < part[1]])  # (K,)
+        is_exact = torch.arange(len(columns), **counted) >= parts[0][1]
         visible = (columns <= here[:, None]) & (is_exact == (columns >= packed[:, None]))  # (Q, K)
         keys, values = (
             torch.cat([x[:, :, slice(*parts[0])], old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],

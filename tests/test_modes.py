@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
 
 from benchmarks.random_models import patch_random, random_llama
-from rotatekv import PRESETS, RotateKVCache
+from rotatekv import PRESETS, RotateKVCache, calibration, calibration_kvquant, calibration_plus, transforms
+from rotatekv.kernels.triton import plan
+from rotatekv.patch import find_text_model
 
 ONE_OF_EACH = [name for name in PRESETS if name.rstrip("+").endswith("2") or name in ("FP16", "KVQuant3", "RotateKV3")]
 BEFORE, BETWEEN, AFTER = "prefill inside", "prefill and operations inside", "all but the prefill inside"
@@ -54,3 +60,93 @@ def test_a_model_patched_in_inference_mode_trains_and_unpatches_outside():
         run(model)
     model(ids(1, 8)).logits.sum().backward()
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+# --- default dtype and device ----------------------------------------------------------------------
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+DEFAULTS = [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float16, "meta")]
+
+
+def forget_tables() -> None:
+    """Tensors that were made once and kept would hide how they are made now."""
+    for kept in (transforms._kronecker_factors, plan.factor, plan.matrices):
+        kept.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("preset", ONE_OF_EACH)
+def test_default_dtype_and_device_change_no_number(preset, backend, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+    model = random_llama(6, 3, 32, 1).requires_grad_(False)
+    with patch_random(model, preset):
+        expected = run(model)
+    for dtype, device in DEFAULTS:
+        forget_tables()
+        with defaults(dtype, device), patch_random(model, preset):
+            torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
+
+
+def calibrated(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that calibration gives for a model."""
+    text_model, windows = find_text_model(model), [ids(1, 40, seed) for seed in range(2)]
+    sums = calibration.collect_key_sums(model, text_model, windows)
+    found = {"indices": calibration.indices_from_key_sums(sums, 96)}
+    offset, scale = calibration_kvquant.collect_key_ranges(model, text_model, windows, 78)
+    found |= {"offset": offset, **calibration_kvquant.collect_levels(model, text_model, windows, offset, scale)}
+    mean, scale = calibration_plus.collect_key_factors(model, text_model, windows)
+    statistics = {
+        "key_mean": mean, "key_scale": scale,
+        "reorder_index": calibration_plus.order_channels(model, text_model, windows, mean, scale, 96),
+        "sink_threshold": calibration_plus.collect_sink_thresholds(model, text_model, windows),
+    }  # fmt: skip
+    return found | statistics | {"rank": calibration_plus.rank_sensitivity(model, windows, statistics)}
+
+
+def test_default_dtype_and_device_change_no_calibration():
+    model = random_llama(6, 3, 32, 1)
+    expected = calibrated(model)
+    for dtype, device in DEFAULTS[1:]:
+        forget_tables()
+        with defaults(dtype, device):
+            found = calibrated(model)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=f"{name}, {dtype}, {device}")
+
+
+FACTORIES = {"zeros", "ones", "empty", "full", "arange", "tensor", "eye", "linspace", "rand", "randn", "randint",
+             "randperm", "as_tensor", "Generator"}  # fmt: skip
+ROOT = Path(__file__).parents[1]
+
+
+def unnamed(path: Path) -> list[str]:
+    """Calls of ``torch.<factory>`` that leave dtype or device to the process's defaults."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if name not in FACTORIES or ast.unparse(call.func) != f"torch.{name}":
+            continue
+        named = {keyword.arg for keyword in call.keywords}  # None: **options
+        wanted = {"device"} if name in ("Generator", "tensor", "as_tensor") else {"dtype", "device"}
+        if None not in named and not wanted <= named:
+            found.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}")
+    return found
+
+
+def test_every_tensor_names_its_dtype_and_device():
+    """``torch.tensor`` of Python numbers takes integers as they are; of floats the package makes none without dtype."""
+    files = sorted((ROOT / "rotatekv").rglob("*.py"))
+    assert len(files) > 50 and [line for path in files for line in unnamed(path)] == []

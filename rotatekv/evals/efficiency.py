@@ -213,7 +213,7 @@ def batch_of_text(ids: torch.Tensor, batch_size: int, length: int) -> torch.Tens
     """(batch_size, length) ids: consecutive windows of a (1, tokens) text, which begins anew where it ends."""
     if not ids.numel():
         raise UserError("the text has no tokens")
-    where = torch.arange(batch_size * length) % ids.shape[1]
+    where = torch.arange(batch_size * length, dtype=torch.int64, device=ids.device) % ids.shape[1]
     return ids[0, where].view(batch_size, length)
 
 

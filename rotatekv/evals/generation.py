@@ -109,7 +109,7 @@ class _StopAt(StoppingCriteria):
         tails = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :]  # (B, ≤ reach)
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         stops = [any(string in text for string in self.strings) for text in texts]
-        return torch.tensor(stops, device=input_ids.device)
+        return torch.tensor(stops, dtype=torch.bool, device=input_ids.device)
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:

@@ -217,7 +217,7 @@ def answer_cell(model, tokenizer, prompts: Prompts, sample: dict, max_new_tokens
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     prompt = prompts.build(sample["length"], sample["depth"], sample["needle"])
-    ids = torch.tensor([prompt], device=model.device)
+    ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     (record,) = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings)
     digest = hashlib.sha256(tokenizer.decode(prompt).encode()).hexdigest()

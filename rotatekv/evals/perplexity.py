@@ -27,7 +27,7 @@ def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> 
     """
     cache = new_cache(model)
     length = window.shape[1]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for start in range(0, length, chunk_size or length):
             chunk = window[:, start : start + (chunk_size or length)]
@@ -45,7 +45,7 @@ def perplexity(nlls: list[float]) -> float:
 
 def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum over tokens, float64 on the CPU."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for start in range(0, len(targets), _LOSS_CHUNK):
         part = slice(start, start + _LOSS_CHUNK)
         total += F.cross_entropy(logits[part].float(), targets[part].to(logits.device), reduction="sum").double().cpu()

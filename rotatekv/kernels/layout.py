@@ -151,7 +151,7 @@ def _touched_blocks(packed: Packed, start: int, tokens: int) -> tuple[Packed, sl
 def _pack_plane(bits_of_tokens: torch.Tensor, width: int) -> torch.Tensor:
     """(B, N·16, C) numbers below 2^width → (B, N, C) int32 (int16 for width 1)."""
     lanes = bits_of_tokens.long().unflatten(1, (-1, BLOCK))  # (B, N, 16, C)
-    shifts = torch.arange(0, BLOCK * width, width, device=lanes.device).view(BLOCK, 1)
+    shifts = torch.arange(0, BLOCK * width, width, dtype=torch.int64, device=lanes.device).view(BLOCK, 1)
     words = (lanes << shifts).sum(2)
     size = BLOCK * width
     return (words - ((words >> (size - 1)) << size)).to(torch.int32)  # the top bit is the sign

@@ -72,8 +72,8 @@ def decode_attention_reference(
 ) -> torch.Tensor:
     """The arguments of ``rotatekv.kernels.cpu.decode_attention``, computed in ``dtype`` → (B, H, T_q, D)."""
     _, heads, query_tokens, dim = queries.shape
-    channels = keys["low"].shape[-1]
-    value_group = torch.arange(channels) // (channels // values["scale"].shape[2])
+    channels, device = keys["low"].shape[-1], queries.device
+    value_group = torch.arange(channels, dtype=torch.int64, device=device) // (channels // values["scale"].shape[2])
     if options.key_tokens_per_scale:
         k = unpack_planes(keys, packed_tokens, options.key_bits, options.key_tokens_per_scale)
     else:
@@ -85,7 +85,7 @@ def decode_attention_reference(
     if options.key_affine is not None:
         k = options.key_affine(k).to(dtype)
     k, v = channels_to_heads(k, dim), channels_to_heads(v, dim)  # (B, H_kv, T, D)
-    columns = torch.arange(total_tokens)
+    columns = torch.arange(total_tokens, dtype=torch.int64, device=device)
     queries = queries.to(dtype)
     if options.rope is not None:
         positions = (columns - first.long()[:, None]).clamp(min=0)  # (B, T)
@@ -93,7 +93,7 @@ def decode_attention_reference(
         k = options.rope.turn(k, positions)
     repeat = heads // k.shape[1]
     scores = queries @ k.repeat_interleave(repeat, 1).transpose(2, 3) * options.softmax_scale
-    last_seen = total_tokens - query_tokens + torch.arange(query_tokens)
+    last_seen = torch.arange(total_tokens - query_tokens, total_tokens, dtype=torch.int64, device=device)
     seen = (columns <= last_seen[:, None]) & (columns >= first[:, None, None])  # (B, T_q, T)
     weights = torch.softmax(scores.masked_fill(~seen[:, None], -math.inf), -1).nan_to_num(0.0)  # a row may see nothing
     out = weights @ v.repeat_interleave(repeat, 1)  # (B, H, T_q, D)

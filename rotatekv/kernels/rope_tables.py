@@ -32,9 +32,10 @@ class RopeTables:
     def build(cls, frequencies: torch.Tensor, positions: int, attention_scaling: float = 1.0) -> RopeTables:
         """Tables for positions 0 … ``positions`` − 1; ``frequencies`` (rotary_dim / 2,) in radians per position."""
         wide = frequencies.double().cpu()
-        coarse = torch.arange(-(-max(positions, 1) // COARSE_STEP), dtype=torch.float64) * COARSE_STEP
+        counted = {"dtype": torch.float64, "device": "cpu"}
+        coarse = torch.arange(-(-max(positions, 1) // COARSE_STEP), **counted) * COARSE_STEP
         coarse_angles = coarse[:, None] * wide  # (n, rotary_dim / 2)
-        fine_angles = wide[:, None] * torch.arange(FINE_POSITIONS, dtype=torch.float64)  # (rotary_dim / 2, 32)
+        fine_angles = wide[:, None] * torch.arange(FINE_POSITIONS, **counted)  # (rotary_dim / 2, 32)
         tables = [f(a).float() for a in (coarse_angles, fine_angles) for f in (torch.cos, torch.sin)]
         return cls(*(table.contiguous() for table in tables), attention_scaling)
 

@@ -29,8 +29,9 @@ class RTN(KVMethod):
         self.key_width = 0  # channels rotated together
         self.stored_order: StoredOrder | None = None
         self.key_factor = self.key_offset = None  # what keys lack after the inverse rotation, (C,) Constants
-        self.group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.k_groupsize)
-        self.value_group_of_channel = Constant(torch.arange(layer.channels, dtype=torch.int32) // self.v_groupsize)
+        channels = torch.arange(layer.channels, dtype=torch.int32, device="cpu")
+        self.group_of_channel = Constant(channels // self.k_groupsize)
+        self.value_group_of_channel = Constant(channels // self.v_groupsize)
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         return quantize(channels, self.k_bits, self.k_groupsize, self.k_clip_ratio, self.fine)

@@ -42,9 +42,13 @@ class TurboQuant(KVMethod):
         super().__init__(config, layer, statistics)
         if not has_hadamard(layer.head_dim):
             raise UserError(no_hadamard(layer.head_dim))
-        generator = torch.Generator().manual_seed(SIGN_SEED)
-        signs = torch.randint(2, (layer.head_dim,), generator=generator).mul(2).sub(1).float()  # (D,) ±1
-        levels = (torch.tensor(sphere_levels(layer.head_dim, bits)) for bits in (config.k_bits, config.v_bits))
+        generator = torch.Generator(device="cpu").manual_seed(SIGN_SEED)
+        drawn = torch.randint(2, (layer.head_dim,), generator=generator, dtype=torch.int64, device="cpu")
+        signs = drawn.mul(2).sub(1).float()  # (D,) ±1
+        levels = (
+            torch.tensor(sphere_levels(layer.head_dim, bits), dtype=torch.float32, device="cpu")
+            for bits in (config.k_bits, config.v_bits)
+        )
         self.signs, self.key_levels, self.value_levels = map(Constant, (signs, *levels))
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:

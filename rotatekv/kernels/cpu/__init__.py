@@ -92,7 +92,7 @@ def decode_attention(
     )  # fmt: skip
     _set_rope(arguments, options)
     _set_exact(arguments, exact, channels)
-    output = torch.empty(batch, heads, query_tokens, dim)
+    output = torch.empty(batch, heads, query_tokens, dim, dtype=torch.float32, device="cpu")
     arguments.output = output.data_ptr()
     _call("attention", arguments, instruction_set)
     return output
@@ -171,7 +171,7 @@ def dequantize_blocks(
     blocks = packed_pointers(packed, bits, batch, channels, "packed", tokens_per_scale)
     heads = channels // head_dim
     if out is None:
-        out = torch.empty(batch, heads, max(tokens, 0), head_dim)
+        out = torch.empty(batch, heads, max(tokens, 0), head_dim, dtype=torch.float32, device="cpu")
     room = shape_of(out, 4, "out")[2]
     arguments = DequantizeArguments(
         structure_bytes=ctypes.sizeof(DequantizeArguments),

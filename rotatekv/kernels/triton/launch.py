@@ -31,14 +31,14 @@ def launch_decode(
     factors = factor(options.rotation_width, dim)
     constants = shape_constants(factors, heads * dim // channels, query_tokens, rope.rotary_dim // 2 if rope else 0)
     if rope is not None:
-        columns = torch.arange(total_tokens - query_tokens, total_tokens, device=device)
+        columns = torch.arange(total_tokens - query_tokens, total_tokens, dtype=torch.int64, device=device)
         queries = rope.turn(queries, (columns - first[:, None]).clamp(min=0))
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
     splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1))
     has_exact = exact is not None and len(exact.rows) > 0
-    parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, device=device)
-    tops, totals = (torch.empty(parts.shape[:-1], device=device) for _ in range(2))
+    parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
+    tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
     left, right = matrices(factors, device)
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
     score_factor = options.softmax_scale * factors.norm * math.log2(math.e)
@@ -94,7 +94,7 @@ def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
 def _merge(parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, options: DecodeOptions) -> torch.Tensor:
     """(splits, B, H, T_q, D) → (B, H, T_q, D)."""
     factors = factor(options.head_dim if options.unrotate_values else 0, options.head_dim)
-    out = torch.empty(parts.shape[1:], device=parts.device)
+    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     rows = out[..., 0].numel()
     left, right = matrices(factors, parts.device)
     names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")

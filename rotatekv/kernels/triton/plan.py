@@ -117,9 +117,11 @@ def factor(width: int, head_dim: int, half: int = 0) -> Factors:
 def matrices(factors: Factors, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Aᵀ with each head's rows padded, (G_PAD·ROWS_PAD, A_PAD), and Bᵀ, (B_PAD, B_PAD): ±1, and 0 as padding."""
     left, right = (_signs(size, factors.rotated) for size in (factors.rows, factors.columns))
-    padded = torch.zeros(factors.heads_pad, factors.head_rows_pad, factors.rows_pad)
+    padded = torch.zeros(
+        factors.heads_pad, factors.head_rows_pad, factors.rows_pad, dtype=torch.float32, device="cpu"
+    )
     padded[: factors.heads, : factors.head_rows, : factors.rows] = left.T.unflatten(0, (factors.heads, -1))
-    square = torch.zeros(factors.columns_pad, factors.columns_pad)
+    square = torch.zeros(factors.columns_pad, factors.columns_pad, dtype=torch.float32, device="cpu")
     square[: factors.columns, : factors.columns] = right.T
     return padded.flatten(0, 1).contiguous().to(device), square.to(device)
 
@@ -135,7 +137,7 @@ def partner_matrix(factors: Factors, half: int, device: torch.device) -> torch.T
 
 
 def _signs(order: int, rotated: bool) -> torch.Tensor:
-    return hadamard_matrix(order).sign().float() if rotated else torch.eye(order)
+    return hadamard_matrix(order).sign().float() if rotated else torch.eye(order, dtype=torch.float32, device="cpu")
 
 
 def _padded(n: int, dots: bool) -> int:
