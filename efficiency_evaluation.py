@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         ):  # fmt: skip
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    report(records, finish_run(run, records, metric_of(records), len(records) < len(cells)), run.folder, run.replaced)
+    finish_run(run, records, metric_of(records), len(records) < len(cells), write_report)
+    report(records, run.folder)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -126,9 +127,7 @@ def measure(args: argparse.Namespace, sides: list[Side], ids, cell: dict) -> dic
     return record
 
 
-def report(records: list[dict], metrics: dict, folder: Path, draw: bool = True) -> None:
-    if draw:  # not where the folder keeps a longer run's table
-        write_report(records, metrics, folder)
+def report(records: list[dict], folder: Path) -> None:
     for record in records:
         print(line_of(record))
     print(f"{len(records)} cells, {folder / 'efficiency.csv'}")
@@ -141,7 +140,8 @@ def score_again(folder: str) -> None:
         records.extend(found)
         return found, metric_of(found)
 
-    report(records, rescore(folder, "efficiency", metric), Path(folder))
+    rescore(folder, "efficiency", metric, write_report)
+    report(records, Path(folder))
 
 
 if __name__ == "__main__":

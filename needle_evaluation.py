@@ -101,13 +101,11 @@ def main(argv: list[str] | None = None) -> None:
         ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
-    metrics = finish_run(run, records, means(records), len(records) < len(lengths) * len(depths))
-    report(records, metrics, run.folder, draw=run.replaced)
+    metrics = finish_run(run, records, means(records), len(records) < len(lengths) * len(depths), write_report)
+    report(records, metrics, run.folder)
 
 
-def report(records: list[dict], metrics: dict, folder: Path, draw: bool = True) -> None:
-    if draw:  # not where the folder keeps a longer run's grid
-        write_report(records, metrics, folder)
+def report(records: list[dict], metrics: dict, folder: Path) -> None:
     print(f"{len(records)} cells, {folder / 'metrics.json'}")
     needle_type, metric = metrics["config"]["needle_type"], metrics["metric"]
     print(
@@ -122,7 +120,7 @@ def score_again(folder: str) -> None:
         records.extend(map(scored, found))
         return records, means(records)
 
-    report(records, rescore(folder, "needle", metric_of), Path(folder))
+    report(records, rescore(folder, "needle", metric_of, write_report), Path(folder))
 
 
 def compare(args: argparse.Namespace) -> None:

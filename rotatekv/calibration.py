@@ -22,7 +22,7 @@ from torch import nn
 from rotatekv.attention import project_qkv
 from rotatekv.config import SUPPORTED_BITS
 from rotatekv.errors import UserError
-from rotatekv.files import write_atomically
+from rotatekv.files import write_output
 from rotatekv.transforms import heads_to_channels, rotate_channels
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -206,11 +206,7 @@ def save_statistics(
     filled_in = {"format": KINDS[kind].version, "statistics": kind, "date": date}
     metadata = {**filled_in, **{key: str(value) for key, value in metadata.items()}}
     rows = {name: tensors[name].to(dtype).contiguous() for name, (dtype, _) in KINDS[kind].tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(rows, metadata=metadata))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; choose another --output") from None
+    write_output(path, save(rows, metadata=metadata))
     return path
 
 

@@ -6,6 +6,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 
 from transformers.utils.logging import disable_progress_bar
@@ -14,6 +15,7 @@ from rotatekv import distributed
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.external import EXTERNAL, ExternalConfig
+from rotatekv.files import FULL_DISK, write_error
 from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
@@ -186,7 +188,8 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """A ``UserError`` in ``main`` → its line on stderr and exit status 2, without a traceback; Ctrl-C → 130.
 
-    Of many processes, only the first shows progress bars, and what all have to say is said once.
+    A full disk is a ``UserError`` wherever it is met. Of many processes, only the first shows progress bars, and what
+    all have to say is said once.
     """
 
     @functools.wraps(main)
@@ -194,10 +197,17 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         if not distributed.is_main():
             disable_progress_bar()
         try:
-            main(argv)
+            try:
+                main(argv)
+                sys.stdout.flush()
+            except OSError as error:
+                if error.errno not in FULL_DISK:
+                    raise
+                raise write_error(error.filename or "the output", error, "") from None
         except UserError as error:
             distributed.let_main_speak_first()
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            with suppress(OSError):  # the disk that is full may hold stderr as well
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(

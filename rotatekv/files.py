@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 from rotatekv.errors import UserError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -18,7 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         temporary.unlink(missing_ok=True)
         raise
 
@@ -33,8 +36,20 @@ def write_output(path: Path, data: bytes, flag: str = "--output") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another {flag}") from None
+        raise write_error(path, error, f"choose another {flag}") from None
+
+
+def write_error(path: Path, error: OSError, fix: str) -> UserError:
+    """The line for a write that failed; a full disk has a fix of its own."""
+    if error.errno in FULL_DISK:
+        fix = "make room, then start the same command again, with --resume where it has that flag"
+    return UserError(f"cannot write {path} ({error.strerror}): {fix}")
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (to_json(content, indent=2) + "\n").encode())
+
+
+def to_json(content, **options) -> str:
+    """``json.dumps`` of what every reader of json takes: no NaN, no infinity (ValueError)."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)

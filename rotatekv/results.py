@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 
 from rotatekv import distributed
 from rotatekv.calibration import model_slug
 from rotatekv.errors import UserError
-from rotatekv.files import write_atomically, write_json
+from rotatekv.files import to_json, write_atomically, write_error, write_json
 
 SCHEMA = 1
+_LOCK = ".lock"
+_NOT_FINITE = ": try another --dtype (float32), or see whether the model's weights are finite"
+_FAILED_DISK = "mend it, then start the same command again with --resume"
 
 
 class Run:
@@ -33,7 +39,8 @@ class Run:
         resume: go on with what is there. overwrite: drop it.
 
     Raises:
-        UserError: the run exists and neither is given, the folder cannot be written, or it holds another config.
+        UserError: the run exists and neither is given, the folder cannot be written, it holds another config, or
+            another process is at work in it.
     """
 
     def __init__(self, output_dir: str | Path, task: str, model: str, config: dict, resume: bool, overwrite: bool):
@@ -49,14 +56,15 @@ class Run:
             distributed.barrier()
             self.samples = self._read_samples(self._path("samples.jsonl"))
         except OSError as error:
-            raise UserError(f"cannot write {self.folder} ({error.strerror}): choose another --output_dir") from None
+            raise write_error(self.folder, error, "choose another --output_dir") from None
 
     @classmethod
     def of_folder(cls, folder: str | Path, task: str) -> Run:
-        """The run, finished or broken off, in its own folder; no process may be at work on it.
+        """The run, finished or broken off, in its own folder.
 
         Raises:
-            UserError: no run of that task is there, it has no sample yet, or it cannot be read or written.
+            UserError: no run of that task is there, it has no sample yet, it cannot be read or written, or another
+                process is at work in it.
         """
         run = cls.__new__(cls)
         run.folder, run.task, run.started = Path(folder), task, _now()
@@ -68,6 +76,7 @@ class Run:
         if found != task:
             raise UserError(f"{folder} is a run of {found}, not of {task}")
         run.run_id = config_hash(run.config)
+        run._lock()
         try:
             run._merge_ranks()
             run.samples = run._read_samples(run._path("samples.jsonl"))
@@ -78,42 +87,63 @@ class Run:
         return run
 
     def append(self, sample: dict) -> None:
-        """Add one finished sample, keyed by its ``id``; it is on disk when this returns."""
+        """Add one finished sample, keyed by its ``id``; it is on disk when this returns.
+
+        A number that json does not know becomes None, and ``reason`` says what it was.
+        """
+        sample = _as_json(sample)
         alone = distributed.world_size() == 1
         name = "samples.jsonl" if alone else f"samples.rank{distributed.rank()}.jsonl"
         try:
             with open(self._path(name), "a", encoding="utf-8") as file:
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                file.write(to_json(sample) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self._path(name)} ({error.strerror}): mend it, then --resume") from None
+            raise write_error(self._path(name), error, _FAILED_DISK) from None
         self.samples[sample["id"]] = sample
 
     def gather(self) -> bool:
         """Wait for all ranks, then join their samples; True on the rank that is to score them."""
         distributed.barrier()
         if distributed.is_main():
-            self._merge_ranks()
-            self.samples = self._read_samples(self._path("samples.jsonl"))
+            try:
+                self._merge_ranks()
+                self.samples = self._read_samples(self._path("samples.jsonl"))
+            except OSError as error:
+                raise write_error(self._path("samples.jsonl"), error, _FAILED_DISK) from None
         return distributed.is_main()
 
     def finish(self, **results) -> Path:
-        """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself."""
-        path = self._path("metrics.json")
-        self.metrics = {**self._header(), **results}
-        self.replaced = not self._holds_more(results.get("n", 0))
-        if self.replaced:
-            write_json(path, self.metrics)
+        """Write metrics.json; ``results`` are the contract's fields beside those a run knows itself.
+
+        A number that json does not know becomes None, and ``reason`` says what it was. A shorter ``--limit`` does not
+        take the place of a longer run's metrics.json, which ``is_shorter`` then says; the same samples scored again
+        keep what it says of the run (env, started, argv).
+        """
+        path, old = self._path("metrics.json"), self._old_metrics()
+        count = results.get("n", 0)
+        self.is_shorter = old["n"] > count
+        if old["n"] == count and not old["partial"]:
+            header = {name: value for name, value in old.items() if name != "reason"}
+            results["metric"] = {**old["metric"], **results["metric"]}
+        else:
+            header = self._header()
+        self.metrics = {**header, **_as_json(results, _NOT_FINITE)}
+        try:
+            if not self.is_shorter and self.metrics != old:
+                write_json(path, self.metrics)
+        except OSError as error:
+            raise write_error(path, error, _FAILED_DISK) from None
         return path
 
-    def _holds_more(self, count: int) -> bool:
-        """A shorter ``--limit`` does not take the place of a longer or a complete run's metrics.json."""
+    def _old_metrics(self) -> dict:
+        """What metrics.json holds; less than any run where it is missing or damaged."""
         try:
             old = json.loads(self._path("metrics.json").read_text(encoding="utf-8"))
-            return old["n"] > count or (old["n"] == count and not old["partial"])
+            return {**old, "n": int(old["n"]), "partial": bool(old["partial"]), "metric": dict(old["metric"])}
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return {"n": -1, "partial": True}
 
     def rewrite(self, samples: Sequence[dict], first: dict, **results) -> dict:
         """Put ``samples`` and ``results`` in the place of the old; metrics.json keeps what is not among ``results``.
@@ -129,11 +159,14 @@ class Run:
             old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**self._header(), **first}
             if not isinstance(old, dict):
                 raise ValueError("no json object")
-            self._write_samples(samples)
-            record = {**old, **results, "rescored": _now()}
+            self._write_samples(map(_as_json, samples))
+            old.pop("reason", None)
+            record = _as_json({**old, **results}, _NOT_FINITE) | {"rescored": _now()}
             write_json(path, record)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read or write {path} ({error})") from None
+        except OSError as error:
+            raise write_error(path, error, "mend it, then --rescore again") from None
+        except ValueError as error:
+            raise UserError(f"cannot read {path} ({error})") from None
         return record
 
     def _header(self) -> dict:
@@ -143,7 +176,7 @@ class Run:
         }  # fmt: skip
 
     def _write_samples(self, samples: Iterable[dict]) -> None:
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        lines = [to_json(sample) + "\n" for sample in samples]
         write_atomically(self._path("samples.jsonl"), "".join(lines).encode())
 
     def _path(self, name: str) -> Path:
@@ -163,13 +196,30 @@ class Run:
         if existing and not (resume or overwrite):
             raise UserError(f"the run {self.folder} exists: --resume goes on with it, --overwrite starts anew")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         if overwrite:
-            for path in self.folder.iterdir():
+            # The samples first: a kill among these must leave no old ones for --resume.
+            for path in sorted(self.folder.glob("[!.]*"), key=lambda path: not path.name.startswith("samples")):
                 path.unlink(missing_ok=True)
         elif existing:
             self._check_same_config()
         write_json(self._path("config.json"), self.config)
         self._merge_ranks()
+
+    def _lock(self) -> None:
+        """Keep other processes out as long as this object lives; a process that is killed leaves no lock."""
+        lock = FileLock(self._path(_LOCK), is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+            weakref.finalize(self, lock.release)
+            for path in self.folder.glob(".*.*"):  # what a write that was killed left
+                path.unlink(missing_ok=True)
+        except Timeout:
+            raise UserError(
+                f"another process is at work in {self.folder}: wait for it, or choose another --output_dir"
+            ) from None
+        except (OSError, NotImplementedError):
+            pass  # a folder that cannot be written says so itself, and a file system may know no locks
 
     def _rank_files(self) -> list[Path]:
         return sorted(self.folder.glob("samples.rank*.jsonl"))
@@ -207,6 +257,27 @@ class Run:
         if good < len(data):
             write_atomically(path, data[:good])
         return samples
+
+
+def _as_json(record: dict, hint: str = "") -> dict:
+    """The record with None for every NaN and infinity, and a ``reason`` that names them, with ``hint`` behind it."""
+    lost: list[str] = []
+    record = _without_nan(record, "", lost)
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        record["reason"] = f"{', '.join(lost[:3])}{more}{hint}"
+    return record
+
+
+def _without_nan(content, name: str, lost: list[str]):
+    if isinstance(content, float) and not math.isfinite(content):
+        lost.append(f"{name} is {content}")
+        return None
+    if isinstance(content, dict):
+        return {key: _without_nan(value, f"{name}.{key}".lstrip("."), lost) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value, f"{name}.{number}", lost) for number, value in enumerate(content)]
+    return content
 
 
 def config_hash(config: dict) -> str:

@@ -154,7 +154,7 @@ def failed_save(good_file, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail)
-        with pytest.raises(UserError, match="--output") as caught:
+        with pytest.raises(UserError, match="make room") as caught:
             save_reorder_indices(good_file, random_indices().flip(-1), METADATA)
     assert "\n" not in str(caught.value)
     return good_file, before

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 
@@ -25,6 +27,11 @@ def run_with_samples(folder) -> Run:
     return run
 
 
+def names(folder) -> list[str]:
+    """The files of a run's folder; its lock is hidden."""
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
+
+
 def one_line(caught) -> str:
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -34,7 +41,7 @@ def test_folder_is_task_model_and_run_id(tmp_path):
     run = start(tmp_path)
     assert run.folder == tmp_path / "ppl" / "tiny-model" / run.run_id
     assert json.loads((run.folder / "config.json").read_text()) == CONFIG
-    assert sorted(os.listdir(run.folder)) == ["config.json"]
+    assert names(run.folder) == ["config.json"]
 
 
 def test_run_id_is_the_same_in_every_process_and_key_order():
@@ -83,7 +90,7 @@ def test_resume_of_nothing_starts_a_run(tmp_path):
 def test_overwrite_drops_samples_and_metrics(tmp_path):
     run_with_samples(tmp_path).finish(metric={"ppl": 1.0})
     run = start(tmp_path, overwrite=True)
-    assert run.samples == {} and sorted(os.listdir(run.folder)) == ["config.json"]
+    assert run.samples == {} and names(run.folder) == ["config.json"]
 
 
 def test_a_sample_is_on_disk_when_append_returns(tmp_path):
@@ -193,3 +200,82 @@ def test_a_failing_replace_leaves_the_old_file_whole_and_no_other(tmp_path, monk
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def hold(folder, is_open) -> None:
+    run = start(folder, resume=True)
+    is_open.set()
+    time.sleep(60)
+    run.append(SAMPLES[0])
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the run open."""
+    context = multiprocessing.get_context("fork")  # no minute of imports
+    is_open = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, is_open))
+    process.start()
+    assert is_open.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path, holder):
+    folder = tmp_path / "ppl" / "tiny-model" / config_hash(CONFIG)
+    (folder / "samples.jsonl").write_text(json.dumps(SAMPLES[0]) + "\n", encoding="utf-8")
+    attempts = (
+        lambda: start(tmp_path, resume=True), lambda: start(tmp_path, overwrite=True),
+        lambda: Run.of_folder(folder, "ppl"),
+    )  # fmt: skip
+    for attempt in attempts:
+        with pytest.raises(UserError, match=r"another process is at work in .*--output_dir") as caught:
+            attempt()
+        one_line(caught)
+    assert names(folder) == ["config.json", "samples.jsonl"]
+    start(tmp_path, {**CONFIG, "seed": 1})  # another run beside it
+    holder.kill()
+    holder.join()
+    assert sorted(start(tmp_path, resume=True).samples) == [0]
+
+
+def test_one_process_may_open_its_run_again(tmp_path):
+    run = start(tmp_path)
+    again = start(tmp_path, resume=True)
+    assert run.samples == again.samples == {}
+
+
+def test_what_a_killed_write_left_is_cleared_away(tmp_path):
+    run = run_with_samples(tmp_path)
+    (run.folder / ".metrics.json.4711").write_text("{")
+    start(tmp_path, resume=True)
+    assert names(run.folder) == ["config.json", "samples.jsonl"]
+
+
+def strict(path) -> dict:
+    """json as other readers take it: no NaN, no Infinity."""
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in {path}"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_does_not_know_are_null_with_a_reason(tmp_path, value):
+    run = start(tmp_path)
+    run.append({"id": 0, "nll": value, "depths": [1.0, value]})
+    path = run.finish(metric={"ppl": value, "fine": 1.0}, n=1, partial=False)
+    metrics, (sample,) = strict(path), [strict(run.folder / "samples.jsonl")]
+    assert metrics["metric"] == {"ppl": None, "fine": 1.0} and f"metric.ppl is {value}" in metrics["reason"]
+    assert sample == {"id": 0, "nll": None, "depths": [1.0, None], "reason": f"nll is {value}, depths.1 is {value}"}
+    assert start(tmp_path, resume=True).samples == {0: sample}
+    run.finish(metric={"ppl": 2.0}, n=1, partial=False)  # computed after all
+    assert strict(path)["metric"] == {"ppl": 2.0, "fine": 1.0} and "reason" not in strict(path)
+
+
+def test_the_same_samples_again_add_to_what_metrics_say_and_keep_when_it_was(tmp_path):
+    run = run_with_samples(tmp_path)
+    before = strict(run.finish(metric={"accuracy": 1.0}, n=3, partial=False))
+    run.started = "later"
+    path = run.finish(metric={"accuracy": 1.0, "agreement": 7.0}, n=3, partial=False)
+    assert strict(path) == {**before, "metric": {"accuracy": 1.0, "agreement": 7.0}}
+    run.finish(metric={"accuracy": 9.0}, n=2, partial=True)
+    assert run.is_shorter and strict(path)["n"] == 3

@@ -62,7 +62,7 @@ def read_runs(folder: Path, chunk_size: int | None) -> list[dict]:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             numbers = [*metrics["metric"].values(), metrics["avg_bits"]["total"], metrics["n"]]
             drawn = metrics["task"] == "ppl" and metrics["config"].get("chunk_size") == chunk_size
-            drawn &= "method" in metrics["config"] and all(map(math.isfinite, numbers))
+            drawn &= "method" in metrics["config"] and all(x is not None and math.isfinite(x) for x in numbers)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: --rescore {path.parent} writes it anew") from None
         if drawn:

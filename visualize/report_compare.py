@@ -46,7 +46,7 @@ def _facts(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
         ],
         "Run": [
             ("samples", number_text(run.measured("n"), 0)),
-            ("state", run.state),
+            ("state", f"{run.state}: {run.reason}" if run.reason else run.state),
             ("seconds", number_text(run.measured("seconds"), 1)),
             ("started (UTC)", time_text(run.started)),
             ("command", run.command() or "–"),

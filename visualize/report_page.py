@@ -81,7 +81,8 @@ def _policy(style: str, script: str) -> str:
 def _facts(finished: list[RunRecord], unfinished: list[RunRecord], problems: list[Problem], made: datetime) -> str:
     runs = finished + unfinished
     states = Counter(run.state for run in runs)
-    counts = ", ".join(f"{states[state]} {state}" for state in ("complete", "partial", "unfinished") if states[state])
+    order = ("complete", "partial", "no result", "unfinished")
+    counts = ", ".join(f"{states[state]} {state}" for state in order if states[state])
     times = sorted(run.started for run in finished if run.started)
     span = dict.fromkeys(time_text(when) for when in (times[:1] + times[-1:]))
     rows = {
@@ -148,7 +149,7 @@ def _main_columns(task: str, runs: list[RunRecord], figures: list[Figure]) -> li
         _number_column("value bits", 3, "avg_bits", "v"),
         _number_column("bytes", 0, "cache_bytes_per_token", note="per token"),
         _number_column("samples", 0, "n"),
-        Column("state", lambda run: run.state, markup=lambda run: f'<span class="state">{run.state}</span>'),
+        Column("state", lambda run: run.state, markup=_state_cell),
         Column("dataset", lambda run: run.dataset),
         Column("model", lambda run: run.model),
         _number_column("seconds", 1, "seconds"),
@@ -183,6 +184,11 @@ def _method_cell(run: RunRecord, number: int) -> str:
 def _method_text(run: RunRecord) -> str:
     settings = f"<small>{escape(run.settings)}</small>" if run.settings else ""
     return escape(run.method) + settings
+
+
+def _state_cell(run: RunRecord) -> str:
+    reason = f" <small>{escape(run.reason)}</small>" if run.reason else ""
+    return f'<span class="state">{run.state}</span>{reason}'
 
 
 def _run_cell(run: RunRecord, figure: int | None) -> str:

@@ -67,9 +67,16 @@ class RunRecord:
         return {name: number(value) for name, value in flat(_mapping(self._of("metric"))).items()}
 
     @property
+    def reason(self) -> str:
+        """Why a run that came to its end has no number; empty for one that has."""
+        return _text(self._of("reason"))
+
+    @property
     def state(self) -> str:
         if self.metrics is None:
             return "unfinished"
+        if self.reason:
+            return "no result"
         return "partial" if self._of("partial") else "complete"
 
     def measured(self, *names: str) -> float | None:

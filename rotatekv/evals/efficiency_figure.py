@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rotatekv.calibration import model_slug
 from rotatekv.colours import PALETTE
-from rotatekv.errors import UserError
 from rotatekv.evals.efficiency import BASELINE, RATIOS, percentiles, ratios
 from rotatekv.files import write_atomically
 
@@ -38,11 +37,8 @@ def write_report(records: Sequence[dict], metrics: dict, folder: Path) -> None:
     writer.writerows(rows)
     picture = io.BytesIO()
     draw(records, metrics["config"]).savefig(picture, format="png", dpi=_DPI)
-    try:
-        write_atomically(folder / "efficiency.csv", text.getvalue().encode())
-        write_atomically(folder / "efficiency.png", picture.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write into {folder} ({error.strerror})") from None
+    write_atomically(folder / "efficiency.csv", text.getvalue().encode())
+    write_atomically(folder / "efficiency.png", picture.getvalue())
 
 
 def _row(record: dict, side: dict) -> dict:

@@ -38,9 +38,15 @@ def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> 
     return {"nll": float(total) / (length - 1), **cache_use(cache)}
 
 
-def perplexity(nlls: list[float]) -> float:
-    """exp of the mean over windows of their mean negative log-likelihood, as in the paper."""
-    return math.exp(sum(nlls) / len(nlls))
+def perplexity(nlls: list[float | None]) -> float:
+    """exp of the mean over windows of their mean negative log-likelihood, as in the paper.
+
+    NaN where a window has none (None, as a sample's record holds what is not finite), infinity where exp overflows.
+    """
+    try:
+        return math.exp(sum(math.nan if nll is None else nll for nll in nlls) / len(nlls))
+    except OverflowError:
+        return math.inf
 
 
 def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

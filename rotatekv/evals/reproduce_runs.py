@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -102,7 +103,8 @@ class Runs:
         return ["calibrate_reorder.py", *cell.calibration.flags, "--output", str(self.calibration_file(cell))]
 
     def find(self, cell: Cell) -> Outcome:
-        """The finished run of a cell: ``done``, or ``not run``, with the reason where it cannot be run here."""
+        """The finished run of a cell: ``done``, ``failed`` where it came to no number, or ``not run``, with the reason
+        where it cannot be run here."""
         if cell.calibration is not None and not self.calibration_file(cell).is_file():
             return Outcome()
         wanted = self.wanted(cell)
@@ -113,6 +115,9 @@ class Runs:
         ]
         if found:
             _, folder, metrics = max(found, key=lambda run: run[:2])
+            value = metrics["metric"].get(cell.metric)
+            if value is None or not math.isfinite(value):
+                return Outcome("failed", folder=folder, reason=metrics.get("reason", f"{cell.metric} is {value}"))
             return Outcome("done", metrics, folder)
         if cell.method in EXTERNAL:
             try:

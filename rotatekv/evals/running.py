@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 from transformers import QuantizedCache
@@ -15,6 +16,7 @@ from rotatekv import distributed
 from rotatekv.cache import RotateKVCache
 from rotatekv.errors import UserError
 from rotatekv.external import ExternalHandle, external_use
+from rotatekv.files import write_error
 from rotatekv.models import model_revision
 from rotatekv.patch import PatchHandle
 from rotatekv.results import Run
@@ -81,22 +83,48 @@ def score_samples(
     return run.gather()
 
 
-def finish_run(run: Run, records: Sequence[dict], metric: dict, partial: bool) -> dict:
-    """Write metrics.json from the samples' records.
+def finish_run(
+    run: Run,
+    records: Sequence[dict],
+    metric: dict,
+    partial: bool,
+    draw: Callable[[Sequence[dict], dict, Path], None] | None = None,
+) -> dict:
+    """Write metrics.json from the samples' records, and the run's figures.
 
     Args:
         records: each with what ``cache_use`` gives, and ``seconds``.
         metric: the task's, as the contract names its keys.
         partial: a ``--limit`` left samples out.
+        draw: of the records, what metrics.json holds and the folder; not called where that keeps a longer run's.
 
     Returns:
         what metrics.json holds; ``summary`` makes the end of the script's last line of it.
+
+    Raises:
+        UserError: the metric is no finite number; metrics.json has null there, and the ``reason``.
     """
-    run.finish(metric=metric, partial=partial, **_identity(run.config), **_measures(records))
+    path = run.finish(metric=metric, partial=partial, **_identity(run.config), **_measures(records))
+    if draw is not None and not run.is_shorter:
+        draw_figures(draw, records, run.metrics, run.folder)
+    _check_computed(run.metrics, path)
     return run.metrics
 
 
-def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list[dict], dict]]) -> dict:
+def draw_figures(draw: Callable[[Sequence[dict], dict, Path], None], records, metrics: dict, folder: Path) -> None:
+    """``draw(records, metrics, folder)``; a file that cannot be written is one line."""
+    try:
+        draw(records, metrics, folder)
+    except OSError as error:
+        raise write_error(folder, error, "mend it, then start the same command again with --resume") from None
+
+
+def rescore(
+    folder: str,
+    task: str,
+    metric_of: Callable[[list[dict]], tuple[list[dict], dict]],
+    draw: Callable[[Sequence[dict], dict, Path], None] | None = None,
+) -> dict:
     """Compute a run's metrics again from its samples.jsonl, without a model; for ``--rescore DIR``.
 
     The samples and metrics.json are replaced one after the other, each at once; what metrics.json says of the run (env,
@@ -106,12 +134,14 @@ def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list
         folder: the run's own, which holds config.json and samples.jsonl (and rank files, which are merged).
         task: what the run must be of, as in ``open_run``.
         metric_of: all records → the records with their ``score`` computed anew, and ``metric`` of metrics.json.
+        draw: as in ``finish_run``.
 
     Returns:
         what metrics.json holds now; ``summary`` makes the end of the script's last line of it.
 
     Raises:
-        UserError: no run of this task is there, its records lack a field, or there are several processes.
+        UserError: no run of this task is there, its records lack a field, there are several processes, or the metric
+            is no finite number.
     """
     if distributed.world_size() > 1:
         raise UserError("--rescore takes a single process: start it without torchrun or accelerate")
@@ -123,7 +153,16 @@ def rescore(folder: str, task: str, metric_of: Callable[[list[dict]], tuple[list
         raise UserError(f"the samples in {folder} have no field {error}: they are of another version") from None
     except (TypeError, AttributeError, ValueError) as error:
         raise UserError(f"the samples in {folder} are damaged ({error})") from None
-    return run.rewrite(records, {"partial": True, **_identity(run.config)}, metric=metric, **measured)
+    metrics = run.rewrite(records, {"partial": True, **_identity(run.config)}, metric=metric, **measured)
+    if draw is not None:
+        draw_figures(draw, records, metrics, run.folder)
+    _check_computed(metrics, run.folder / "metrics.json")
+    return metrics
+
+
+def _check_computed(metrics: dict, path: Path) -> None:
+    if "reason" in metrics:
+        raise UserError(f"no result in {path}: {metrics['reason']}")
 
 
 def summary(metrics: dict) -> str:
@@ -142,6 +181,10 @@ def _identity(config: dict) -> dict:
 def _measures(records: Sequence[dict]) -> dict:
     """Of the records, in whatever order: their number, what their caches took, and the seconds they took."""
     count = len(records)
+    if not any(record["tokens"] for record in records):
+        nothing = {"avg_bits": dict.fromkeys(("k", "v", "total")), "cache_bytes_per_token": None}
+        seconds = math.fsum(record["seconds"] for record in records)
+        return {"n": count, **nothing, "seconds": seconds, "reason": "no sample left a cache to measure"}
     total = {name: math.fsum(record[name] for record in records) for name in ("cache_bytes", "tokens", "seconds")}
     # Weighted by tokens: the bytes of all caches × 8 over the numbers they hold.
     bits = {

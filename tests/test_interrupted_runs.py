@@ -1,0 +1,198 @@
+"""Killed, or stopped by a full disk, at every write of a run: --resume makes what an unbroken run makes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import save_tiny_folder, tiny_text
+from matplotlib.figure import Figure
+from test_efficiency import CELL
+from test_needle import HAYSTACK, byte_tokenizer
+
+import calibrate_reorder
+import efficiency_evaluation
+import GSM8K_evaluation
+import needle_evaluation
+import PPL_evaluation
+import reproduce
+from rotatekv import files, load_model
+from rotatekv.cli import exit_on_user_error
+from rotatekv.evals import efficiency_figure, needle_figure
+
+VOLATILE = ("started", "seconds", "argv", "env")
+
+
+class Killed(BaseException):
+    """As SIGKILL: no handler of ours runs for it."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A tiny model and every script's data, in one folder."""
+    path = tmp_path_factory.mktemp("interrupted")
+    save_tiny_folder(path / "tiny", vocab_size=260)
+    (path / "words.txt").write_text(tiny_text(96))
+    (path / "rain.txt").write_text(HAYSTACK)
+    (path / "gsm8k").mkdir()
+    rows = [{"question": f"w{number}", "answer": f"#### {number}"} for number in range(2)]
+    (path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    byte_tokenizer().save_pretrained(save_tiny_folder(path / "bytes", vocab_size=260))
+    return path
+
+
+SCRIPTS = {
+    "ppl": (PPL_evaluation, ["--model", "tiny", "--dataset", "words.txt", "--PPL_seq_length", "32"], 7),
+    "gsm8k": (GSM8K_evaluation, ["--model", "tiny", "--data_dir", ".", "--num_fewshot", "0"], 6),
+    "needle": (
+        needle_evaluation,
+        ["--model", "bytes", "--haystack", "rain.txt", "--context_lengths", "300", "--depths", "0,100"],
+        10,
+    ),
+    "efficiency": (
+        efficiency_evaluation,
+        ["--model", "tiny", "--dataset", "words.txt", "--context_lengths", "16,24", "--batch_sizes", "2"],
+        10,
+    ),
+}
+SHORT = {"gsm8k": ["--max_new_tokens", "2"], "needle": ["--max_new_tokens", "2"]}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, data, monkeypatch):
+    """``(run, writes)``: a function of the flags behind the script's own, and how many steps its writes take."""
+    module, flags, writes = SCRIPTS[request.param]
+    monkeypatch.chdir(data)
+    loaded = load_model(flags[1])
+    monkeypatch.setattr(module, "load_model", lambda **flags: loaded)
+    for figures, name in ((efficiency_figure, "draw"), (needle_figure, "_draw")):  # these would take most of the time
+        monkeypatch.setattr(figures, name, lambda *_: Figure((1, 1)))
+    measured = {**CELL, "k_bits": 2.0, "v_bits": 2.0, "cache_bytes": 100}
+    monkeypatch.setattr(efficiency_evaluation, "measure", lambda args, sides, ids, cell: {**measured, **cell})
+    return lambda *more: module.main([*flags, *SHORT.get(request.param, []), "--RTN2", *map(str, more)]), writes
+
+
+class Faults:
+    """Counts the steps by which files get onto the disk, and fails at one of them.
+
+    A step is a file's sync, before which half of what was written is there, or its renaming.
+    """
+
+    def __init__(self, monkeypatch):
+        self.seen, self.at, self.error = 0, None, None
+        for name in ("fsync", "replace"):
+            monkeypatch.setattr(files.os, name, self.around(name, getattr(os, name)))
+
+    def around(self, name: str, real):
+        def step(*args):
+            self.seen += 1
+            if self.seen - 1 == self.at:
+                if name == "fsync":
+                    os.ftruncate(args[0], max(os.fstat(args[0]).st_size - 9, 0))
+                raise self.error
+            return real(*args)
+
+        return step
+
+    def arm(self, at: int | None, error: BaseException | None = None) -> None:
+        self.seen, self.at, self.error = 0, at, error
+
+
+@pytest.fixture
+def faults(monkeypatch) -> Faults:
+    return Faults(monkeypatch)
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def content(output_dir: Path) -> dict:
+    """What a run left, file by file, without what differs from run to run."""
+    found: dict = {}
+    (folder,) = output_dir.glob("*/*/*/")
+    for path in sorted(folder.iterdir()):
+        if path.name == ".lock":
+            continue
+        text = path.read_bytes()
+        if path.suffix == ".json":
+            text = {name: value for name, value in json.loads(text).items() if name not in VOLATILE}
+        elif path.suffix == ".jsonl":
+            text = [json.loads(line) | {"seconds": 0} for line in text.splitlines()]
+        found[path.name] = text
+    return found
+
+
+def error_line(capsys) -> str:
+    """The one error of a script, without its progress bars."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.replace("\r", "\n").splitlines() if "error" in line.lower()]
+    return line
+
+
+@pytest.mark.parametrize("what", ["killed", "full disk"])
+def test_resume_completes_a_run_stopped_at_any_write(script, faults, tmp_path, what, capsys):
+    run, writes = script
+    run("--output_dir", tmp_path / "whole")
+    assert faults.seen == writes
+    expected = content(tmp_path / "whole")
+    for step in range(writes):
+        broken = tmp_path / f"{step}"
+        faults.arm(step, Killed() if what == "killed" else full_disk())
+        capsys.readouterr()
+        with pytest.raises(Killed if what == "killed" else SystemExit) as stopped:
+            run("--output_dir", broken)
+        if what == "full disk":
+            assert stopped.value.code == 2
+            line = error_line(capsys)
+            assert line.startswith("error: cannot write ") and "No space left" in line and "--resume" in line
+        kept = [line for path in broken.glob("*/*/*/samples.jsonl") for line in path.read_bytes().splitlines(True)]
+        faults.arm(None)
+        run("--output_dir", broken, "--resume")
+        assert content(broken) == expected, f"stopped at step {step}"
+        (samples,) = broken.glob("*/*/*/samples.jsonl")
+        whole_lines = [line for line in kept if line.endswith(b"\n")]
+        assert samples.read_bytes().splitlines(True)[: len(whole_lines)] == whole_lines, "finished samples are lost"
+
+
+def test_resume_draws_the_figure_that_a_finished_run_lost(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    _, flags, _ = SCRIPTS["needle"]
+    flags = [*flags, *SHORT["needle"], "--RTN2", "--output_dir", str(tmp_path)]
+    needle_evaluation.main(flags)
+    expected = content(tmp_path)
+    (folder,) = tmp_path.glob("*/*/*/")
+    for name in ("grid.json", "heatmap.png"):
+        (folder / name).unlink()
+    needle_evaluation.main([*flags, "--resume", "--limit", "1"])  # a part of the grid is not the run's
+    assert not (folder / "heatmap.png").exists()
+    needle_evaluation.main([*flags, "--resume"])
+    assert content(tmp_path) == expected
+
+
+def test_a_full_disk_is_one_line_for_calibration_files_and_tables(data, tmp_path, faults, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    calibrate = ["--model", "tiny", "--dataset", "words.txt", "--output", str(tmp_path / "x.safetensors")]
+    table = ["--models", "tiny", "--dataset", "words.txt", "--methods", "FP16", "--output_dir", str(tmp_path)]
+    for script, flags in ((calibrate_reorder, calibrate), (reproduce, table)):
+        faults.arm(0, full_disk())
+        with pytest.raises(SystemExit) as stopped:
+            script.main(flags)
+        assert stopped.value.code == 2 and error_line(capsys).startswith("error: cannot write ")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob(".*")), "a half file is left"
+
+
+def test_a_full_disk_below_any_library_is_one_line(capsys):
+    @exit_on_user_error
+    def main(argv):
+        raise full_disk() if argv == ["full"] else OSError(errno.ENOTDIR, "no disk's fault")
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["full"])
+    assert stopped.value.code == 2 and "make room" in error_line(capsys)
+    with pytest.raises(OSError, match="no disk's fault"):
+        main([])
