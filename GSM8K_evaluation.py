@@ -13,7 +13,7 @@ from pathlib import Path
 from rotatekv import load_model
 from rotatekv.cli import check_positive, evaluation_parser, exit_on_user_error, method_from_args, model_flags
 from rotatekv.evals import gsm8k
-from rotatekv.evals.generation import complete
+from rotatekv.evals.generation import complete, decoding
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.external import use_method
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     protocol = {
         "num_fewshot": args.num_fewshot, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
         "examples_sha256": hashlib.sha256(gsm8k.build_prompt(examples, "").encode()).hexdigest(),
+        "decoding": decoding(model, tokenizer, [gsm8k.STOP]),
     }  # fmt: skip
 
     def answer(batch: list[dict]) -> list[dict]:

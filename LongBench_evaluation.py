@@ -19,10 +19,11 @@ from rotatekv.cli import (
 )
 from rotatekv.errors import UserError
 from rotatekv.evals import longbench
-from rotatekv.evals.generation import complete, context_length
+from rotatekv.evals.generation import complete, decoding
 from rotatekv.evals.longbench import Task
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.evals.tokens import context_length
 from rotatekv.external import use_method
 
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     protocol = {
         "tasks": names, "max_length": args.max_length, "max_new_tokens": args.max_new_tokens,
         "chat_template": longbench.wants_chat(tokenizer, args.chat_template), "lm_eval": version("lm_eval"),
+        "decoding": decoding(model, tokenizer),
     }  # fmt: skip
     samples = [
         {"id": f"{task.name}/{number}", "task": task, "record": record}

@@ -17,7 +17,7 @@ from rotatekv.cli import (
     method_from_args,
     model_flags,
 )
-from rotatekv.evals.generation import complete_inputs
+from rotatekv.evals.generation import complete_inputs, decoding
 from rotatekv.evals.milebench import build_prompt, encode_prompt, load_datasets
 from rotatekv.evals.milebench_metrics import category_of, rescored, score_record, summarize
 from rotatekv.evals.records import records_sha256
@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
         "id": "milebench/" + ",".join(dict.fromkeys(sample["dataset"] for sample in samples)),
         "sha256": records_sha256(records),
     }
-    protocol = {"max_new_tokens": args.max_new_tokens, "adv": args.adv, "combine_image": args.combine_image}
+    protocol = {
+        "max_new_tokens": args.max_new_tokens, "adv": args.adv, "combine_image": args.combine_image,
+        "decoding": decoding(model, processor.tokenizer),
+    }  # fmt: skip
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "milebench", name, handle, dataset, **protocol)
         if not score_samples(

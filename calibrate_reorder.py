@@ -22,6 +22,7 @@ from rotatekv.calibration_plus import collect_key_factors, collect_sink_threshol
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
+from rotatekv.evals.tokens import check_windows, context_length
 from rotatekv.models import ALIASES, model_revision
 from rotatekv.patch import check_supported, find_text_model, resolved_head_group
 
@@ -47,7 +48,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=32768,
         help="tokens to read (default: 32768; fewer if the text is shorter)",
     )
-    parser.add_argument("--seq_length", type=int, default=2048, help="tokens per window (default: 2048)")
+    parser.add_argument(
+        "--seq_length", type=int, help="tokens per window (default: 2048, or the model's context where that is less)"
+    )
     parser.add_argument(
         "--head_group_num", type=int, default=4, help="key heads rotated together, at most (default: 4)"
     )
@@ -85,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     ids = tokenize(tokenizer, text)[:, : args.calibration_tokens]
     if not ids.numel():
         raise UserError(f"the text {args.dataset} has no tokens")
-    length = min(args.seq_length, ids.shape[1])
+    length = min(args.seq_length or min(2048, context_length(model)), ids.shape[1])
     windows = list(windows_of(ids, length))
+    check_windows(model, windows, "--seq_length")
 
     metadata = {
         "model": model.name_or_path, "revision": model_revision(model) or "none",

@@ -39,6 +39,7 @@ from rotatekv.evals.needle import parse_grid
 from rotatekv.evals.peak_memory import measures_peak
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples
 from rotatekv.evals.texts import load_text, tokenize
+from rotatekv.evals.tokens import check_token_ids
 from rotatekv.patch import handle_of
 
 
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.try_batches and not measures_peak(model.device):
         raise UserError("--try_batches needs peak memory, which is not measured on this platform: leave it out")
     ids = tokenize(tokenizer, text)
+    check_token_ids(model, ids)
     cells = cells_of(list(methods), lengths, batch_sizes)
     samples = cells[: args.limit]
 

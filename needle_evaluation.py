@@ -19,7 +19,7 @@ from rotatekv.cli import (
     model_flags,
 )
 from rotatekv.errors import UserError
-from rotatekv.evals.generation import check_context
+from rotatekv.evals.generation import check_context, decoding
 from rotatekv.evals.needle import (
     KEY_PHRASE,
     NEEDLE,
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     protocol = {
         "needle_type": args.needle_type, "context_lengths": lengths, "depths": depths, "needle": needle,
         "retrieval_question": question, "key_phrase": key_phrase, "max_new_tokens": args.max_new_tokens,
-        "chat_template": chat,
+        "chat_template": chat, "decoding": decoding(model, tokenizer, kind.stop_strings),
     }  # fmt: skip
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "needle", name, handle, dataset, **protocol)

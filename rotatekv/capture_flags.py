@@ -15,6 +15,7 @@ from rotatekv.cli import add_switch, method_from_args, model_flags
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, cut_windows, load_text
+from rotatekv.evals.tokens import check_windows
 from rotatekv.models import load_model
 from rotatekv.patch import build_methods, check_supported, find_text_model, layer_geometry
 
@@ -62,6 +63,7 @@ def save_captures(args: argparse.Namespace) -> None:
     text_model = find_text_model(model)
     check_supported(text_model)
     ids = _window(tokenizer, text, args)
+    check_windows(model, [ids], "--PPL_seq_length")
     request = _request(args, model, text_model)
     _check_size(capture_bytes(text_model, ids.shape[1], request), args.force)
     captured = capture_window(text_model, ids, request)

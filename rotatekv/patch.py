@@ -331,6 +331,8 @@ def _prepare_cache(handle: PatchHandle, model, generation_config, model_kwargs: 
     if cache is not None:
         check_cache(handle, cache)
         cache._is_user_defined = True  # generate asks for it when a cache is handed in
+        # A checkpoint's use_cache=False beside a cache would feed the whole sequence at every step, after itself.
+        generation_config.use_cache = True
     elif generation_config.use_cache:
         model_kwargs[CACHE_NAME] = RotateKVCache(handle.spec)
 

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from rotatekv.compat import CACHE_NAME
 from rotatekv.errors import UserError
 from rotatekv.evals.running import cache_use
+from rotatekv.evals.tokens import check_token_ids, context_length, encode, end_ids, left_padded, pad_id
 from rotatekv.external import new_cache
+
+# Greedy, whatever a checkpoint's generation config says. A field that is not named has transformers' own default, which
+# changes no token: no penalty, no forced or suppressed token, no speculation.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "use_cache": True,
+}  # fmt: skip
+
+
+def decoding(model, tokenizer, stop_strings: Sequence[str] = ()) -> dict:
+    """How ``complete`` decodes, for config.json; of the checkpoint it takes the tokens that end a text, no more."""
+    ends, pad = end_ids(model, tokenizer), pad_id(model, tokenizer)
+    return {**GREEDY, "eos_token_id": ends, "pad_token_id": pad, "stop_strings": list(stop_strings)}
 
 
 def complete(
@@ -26,11 +41,11 @@ def complete(
     """Continue a batch of prompts greedily.
 
     Args:
-        prompts: left-padded into one batch.
+        prompts: left-padded into one batch; an end of text that the tokenizer appends is left out.
         max_new_tokens: at most this many tokens each.
         stop_strings: a completion ends before the first of them.
         add_special_tokens: False where the prompt comes from a chat template.
-        options: further ones of ``generate``.
+        options: fields of a ``GenerationConfig`` that the task sets besides ``decoding``'s.
 
     Returns:
         for each prompt ``prediction`` (str), ``prompt_sha256``, ``prompt_tokens``, ``new_tokens`` (the
@@ -38,16 +53,14 @@ def complete(
             measures of the batch's cache, divided by its rows.
 
     Raises:
-        UserError: a prompt has no token, or it and its completion exceed the model's context.
+        UserError: a prompt has no token or one without an embedding, or it and its completion exceed the model's
+            context.
     """
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=add_special_tokens)
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    if not inputs["attention_mask"].any(dim=1).all():
+    rows = [encode(tokenizer, prompt, add_special_tokens) for prompt in prompts]
+    if not all(rows):
         raise UserError("a prompt without a single token has no completion")
-    check_context(model, inputs["input_ids"].shape[1], max_new_tokens)
+    check_context(model, max(map(len, rows)), max_new_tokens)
+    inputs = left_padded(rows, pad_id(model, tokenizer), model.device)
     records = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings, **options)
     for prompt, record in zip(prompts, records, strict=True):
         record["prompt_sha256"] = hashlib.sha256(prompt.encode()).hexdigest()
@@ -62,14 +75,13 @@ def complete_inputs(
     Args:
         inputs: ``input_ids`` and ``attention_mask`` (B, T), left-padded, and whatever else the model takes.
     """
+    check_token_ids(model, inputs["input_ids"])
     cache = new_cache(model)
-    length = inputs["input_ids"].shape[1]
+    length, ends, pad = inputs["input_ids"].shape[1], end_ids(model, tokenizer), pad_id(model, tokenizer)
     stop = {"stopping_criteria": [_StopAt(tokenizer, stop_strings, length)]} if stop_strings else {}
-    with torch.no_grad():
-        tokens = model.generate(
-            **inputs, **{CACHE_NAME: cache}, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            do_sample=False, temperature=None, top_p=None, top_k=None, **stop, **options,
-        )  # fmt: skip
+    fields = {**GREEDY, "eos_token_id": ends or None, "pad_token_id": pad, **options}
+    with torch.no_grad(), _generation_config(model, GenerationConfig(**fields, max_new_tokens=max_new_tokens)) as own:
+        tokens = model.generate(**inputs, **{CACHE_NAME: cache}, generation_config=own, **stop)
     rows = len(tokens)
     use = cache_use(cache)
     use |= {"tokens": use["tokens"] / rows, "cache_bytes": use["cache_bytes"] / rows}
@@ -81,14 +93,25 @@ def complete_inputs(
                 "prediction": cut_at(text, stop_strings),
                 "prompt_tokens": int(mask.sum()),
                 "new_tokens": len(row),
-                "token_ids": _without_padding(row.tolist(), tokenizer.pad_token_id),
+                "token_ids": _without_padding(row.tolist(), pad if ends else None),  # nothing pads rows that never end
                 **use,
             }
         )
     return records
 
 
-def _without_padding(token_ids: list[int], pad_token_id: int) -> list[int]:
+@contextmanager
+def _generation_config(model, config: GenerationConfig) -> Iterator[GenerationConfig]:
+    """``config`` in the place of the checkpoint's, from which ``generate`` takes every field that is None."""
+    checkpoints = model.generation_config
+    model.generation_config = config
+    try:
+        yield config
+    finally:
+        model.generation_config = checkpoints
+
+
+def _without_padding(token_ids: list[int], pad_token_id: int | None) -> list[int]:
     while token_ids and token_ids[-1] == pad_token_id:
         token_ids.pop()
     return token_ids
@@ -116,11 +139,6 @@ def cut_at(text: str, stop_strings: Sequence[str]) -> str:
     """``text`` up to the first stop string in it."""
     ends = [text.find(stop) for stop in stop_strings if stop in text]
     return text[: min(ends)] if ends else text
-
-
-def context_length(model) -> int:
-    """Tokens the model's positions reach."""
-    return model.config.get_text_config().max_position_embeddings
 
 
 def check_context(model, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -17,6 +17,7 @@ from statistics import fmean
 from rotatekv.errors import UserError
 from rotatekv.evals.records import read_hub, read_jsonl
 from rotatekv.evals.scoring import deep_recursion
+from rotatekv.evals.tokens import encode, end_ids
 
 GROUPS = {
     "single-doc": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
@@ -140,7 +141,7 @@ def prompt_of(task: Task, record: dict) -> str:
 
 def truncate_middle(tokenizer, text: str, max_length: int) -> str:
     """``text``, or where it has more than ``max_length`` ≥ 2 tokens its first and last ``max_length // 2``."""
-    ids = tokenizer(text, verbose=False).input_ids
+    ids = encode(tokenizer, text)
     if len(ids) <= max_length:
         return text
     half = max_length // 2
@@ -164,7 +165,7 @@ def fit_prompt(tokenizer, text: str, max_length: int, room: int, chat: bool) -> 
         if chat:
             messages = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        excess = len(tokenizer(prompt, add_special_tokens=not chat, verbose=False).input_ids) - room
+        excess = len(encode(tokenizer, prompt, not chat)) - room
         if excess <= 0:
             return prompt
         limit -= excess
@@ -180,13 +181,11 @@ def wants_chat(tokenizer, asked: bool | None) -> bool:
 
 
 def stop_options(task: Task, model, tokenizer) -> dict:
-    """Options of ``generate``: samsum ends at a newline, but not with its first token, as in the official code."""
+    """Fields of the generation config: samsum ends at a newline, but not with its first token, as officially."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
     if task.base != "samsum" or not newline:
         return {}
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {"eos_token_id": [*(end for end in ends if end is not None), newline[-1]], "min_new_tokens": 1}
+    return {"eos_token_id": [*end_ids(model, tokenizer), newline[-1]], "min_new_tokens": 1}
 
 
 def score(task: Task, prediction: str, record: dict) -> float:

