@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from rotatekv.errors import UserError
 from rotatekv.evals.generation import complete_inputs
 from rotatekv.evals.texts import Text, load_text
+from rotatekv.evals.tokens import encode
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
 RETRIEVAL_QUESTION = "What is the best thing to do in San Francisco?"
@@ -22,6 +24,9 @@ PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass ke
 PASSKEY_QUESTION = "What is the pass key hidden in the text above?"
 
 _MARK = "<<haystack>>"  # where the haystack goes in a rendered chat template
+_FULL_STOPS = "。！？｡．؟۔।॥։።។။"  # beside the usual test's "."
+_REACH = 160, 0.05  # tokens, and share of the haystack: the farther one is how far back a sentence's end may lie
+_TAIL = 8  # tokens that surely hold the last character
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ NEEDLE_TYPES = {
 }
 
 
+class Placed(NamedTuple):
+    """A prompt's tokens, and the needle's depth in percent of the haystack, which sentence ends make another one than
+    was asked for."""
+
+    ids: list[int]
+    depth: float
+
+
 class Prompts:
     """Prompts of an exact number of tokens around one haystack.
 
@@ -83,12 +96,14 @@ class Prompts:
         else:
             before, after = kind.before, after + kind.answer
         self._tokenizer = tokenizer
-        self._before = tokenizer(before, add_special_tokens=not chat).input_ids
+        self._before = encode(tokenizer, before, special=not chat)
         self._after = self._tokens(after)
         self._haystack = self._tokens(f"{haystack.content}\n\n")
+        if not self._haystack:
+            raise UserError(f"the haystack {haystack.name} has no tokens: pass another --haystack")
 
-    def build(self, length: int, depth: int, needle: str) -> list[int]:
-        """``length`` token ids, the needle ``depth`` percent down the haystack.
+    def build(self, length: int, depth: int, needle: str) -> Placed:
+        """``length`` token ids, the needle about ``depth`` percent down the haystack.
 
         Raises:
             UserError: no room for the needle in ``length`` tokens.
@@ -102,27 +117,43 @@ class Prompts:
             )
         repeats = -(-room // len(self._haystack))
         haystack = (self._haystack * repeats)[:room]
-        point = insertion_point(haystack, depth, self._is_full_stop)
-        return [*self._before, *haystack[:point], *hidden, *haystack[point:], *self._after]
+        point = insertion_point(haystack, depth, self._tokenizer.decode)
+        ids = [*self._before, *haystack[:point], *hidden, *haystack[point:], *self._after]
+        return Placed(ids, round(100 * point / len(haystack), 1) if haystack else float(depth))
 
     def _tokens(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    def _is_full_stop(self, token: int) -> bool:
-        return self._tokenizer.decode([token]).strip() == "."
+        return encode(self._tokenizer, text, special=False)
 
 
-def insertion_point(haystack: Sequence[int], depth: int, is_full_stop: Callable[[int], bool]) -> int:
-    """Tokens of the haystack before the needle: ``depth`` percent of them, back to right behind the last full stop.
+def insertion_point(haystack: Sequence[int], depth: int, decode: Callable[[Sequence[int]], str]) -> int:
+    """Tokens of the haystack before the needle: ``depth`` percent of them, back to behind a sentence's end.
 
-    As in the usual test, 100 is the very end, and with no full stop before the needle it goes to the start.
+    As in the usual test 100 is the very end. A sentence ends with the token "." or another script's full stop; where
+    none is near, a line's end counts, and where no line ends either (a text without any), the needle goes to the very
+    place, between two characters.
     """
+    # The usual test goes back to the last "." however far it is: to the start of a text without one, at every depth.
     if depth == 100:
         return len(haystack)
     point = len(haystack) * depth // 100
-    while point > 0 and not is_full_stop(haystack[point - 1]):
-        point -= 1
+    reach = int(max(_REACH[0], _REACH[1] * len(haystack)))
+    for is_end in (_ends_sentence, _ends_line):
+        for place in range(point, max(0, point - reach), -1):
+            if is_end(decode(haystack[place - 1 : place]), decode(haystack[max(0, place - _TAIL) : place])):
+                return place
+    for place in range(point, max(0, point - _TAIL), -1):
+        if not decode(haystack[max(0, place - _TAIL) : place]).endswith("\ufffd"):  # half a character
+            return place
     return point
+
+
+def _ends_sentence(token: str, tail: str) -> bool:
+    """Whether a place is one, from the token before it and the text of some tokens before it."""
+    return token.strip() == "." or tail.rstrip()[-1:] in tuple(_FULL_STOPS)
+
+
+def _ends_line(token: str, tail: str) -> bool:
+    return tail.rstrip(" \t")[-1:] in ("\n", "!", "?")
 
 
 def parse_grid(text: str, flag: str, lowest: int, highest: int | None = None) -> list[int]:
@@ -214,15 +245,13 @@ def load_haystack(name: str, data_dir: str | None = None) -> Text:
 def answer_cell(model, tokenizer, prompts: Prompts, sample: dict, max_new_tokens: int) -> dict:
     """Ask the patched model about one cell → its record."""
     stop_strings = NEEDLE_TYPES[sample["needle_type"]].stop_strings
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    prompt = prompts.build(sample["length"], sample["depth"], sample["needle"])
+    prompt, depth = prompts.build(sample["length"], sample["depth"], sample["needle"])
     ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     (record,) = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings)
     digest = hashlib.sha256(tokenizer.decode(prompt).encode()).hexdigest()
     gold = {"answers": [sample["answer"]], "key_phrase": sample["key_phrase"], "prompt_sha256": digest}
-    cell = {name: sample[name] for name in ("needle_type", "length", "depth")}
+    cell = {name: sample[name] for name in ("needle_type", "length", "depth")} | {"depth_reached": depth}
     return scored({**cell, **record, **gold})
 
 
@@ -262,8 +291,8 @@ def grid_of(records: Sequence[dict], metrics: dict) -> dict:
         metrics: what metrics.json holds.
 
     Returns:
-        ``rouge1`` and ``recall`` as lists of rows (one for each of ``depths``) of columns (``context_lengths``), None
-        where a ``--limit`` left a cell out, and what a figure's title needs.
+        ``rouge1``, ``recall`` and ``depth_reached`` as lists of rows (one for each of ``depths``) of columns
+        (``context_lengths``), None where a ``--limit`` left a cell out, and what a figure's title needs.
     """
     config = metrics["config"]
     found = {(record["length"], record["depth"]): record for record in records}
@@ -271,7 +300,7 @@ def grid_of(records: Sequence[dict], metrics: dict) -> dict:
         "needle_type": config["needle_type"], "model": config["model"], "method": config["method"],
         "bits": metrics["avg_bits"]["total"], "context_lengths": config["context_lengths"], "depths": config["depths"],
     }  # fmt: skip
-    for name in ("rouge1", "recall"):
+    for name in ("rouge1", "recall", "depth_reached"):
         grid[name] = [
             [found.get((length, depth), {}).get(name) for length in grid["context_lengths"]] for depth in grid["depths"]
         ]

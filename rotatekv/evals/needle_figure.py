@@ -63,11 +63,12 @@ def write_heat_maps(path: Path, grids: Sequence[dict]) -> None:
 def _is_grid(grid) -> bool:
     try:
         shape = (len(grid["depths"]), len(grid["context_lengths"]))
-        numbers = [value for name in _LABELS for row in grid[name] for value in row if value is not None]
+        tables = [*_LABELS, *(["depth_reached"] if "depth_reached" in grid else [])]  # an older run has none
+        numbers = [value for name in tables for row in grid[name] for value in row if value is not None]
         return (
             grid["needle_type"] in NEEDLE_TYPES
             and isinstance(grid["model"] + grid["method"], str)
-            and all((len(grid[name]), *{len(row) for row in grid[name]}) == shape for name in _LABELS)
+            and all((len(grid[name]), *{len(row) for row in grid[name]}) == shape for name in tables)
             and all(0 <= value <= 100 for value in [*numbers, *grid["depths"]])
             and all(length >= 1 for length in grid["context_lengths"])
             and grid["bits"] > 0
@@ -102,10 +103,11 @@ def _draw(grids: Sequence[dict], measure: str):
 def _draw_panel(panel, grid: dict, measure: str, colours) -> None:
     """One heat map: context lengths to the right, depths downwards."""
     lengths, depths = grid["context_lengths"], grid["depths"]
+    reached = grid.get("depth_reached") or [[None] * len(lengths)] * len(depths)
     values = [[float("nan") if value is None else value for value in row] for row in grid[measure]]
     panel.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
     panel.set_xticks(*_ticks(lengths), rotation=45 if len(lengths) > 5 else 0)
-    panel.set_yticks(*_ticks(depths))
+    panel.set_yticks(*_ticks([_depth_label(*row) for row in zip(depths, reached, strict=True)]))
     panel.set_xlabel("context length (tokens)")
     panel.set_ylabel("needle depth (%)")
     panel.set_xticks([number - 0.5 for number in range(1, len(lengths))], minor=True)
@@ -124,7 +126,15 @@ def _draw_panel(panel, grid: dict, measure: str, colours) -> None:
                     panel.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
 
 
-def _ticks(numbers: Sequence[int]) -> tuple[list[int], list[str]]:
+def _depth_label(depth: int, reached: Sequence[float | None]) -> str:
+    """The depth asked for, and between which ones the needles of that row really are, where that is another one."""
+    places = sorted({round(value) for value in reached if value is not None})
+    if places in ([], [depth]):
+        return str(depth)
+    return f"{depth} (at {places[0]})" if len(places) == 1 else f"{depth} (at {places[0]}–{places[-1]})"
+
+
+def _ticks(numbers: Sequence[int | str]) -> tuple[list[int], list[str]]:
     """Positions and labels; of many numbers, not every one."""
     step = -(-len(numbers) // 20)
     places = list(range(0, len(numbers), step))

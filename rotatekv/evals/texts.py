@@ -61,7 +61,7 @@ def join_wikitext_rows(rows: list[str]) -> str:
 
 def tokenize(tokenizer, text: Text) -> torch.Tensor:
     """(1, tokens) int64, with the BOS the tokenizer adds, once, at the start, and no EOS at the end."""
-    return torch.tensor([encode(tokenizer, text.content)], dtype=torch.int64)
+    return torch.tensor([encode(tokenizer, text.content)], dtype=torch.int64, device="cpu")
 
 
 def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:

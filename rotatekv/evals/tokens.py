@@ -47,7 +47,8 @@ def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[s
     length = max(map(len, rows))
     ids = [[pad] * (length - len(row)) + row for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {name: torch.tensor(values, dtype=torch.int64, device=device) for name, values in inputs.items()}
 
 
 def embedding_rows(model) -> int:
