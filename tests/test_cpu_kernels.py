@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,21 +278,6 @@ def test_wrong_quantize_arguments_are_refused_and_nothing_is_written(change):
     assert not any(plane.any() for plane in packed.values())
 
 
-def test_a_failing_compiler_warns_once_and_gives_none(monkeypatch, tmp_path):
-    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path))
-    for compiler in ("/nonexistent/g++", "/bin/false"):
-        monkeypatch.setenv("CXX", compiler)
-        build._load.cache_clear()
-        with pytest.warns(RuntimeWarning, match="CPU kernel is not used") as caught:
-            assert build.load_library("attention", "portable") is None
-        assert len(caught) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert build.load_library("attention", "portable") is None
-    build._load.cache_clear()
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_instruction_set_the_cpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(build, "available_instruction_sets", lambda: ("portable",))
     build._load.cache_clear()
@@ -315,20 +298,6 @@ def test_the_environment_switches_kernels_off(monkeypatch):
             cpu.dequantize_blocks(step["keys"], 20, 2, step["group_of_channel"], 64)
     finally:
         build.chosen_instruction_set.cache_clear()
-
-
-def test_a_changed_source_is_another_library(monkeypatch, tmp_path):
-    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path / "cache"))
-    for source in build._SOURCES.iterdir():
-        if source.suffix in (".h", ".cpp"):
-            (tmp_path / source.name).write_bytes(source.read_bytes())
-    monkeypatch.setattr(build, "_SOURCES", tmp_path)
-    first = build._build("quantize", build._BASE_FLAGS, "portable")
-    assert build._build("quantize", build._BASE_FLAGS, "portable") == first
-    (tmp_path / "simd.h").write_text((tmp_path / "simd.h").read_text() + "\n")
-    second = build._build("quantize", build._BASE_FLAGS, "portable")
-    assert second != first
-    assert isinstance(ctypes.CDLL(str(second)), ctypes.CDLL)
 
 
 def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
