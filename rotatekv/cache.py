@@ -45,6 +45,7 @@ class RotateKVCache(Cache):
         self.positions: torch.Tensor | None = None
         self.token_mask: torch.Tensor | None = None
         self.fused_call: FusedCall | None = None
+        self._running = False
         self._rope_table: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
@@ -66,25 +67,31 @@ class RotateKVCache(Cache):
             attention_mask: what the caller gave the model: None, (B, T_cached + T), or (B, 1, T, T_cached + T).
         """
         # AUTHORS: positions count the left padding there; here every token keeps the position the model gave it.
+        if self._running:  # an earlier call never came to its end
+            self.end_forward(failed=True)
+        self._running = True
         cached = self.get_seq_length()
-        if any(layer.get_seq_length() != cached for layer in self.layers):
-            raise RuntimeError("an earlier call failed half-way through the layers: call cache.reset() and start again")
         new = position_ids.to(torch.int32).expand(batch_size, -1)
         if cached == 0:
             self.positions = new.clone()
         elif self.positions.shape[0] != batch_size:
             raise ValueError(f"the cache holds {self.positions.shape[0]} sequences, the call has {batch_size}")
         else:
-            # Cut first: an earlier call that failed half-way may have left positions without tokens.
-            self.positions = torch.cat([self.positions[:, :cached], new.to(self.positions.device)], dim=1)
+            self.positions = torch.cat([self.positions, new.to(self.positions.device)], dim=1)
         self.token_mask = _token_mask(attention_mask, cached, self.positions.shape)
 
     def set_rope_table(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """How to make cos and sin at all positions, (B, T_cached + T, rotary_dim), if the call needs them."""
         self._rope_table = functools.cache(make)
 
-    def end_forward(self) -> None:
+    def end_forward(self, failed: bool = False) -> None:
+        """The running call is done; ``failed``: take back what it has stored, so that it may be made again."""
         self._rope_table = self.token_mask = self.fused_call = None
+        for layer in self.layers:
+            layer.end_call(failed)
+        if failed:
+            self._cut_positions()
+        self._running = False
 
     def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
@@ -116,8 +123,11 @@ class RotateKVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self.positions is not None:
-            length = self.get_seq_length()
+        self._cut_positions()
+
+    def _cut_positions(self) -> None:
+        length = self.get_seq_length()
+        if self.positions is not None and self.positions.shape[1] > length:
             self.positions = self.positions[:, :length].clone() if length else None
 
     def select_rows(self, rows: torch.Tensor) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -20,6 +22,17 @@ from rotatekv.window import FlushedTokens, RecentWindow
 _BESIDE = (  # the tensors beside the packed stores
     "window_keys", "window_values", "window_massive", "sink_rows", "sink_columns", "sink_keys", "sink_values",
 )  # fmt: skip
+
+
+MOST_CROPPED = 64  # tokens of one call that a recording layer's crop takes back without a trace
+
+
+class RecentTokens(NamedTuple):
+    """Tokens that the last call has packed, (B, T_flushed, H_kv·D) as the window had them, from token ``start`` on."""
+
+    start: int
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 def rope_from(rope: Callable, cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
@@ -59,9 +72,8 @@ class RotateKVLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, method: KVMethod):
-        super().__init__()
-        self.method = method
+    def __init__(self, method: KVMethod):  # the base class's own would set keys and values
+        self.method, self.record_past = method, False
         self._clear()
 
     def _clear(self) -> None:
@@ -69,7 +81,50 @@ class RotateKVLayer(CacheLayerMixin):
         self.window_keys = self.window_values = self.window_massive = self._new_massive = None
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self._sinks_in_window = True  # maybe; once none is there, only a crop brings one back
+        self._before: tuple[int, dict[str, torch.Tensor | None]] | None = None
+        self._recent: RecentTokens | None = None
         self.is_initialized = False
+
+    def end_call(self, failed: bool = False) -> None:
+        """The running call is done; ``failed``: take back what it has stored here."""
+        before, self._before, self._new_massive = self._before, None, None
+        if self.sink_keys is None:
+            self.sink_rows = self.sink_columns = None  # named, not stored
+        if before is None or not failed:
+            return
+        packed, beside = before
+        if not packed and beside["window_keys"] is None:
+            return self._clear()
+        self._keep_packed(packed)
+        for name, tensor in beside.items():
+            setattr(self, name, tensor)
+        self._recent, self._sinks_in_window = None, True
+
+    def _keep_packed(self, length: int) -> None:
+        if length:
+            self.packed_keys.crop(length)
+            self.packed_values.crop(length)
+        else:
+            self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
+
+    def activate_past_recording(self) -> None:
+        """transformers asks for it where it means to crop: from now on a call keeps in 16 bits what a crop of up to
+        ``MOST_CROPPED`` of its tokens gives back to the window, until it is cropped or the next one comes."""
+        self.record_past = True
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """(B, H_kv, T, D), decoded at each call, in the model's dtype: after RoPE, but for a method that quantizes keys
+        before it (``keys_before_rope``); None: there are none."""
+        return self._decoded(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """(B, H_kv, T, D), decoded at each call, in the model's dtype (folded weights: still rotated)."""
+        return self._decoded(1)
+
+    def _decoded(self, which: int) -> torch.Tensor | None:
+        return self._read(None)[which].to(self.dtype) if self.get_seq_length() else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -125,9 +180,9 @@ class RotateKVLayer(CacheLayerMixin):
         keys, values = keys.to(self.dtype), values.to(self.dtype)
         return (rope(keys, start) if self.method.keys_before_rope else keys), values
 
-    def _window(self) -> RecentWindow:
-        method = self.method
-        return RecentWindow(method.config.residual_length, method.tokens_per_flush, self.packed_keys.length)
+    def _window(self, packed: int | None = None) -> RecentWindow:
+        packed = self.packed_keys.length if packed is None else packed
+        return RecentWindow(self.method.config.residual_length, self.method.tokens_per_flush, packed)
 
     def can_attend(self, kernels: ModuleType | None, new_tokens: int) -> bool:
         """Whether ``attend`` is right: the method has a kernel, codes are packed, all queries have one window."""
@@ -208,12 +263,14 @@ class RotateKVLayer(CacheLayerMixin):
         self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store T new tokens; what was packed by that, (B, T_flushed, H_kv·D) before it was."""
+        self._before = self.packed_keys.length, {name: getattr(self, name) for name in _BESIDE}
         keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
         if self.sink_rows is not None and self.sink_keys is None:
             self.sink_rows, self.sink_columns = self.sink_rows.to(keys.device), self.sink_columns.to(keys.device)
             where = (self.sink_rows.long(), self.sink_columns.long())
             self.sink_keys = self.packed_keys.to_stored_order(self._to_storage(keys[where]))
             self.sink_values = self.packed_values.to_stored_order(self._to_storage(values[where]))
+        start, new = self.packed_keys.length, keys.shape[1]
         if self._window().keeps_tokens:
             keys, values = self._to_storage(keys), self._to_storage(values)
         keys, self.window_keys = self._split_window(self.window_keys, keys)
@@ -223,6 +280,9 @@ class RotateKVLayer(CacheLayerMixin):
             self._new_massive = None
             if massive.shape[1]:
                 self._add_sinks(massive, keys, values)
+        self._recent = None
+        if self.record_past and new <= MOST_CROPPED and self._window().keeps_tokens and keys.shape[1]:
+            self._recent = RecentTokens(start, keys.clone(), values.clone())
         if keys.shape[1]:
             self.packed_keys.add(keys, self.method.encode_keys, kernels)
             self.packed_values.add(values, self.method.encode_values, kernels)
@@ -305,19 +365,24 @@ class RotateKVLayer(CacheLayerMixin):
 
     @_storing
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0, an int or a tensor of one.
+        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0, an integer or a tensor of one.
 
-        What was packed stays packed, but for the first tokens of a group that is cut (``tokens_per_flush`` > 1): these
-        go back to the window as they decode, in 16 bits, and are quantized again once the group is full again.
+        A recording layer (``activate_past_recording``) is then as if the last call had not had them. Otherwise what was
+        packed stays packed, but for the first tokens of a group that is cut (``tokens_per_flush`` > 1): these go back
+        to the window as they decode, in 16 bits, and are quantized again once the group is full again.
         """
-        tokens_to_remove = int(tokens_to_remove)  # generate of transformers 5.17 hands in a tensor of no dimension
+        # generate of transformers 5.17 hands in a tensor of no dimension
+        tokens_to_remove = operator.index(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        recent, self._recent = self._recent, None
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         length = self.get_seq_length() + tokens_to_remove
         if length <= 0:
             return self.reset()
+        if recent is not None and recent.start <= length:
+            self._unpack(recent, length)
         window = 0 if self.window_keys is None else self.window_keys.shape[1]
         packed = self.get_seq_length() - window
         if self.sink_keys is not None:
@@ -331,6 +396,22 @@ class RotateKVLayer(CacheLayerMixin):
         self._sinks_in_window = True
         if length < packed:
             self._crop_packed(length)
+
+    def _unpack(self, recent: RecentTokens, length: int) -> None:
+        """Give the window back what a sequence of ``length`` tokens has there."""
+        packed = self.packed_keys.length
+        whole = self._window(recent.start).packed_of(length)
+        self.window_keys = torch.cat([recent.keys[:, whole - recent.start :], self.window_keys], dim=1)
+        self.window_values = torch.cat([recent.values[:, whole - recent.start :], self.window_values], dim=1)
+        if self.window_massive is not None:
+            massive = self.window_massive.new_zeros(self.window_keys.shape[:2])
+            massive[:, packed - whole :] = self.window_massive
+            if self.sink_keys is not None:
+                back = self.sink_columns >= whole
+                massive[self.sink_rows[back].long(), self.sink_columns[back].long() - whole] = True
+                self._keep_sinks(self.sink_rows, (~back).nonzero()[:, 0])
+            self.window_massive = massive
+        self._keep_packed(whole)
 
     def _crop_packed(self, length: int) -> None:
         """Keep the first ``length`` packed tokens: whole groups packed, the rest of them in the (empty) window."""
@@ -349,7 +430,7 @@ class RotateKVLayer(CacheLayerMixin):
         """Make row ``i`` of the batch what row ``rows[i]`` was: packed codes move, nothing is quantized again."""
         if not self.is_initialized:
             return
-        rows = rows.to(self.device)
+        self._recent, rows = None, rows.to(self.device)
         self.packed_keys.select_rows(rows)
         self.packed_values.select_rows(rows)
         if self.window_keys is not None:
@@ -381,6 +462,8 @@ class RotateKVLayer(CacheLayerMixin):
         """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
         packed, names = getattr(self, f"packed_{kind}"), [f"window_{kind}", f"sink_{kind}"]
         yield from packed
+        if self._recent is not None:
+            yield getattr(self._recent, kind)
         for name in names + (["sink_rows", "sink_columns", "window_massive"] if kind == "keys" else []):
             if (tensor := getattr(self, name)) is not None:
                 yield tensor
@@ -394,6 +477,7 @@ class RotateKVLayer(CacheLayerMixin):
 
     @_storing
     def _move(self, device: torch.device | str) -> None:
+        self._recent = None
         self.packed_keys.move(device)
         self.packed_values.move(device)
         for name in _BESIDE:

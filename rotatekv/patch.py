@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
 from rotatekv.methods import KVMethod, LayerGeometry, build_method, method_class
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
+from rotatekv.speculation import prompt_first
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SUPPORTED_ATTENTION = ("eager", "sdpa")
@@ -37,6 +40,7 @@ class PatchHandle:
     model: nn.Module
     spec: CacheSpec
     rope_source: RopeSource
+    text_forward: Callable | None = None  # the text model's own
     hooks: list = field(default_factory=list)
     rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     saved_weights: list = field(default_factory=list)
@@ -53,10 +57,14 @@ class PatchHandle:
 
     def bind(self, module: nn.Module, name: str, function) -> None:
         """Shadow ``module.name`` for this instance alone."""
-        if name == "forward" and "_old_forward" in vars(module):
-            name = "_old_forward"  # accelerate's own forward (device_map) wraps this one
+        name = _forward_name(module) if name == "forward" else name
         self.rebound.append((module, name, vars(module).get(name)))
         setattr(module, name, MethodType(function, module))
+
+    def guard(self, text_model: nn.Module) -> None:
+        """Have a call that does not come to its end, by Ctrl-C too, take back what it has stored."""
+        self.text_forward = getattr(text_model, _forward_name(text_model))
+        self.bind(text_model, "forward", _guarded(self.text_forward))
 
     def unbind(self) -> None:
         for module, name, earlier in reversed(self.rebound):
@@ -64,6 +72,15 @@ class PatchHandle:
                 delattr(module, name)
             else:
                 setattr(module, name, earlier)
+
+    def __deepcopy__(self, memo: dict) -> PatchHandle:
+        """A copied model's own handle, so that it is patched and unpatched by itself."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce_ex__(self, protocol):
+        raise UserError("a patched model cannot be pickled: call unpatch_model(model) first, and patch what is loaded")
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -119,6 +136,9 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
                 handle.saved_weights += fuse_weights(layer.self_attn, method)
     handle.hooks.append(text_model.register_forward_pre_hook(partial(_enter_forward, handle), with_kwargs=True))
     handle.hooks.append(text_model.register_forward_hook(_leave_forward, with_kwargs=True, always_call=True))
+    handle.guard(text_model)
+    if hasattr(model, "_get_candidate_generator"):
+        handle.bind(model, "_get_candidate_generator", _get_candidate_generator)
     if hasattr(model, "_prepare_cache_for_generation"):
         handle.bind(model, "_prepare_cache_for_generation", partial(_prepare_cache, handle))
     for name in ("generate_batch", "init_continuous_batching"):
@@ -157,6 +177,26 @@ def handle_of(model: nn.Module) -> PatchHandle:
     if not is_patched(model):
         raise UserError("the model is not patched: call patch_model(model, ...) first")
     return getattr(model, _HANDLE)
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Where a module's forward is: accelerate's own (device_map) wraps the module's."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _guarded(forward: Callable) -> Callable:
+    """See ``PatchHandle.guard``; closes over nothing, so that a copied model's runs the copy."""
+
+    @functools.wraps(getattr(forward, "__func__", forward))
+    def guarded(text_model: nn.Module, *args, **kwargs):
+        try:
+            return handle_of(text_model).text_forward(*args, **kwargs)
+        except BaseException:
+            if isinstance(cache := find_cache(kwargs), RotateKVCache):
+                cache.end_forward(failed=True)
+            raise
+
+    return guarded
 
 
 def find_text_model(model: nn.Module) -> nn.Module:
@@ -276,6 +316,11 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
     check_attention(text_model.config)
+    if (layers := text_model.config.num_hidden_layers) != len(cache.layers):
+        raise UserError(
+            f"config.num_hidden_layers is {layers}, the model was patched with {len(cache.layers)} layers: "
+            f"set it to {len(cache.layers)} again"
+        )
     kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
     tokens = embeds if embeds is not None else ids
@@ -299,7 +344,7 @@ def _leave_forward(text_model: nn.Module, args: tuple, kwargs: dict, output):
     """Hook of the text model: drop the call's tables, and the cache from the output where use_cache is False."""
     cache = find_cache(kwargs)
     if isinstance(cache, RotateKVCache):
-        cache.end_forward()
+        cache.end_forward(failed=output is None)
     use_cache = kwargs.get("use_cache")
     if (text_model.config.use_cache if use_cache is None else use_cache) or output is None:
         return output
@@ -327,6 +372,11 @@ def _prepare_cache(handle: PatchHandle, model, generation_config, model_kwargs: 
             f"cache_implementation={generation_config.cache_implementation!r} is not possible in a patched model: "
             "its cache is the RotateKVCache"
         )
+    if generation_config.assistant_early_exit is not None:
+        raise UserError(
+            "assistant_early_exit runs the model with fewer layers, which a patched model does not: "
+            "take prompt_lookup_num_tokens or an assistant_model"
+        )
     cache = find_cache(model_kwargs)
     if cache is not None:
         check_cache(handle, cache)
@@ -335,6 +385,11 @@ def _prepare_cache(handle: PatchHandle, model, generation_config, model_kwargs: 
         generation_config.use_cache = True
     elif generation_config.use_cache:
         model_kwargs[CACHE_NAME] = RotateKVCache(handle.spec)
+
+
+def _get_candidate_generator(model, *args, **kwargs):
+    """Stands in for ``GenerationMixin._get_candidate_generator``."""
+    return prompt_first(type(model)._get_candidate_generator(model, *args, **kwargs))
 
 
 def _refuse_save(model, *args, **kwargs) -> None:

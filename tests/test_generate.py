@@ -28,6 +28,11 @@ def repetitive_ids() -> torch.Tensor:
     return token_ids(1, 5, 7).repeat(1, 4)
 
 
+def varied_ids() -> torch.Tensor:
+    """A prompt of all tokens, so that prompt lookup always has something to propose."""
+    return torch.randperm(125, generator=torch.Generator().manual_seed(3)).unsqueeze(0) + 3
+
+
 def left_padded(lengths: tuple[int, ...] = (5, 12, 9)) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long), torch.zeros(len(lengths), max(lengths))
     for row, length in enumerate(lengths):
@@ -250,8 +255,8 @@ def test_prompt_lookup_gives_the_plain_greedy_tokens(changes, tmp_path, monkeypa
     monkeypatch.setattr(RotateKVCache, "crop", lambda self, n: (cropped.append(n), crop(self, n))[1])
     model = double_model()
     with patch_calibrated(model, tmp_path, replace(ROTATEKV2, **changes)):
-        plain = generate(model, repetitive_ids())
-        lookup = generate(model, repetitive_ids(), prompt_lookup_num_tokens=3)
+        plain = generate(model, varied_ids())
+        lookup = generate(model, varied_ids(), prompt_lookup_num_tokens=3)
     assert min(cropped) < 0, "nothing was proposed and rejected"
     assert torch.equal(lookup.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(lookup.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-3)

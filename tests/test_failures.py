@@ -1,0 +1,202 @@
+"""An exception anywhere in a forward leaves nothing behind: the call can be made again, on the same cache or a new one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import multiprocessing
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_generate import generate
+from test_rotatekv_plus import random_statistics
+
+from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
+from rotatekv.calibration import save_statistics
+from rotatekv.patch import handle_of, is_patched
+
+ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, num_sink_entries=6)
+CONFIGS = {
+    "FP16": PRESETS["FP16"],
+    "RotateKV2": ROTATEKV2,
+    "RotateKV2, window": replace(ROTATEKV2, residual_length=4),
+    "KIVI2": replace(PRESETS["KIVI2"], k_groupsize=8, v_groupsize=16, residual_length=6),
+    "TurboQuant2": PRESETS["TurboQuant2"],
+    "RotateKV2+": PRESETS["RotateKV2+"],
+}
+STEPS = (37, 1, 7, 20, 1)  # tokens of the calls: RotateKV+ packs a block in the first and in the fourth, KIVI in most
+
+
+class Broken(BaseException):
+    """Not an Exception, as Ctrl-C is not."""
+
+
+def token_ids(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(8, 128, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=CONFIGS)
+def patched(request, tmp_path):
+    path = None
+    if request.param == "RotateKV2+":
+        path = save_statistics(tmp_path / "tiny.plus.safetensors", "plus", random_statistics(4.0), {})
+    model = tiny_model("llama", num_hidden_layers=2)
+    with patch_model(model, CONFIGS[request.param], path), torch.no_grad():
+        yield model
+
+
+def places(model) -> dict[str, torch.nn.Module]:
+    """Modules of which a call is broken off at their end: all along a forward."""
+    first, last = model.model.layers
+    return {
+        "embeddings": model.model.embed_tokens, "k_proj of layer 0": first.self_attn.k_proj, "layer 0": first,
+        "v_proj of layer 1": last.self_attn.v_proj, "layer 1": last, "last norm": model.model.norm,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Broken])
+def test_a_call_broken_off_anywhere_is_as_if_it_had_not_been(error, patched):
+    whole, broken, start, ids = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched), 0, token_ids(66)
+
+    def break_off(*args):
+        raise error("broken off")
+
+    for tokens in STEPS:
+        call = {"input_ids": ids[:, start : start + tokens]}
+        start += tokens
+        for module in places(patched).values():
+            before = [x.clone() for x in broken.tensors()]
+            hook = module.register_forward_hook(break_off)
+            with pytest.raises(error, match="broken off"):
+                patched(**call, past_key_values=broken)
+            hook.remove()
+            assert broken.get_seq_length() == whole.get_seq_length()
+            after = list(broken.tensors())
+            assert len(after) == len(before) and all(map(torch.equal, after, before))
+        expected = patched(**call, past_key_values=whole).logits
+        assert torch.equal(patched(**call, past_key_values=broken).logits, expected)
+
+
+def test_a_store_broken_off_between_keys_and_values_is_taken_back(patched, monkeypatch):
+    cache, other = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched)
+    for taken in (cache, other):
+        patched(token_ids(37), past_key_values=taken)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1].packed_values, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            patched(token_ids(24, 1), past_key_values=cache)
+    again = patched(token_ids(24, 1), past_key_values=cache).logits
+    assert torch.equal(again, patched(token_ids(24, 1), past_key_values=other).logits)
+
+
+def test_a_hook_of_the_users_that_raises_beside_ours_poisons_nothing():
+    model = tiny_model()
+    with patch_model(model, ROTATEKV2), torch.no_grad():
+        cache, other = RotateKVCache.for_model(model), RotateKVCache.for_model(model)
+        for taken in (cache, other):
+            model(token_ids(9), past_key_values=taken)
+
+        def break_off(*args):
+            raise Broken
+
+        hook = model.model.register_forward_pre_hook(break_off)
+        with pytest.raises(Broken):
+            model(token_ids(5), past_key_values=cache)
+        hook.remove()
+        expected = model(token_ids(5), past_key_values=other).logits
+        assert torch.equal(model(token_ids(5), past_key_values=cache).logits, expected)
+
+
+def test_generate_goes_on_after_ctrl_c():
+    model, ids = tiny_model(), token_ids(12)
+    with patch_model(model, ROTATEKV2):
+        expected = generate(model, ids).sequences
+        cache, calls = RotateKVCache.for_model(model), []
+
+        def interrupt(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+
+        hook = model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, past_key_values=cache)
+        hook.remove()
+        assert cache.get_seq_length() == 14  # the prompt and two tokens
+        assert torch.equal(generate(model, expected[:, :15], past_key_values=cache).sequences[:, :22], expected)
+        assert torch.equal(generate(model, ids).sequences, expected)
+
+
+def test_early_exit_is_refused_before_it_starts():
+    model, ids = tiny_model(), token_ids(12)
+    with patch_model(model, ROTATEKV2):
+        expected = generate(model, ids).sequences
+        with pytest.raises(UserError, match="assistant_early_exit .* prompt_lookup_num_tokens"):
+            generate(model, ids, assistant_early_exit=1)
+        assert torch.equal(generate(model, ids).sequences, expected)
+        model.config.num_hidden_layers = 1  # as an early exit of the stock model leaves it when it is broken off
+        with pytest.raises(UserError, match="num_hidden_layers is 1.* set it to 2"):
+            generate(model, ids)
+        model.config.num_hidden_layers = 2
+        assert torch.equal(generate(model, ids).sequences, expected)
+
+
+# --- copies and pickles ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("name", ["FP16", "RotateKV2"])
+def test_a_deep_copy_of_a_patched_model_is_one_of_its_own(name, inner):
+    model, ids = tiny_model(), token_ids(12)
+    stock, weights = model(ids).logits, {name: x.clone() for name, x in model.named_parameters()}
+    handle = patch_model(model, CONFIGS[name])
+    expected = model(ids).logits
+    whole = handle_of(copy.deepcopy(model.model if inner else model)).model
+    assert whole is not model and whole.model is not model.model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(whole(ids).logits, expected)
+    assert is_patched(model) and handle_of(model) is handle
+    unpatch_model(whole)
+    assert torch.equal(whole(ids).logits, stock)
+    assert all(torch.equal(x, weights[name]) for name, x in whole.named_parameters())
+    assert "forward" not in vars(whole.model) and "forward" not in vars(whole.model.layers[0].self_attn)
+    assert is_patched(model)
+
+
+def work(model) -> None:
+    """Of a spawned process."""
+
+
+@pytest.mark.parametrize("name", ["FP16", "RotateKV2"])
+def test_pickling_a_patched_model_is_refused_in_one_line(name):
+    model, ids = tiny_model(), token_ids(12)
+    stock = model(ids).logits
+    with patch_model(model, CONFIGS[name]):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(model,))
+        for give_away in (
+            lambda: pickle.dumps(model), lambda: pickle.dumps({"a": model.model}),
+            lambda: torch.save(model, io.BytesIO()), process.start,
+        ):  # fmt: skip
+            with pytest.raises(UserError, match="cannot be pickled: call unpatch_model") as caught:
+                give_away()
+            assert "\n" not in str(caught.value)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, stock)
+
+
+def test_a_cache_is_copied_whole(patched):
+    cache = RotateKVCache.for_model(patched)
+    patched(token_ids(40), past_key_values=cache)
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert all(map(torch.equal, copied.tensors(), cache.tensors()))
+        before = cache.nbytes()
+        patched(token_ids(5), past_key_values=copied)
+        assert cache.nbytes() == before and copied.get_seq_length() == 45

@@ -1,0 +1,73 @@
+"""Speculative decoding is greedy decoding: the same tokens and logits under every preset, and a cache without a trace
+of what was rejected.
+
+The models are float64 and decode in torch, so that rounding, which differs with a call's length, tips no number over.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_generate import generate, patch_calibrated, varied_ids
+from test_kvquant import random_statistics as kvquant_statistics
+from test_rotatekv_plus import random_statistics as plus_statistics
+
+from rotatekv import PRESETS, RotateKVCache, patch_model
+from rotatekv.calibration import save_statistics
+
+NAMES = [
+    "FP16", "RTN2", "KIVI2", "KIVI4", "QuaRot2", "TurboQuant2", "KVQuant2", "RotateKV2", "RotateKV3", "RotateKV4",
+    "RotateKV2+", "RotateKV3+", "RotateKV4+",
+]  # fmt: skip
+PROMPT, NEW = 152, 14  # a group of KIVI and a block of RotateKV+ are packed at 160 tokens
+
+
+def patched_with_statistics(model, preset: str, folder, **changes):
+    config = replace(PRESETS[preset], **changes)
+    if config.method == "kivi":
+        config = replace(config, v_groupsize=16)
+    if config.method == "rotatekv":
+        return patch_calibrated(model, folder, config)
+    statistics = {"rotatekv_plus": ("plus", plus_statistics(8.0)), "kvquant": ("kvquant", kvquant_statistics())}
+    kind, tensors = statistics.get(config.method, (None, None))
+    path = save_statistics(folder / f"{kind}.safetensors", kind, tensors, {}) if kind else None
+    return patch_model(model, config, path)
+
+
+@pytest.fixture(autouse=True)
+def in_torch(monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+
+
+@pytest.fixture
+def crops(monkeypatch) -> list[int]:
+    """How many tokens each crop of the model's cache took away, in minus."""
+    taken, crop = [], RotateKVCache.crop
+    monkeypatch.setattr(RotateKVCache, "crop", lambda self, n: (taken.append(int(n)), crop(self, n))[1])
+    return taken
+
+
+def prompt() -> torch.Tensor:
+    return torch.cat([varied_ids(), varied_ids()[:, : PROMPT - 125]], dim=1)
+
+
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant model"])
+@pytest.mark.parametrize("preset", NAMES)
+def test_speculative_decoding_is_greedy(preset, way, tmp_path, crops):
+    model = tiny_model().double()
+    options = {"prompt_lookup_num_tokens": 5}
+    if way == "assistant model":
+        options = {"assistant_model": copy.deepcopy(model)}
+    many = {"num_sink_entries": 60} if preset in ("RotateKV2", "RotateKV3", "RotateKV4") else {}  # sinks at the edge
+    with patched_with_statistics(model, preset, tmp_path, **many):
+        plain = generate(model, prompt(), max_new_tokens=NEW, min_new_tokens=NEW)
+        quick = generate(model, prompt(), max_new_tokens=NEW, min_new_tokens=NEW, **options)
+    assert min(crops) < 0 or (preset == "FP16" and way == "assistant model")
+    assert torch.equal(quick.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(quick.logits), torch.stack(plain.logits), rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(quick.past_key_values.tensors(), plain.past_key_values.tensors(), strict=True):
+        assert ours.shape == theirs.shape
