@@ -85,6 +85,7 @@ class RotateKVLayer(CacheLayerMixin):
         self._recent: RecentTokens | None = None
         self.is_initialized = False
 
+    @_storing
     def end_call(self, failed: bool = False) -> None:
         """The running call is done; ``failed``: take back what it has stored here."""
         before, self._before, self._new_massive = self._before, None, None
