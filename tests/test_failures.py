@@ -1,4 +1,4 @@
-"""An exception anywhere in a forward leaves nothing behind: the call can be made again, on the same cache or a new one."""
+"""An exception anywhere in a forward leaves nothing behind: the call can be made again, on that cache or another."""
 
 from __future__ import annotations
 
@@ -138,11 +138,11 @@ def test_early_exit_is_refused_before_it_starts():
     model, ids = tiny_model(), token_ids(12)
     with patch_model(model, ROTATEKV2):
         expected = generate(model, ids).sequences
-        with pytest.raises(UserError, match="assistant_early_exit .* prompt_lookup_num_tokens"):
+        with pytest.raises(UserError, match=r"assistant_early_exit .* prompt_lookup_num_tokens"):
             generate(model, ids, assistant_early_exit=1)
         assert torch.equal(generate(model, ids).sequences, expected)
         model.config.num_hidden_layers = 1  # as an early exit of the stock model leaves it when it is broken off
-        with pytest.raises(UserError, match="num_hidden_layers is 1.* set it to 2"):
+        with pytest.raises(UserError, match=r"num_hidden_layers is 1.* set it to 2"):
             generate(model, ids)
         model.config.num_hidden_layers = 2
         assert torch.equal(generate(model, ids).sequences, expected)
