@@ -20,6 +20,7 @@ from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.layout import allocate_blocks, unpack_blocks, write_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
+from rotatekv.kernels.triton.start import unusable
 from rotatekv.quantize import quantize_groups
 from rotatekv.transforms import channels_to_heads, rotate_channels
 
@@ -49,6 +50,12 @@ ATTENTION = {
     "plus_head_dim_80": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, plus=True, value_bits=3),
     "not_rotated_after_rope": Shape(batch=2, kv_heads=2, head_dim=64, heads_per_group=0, tokens=20, padding=(17, 3)),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_is_refused():
+    yield
+    assert not unusable  # torch would have done its work
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -71,7 +71,7 @@ def decode_attention_reference(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The arguments of ``rotatekv.kernels.cpu.decode_attention``, computed in ``dtype`` → (B, H, T_q, D)."""
-    _, heads, query_tokens, dim = queries.shape
+    query_tokens, dim = queries.shape[2:]
     channels, device = keys["low"].shape[-1], queries.device
     value_group = torch.arange(channels, dtype=torch.int64, device=device) // (channels // values["scale"].shape[2])
     if options.key_tokens_per_scale:
@@ -91,12 +91,12 @@ def decode_attention_reference(
         positions = (columns - first.long()[:, None]).clamp(min=0)  # (B, T)
         queries = options.rope.turn(queries, positions[:, -query_tokens:])
         k = options.rope.turn(k, positions)
-    repeat = heads // k.shape[1]
-    scores = queries @ k.repeat_interleave(repeat, 1).transpose(2, 3) * options.softmax_scale
+    rows = queries.reshape(len(queries), k.shape[1], -1, dim)  # (B, H_kv, repeat·T_q, D): no copies of keys or values
+    scores = (rows @ k.transpose(2, 3)).view(*queries.shape[:3], -1) * options.softmax_scale  # (B, H, T_q, T)
     last_seen = torch.arange(total_tokens - query_tokens, total_tokens, dtype=torch.int64, device=device)
     seen = (columns <= last_seen[:, None]) & (columns >= first[:, None, None])  # (B, T_q, T)
     weights = torch.softmax(scores.masked_fill(~seen[:, None], -math.inf), -1).nan_to_num(0.0)  # a row may see nothing
-    out = weights @ v.repeat_interleave(repeat, 1)  # (B, H, T_q, D)
+    out = (weights.view(*rows.shape[:3], -1) @ v).view(queries.shape)
     return rotate_channels(out, dim, inverse=True) if options.unrotate_values else out
 
 

@@ -19,7 +19,8 @@ import torch
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.reference import Packed
-from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens, decode_attention_reference
+from rotatekv.kernels.reference_blocks import dequantize_blocks_reference, quantize_into_blocks_reference
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.triton.checks import (
     check,
@@ -29,6 +30,7 @@ from rotatekv.kernels.triton.checks import (
     check_rope,
     refuse_token_groups,
 )
+from rotatekv.kernels.triton.start import Unusable
 from rotatekv.transforms import channels_to_heads
 
 __all__ = [
@@ -117,9 +119,11 @@ def decode_attention(
     check_decode(queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact)
     from rotatekv.kernels.triton.launch import launch_decode
 
-    return launch_decode(
-        queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact, splits
-    )
+    step = (queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact)
+    try:
+        return launch_decode(*step, splits)
+    except Unusable:
+        return decode_attention_reference(*step)
 
 
 def quantize_into_blocks(
@@ -153,7 +157,10 @@ def quantize_into_blocks(
         check(order, torch.int32, (channels,), x.device, "order")
     from rotatekv.kernels.triton.quantize import launch_quantize
 
-    launch_quantize(x, packed, start, bits, group_size, clip_ratio, order)
+    try:
+        launch_quantize(x, packed, start, bits, group_size, clip_ratio, order)
+    except Unusable:
+        quantize_into_blocks_reference(x, packed, start, bits, group_size, clip_ratio, order)
 
 
 def dequantize_blocks(
@@ -207,10 +214,11 @@ def dequantize_blocks(
         raise ValueError("affine and rope: channels with factors and offsets are read before RoPE")
     from rotatekv.kernels.triton.dequantize import launch_dequantize
 
-    channels = launch_dequantize(
-        packed, tokens, bits, group_of_channel, rotation_width, head_dim, rope, first, dtype, affine
-    )
-    heads = channels_to_heads(channels, head_dim)
+    form = (packed, tokens, bits, group_of_channel, head_dim, rotation_width, rope, first, dtype)
+    try:
+        heads = channels_to_heads(launch_dequantize(*form, affine), head_dim)
+    except Unusable:
+        return dequantize_blocks_reference(*form, out, affine)
     if out is None:
         return heads
     out[:, :, :tokens] = heads

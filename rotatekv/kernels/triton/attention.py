@@ -31,10 +31,14 @@ import triton.language as tl
 
 from rotatekv.kernels.triton.tiles import (
     LANES,
+    RUN_TIME,
     block_angles,
+    dot_halves,
+    halves,
     head_channels,
     load_affine,
     load_matrices,
+    peak,
     read_packed,
     rope_angles,
     tile_channels,
@@ -74,19 +78,22 @@ def load_queries(queries, batch, group, tile, query_tokens, heads, factor, atten
 
 
 @triton.jit
-def score(q, q_turned, keys, cos, sin, seen, HALF: tl.constexpr, PRECISION: tl.constexpr):
+def score(q_high, q_low, turned_high, turned_low, scale, keys, cos, sin, seen, HALF: tl.constexpr):
     """Scores of 16 tokens in log2 units, (G_PAD, 16, Q_PAD); −inf where not seen.
 
     Args:
-        q, q_turned: (G_PAD, D', Q_PAD). keys: (G_PAD, D', 16). cos, sin: (D', 16). seen: (16, Q_PAD).
+        q_high, q_low, turned_high, turned_low: halves of q / scale and q⊥ / scale, (G_PAD, D', Q_PAD).
+        keys: (G_PAD, D', 16). cos, sin: (D', 16). seen: (16, Q_PAD).
     """
+    of_keys = peak(keys)
+    keys = tl.permute(keys * (1 / of_keys), (0, 2, 1))  # (G_PAD, 16, D')
+    scores = tl.zeros((q_high.shape[0], 16, q_high.shape[2]), tl.float32)
     if HALF:
-        scores = tl.dot(tl.permute(keys * cos[None, :, :], (0, 2, 1)), q, input_precision=PRECISION)
-        turned = tl.permute(keys * sin[None, :, :], (0, 2, 1))  # (G_PAD, 16, D')
-        scores = tl.dot(turned, q_turned, scores, input_precision=PRECISION)
+        scores = dot_halves(keys * tl.permute(cos, (1, 0))[None, :, :], q_high, q_low, scores)
+        scores = dot_halves(keys * tl.permute(sin, (1, 0))[None, :, :], turned_high, turned_low, scores)
     else:
-        scores = tl.dot(tl.permute(keys, (0, 2, 1)), q, input_precision=PRECISION)
-    return tl.where(seen[None, :, :], scores, float("-inf"))
+        scores = dot_halves(keys, q_high, q_low, scores)
+    return tl.where(seen[None, :, :], scores * (of_keys * scale), float("-inf"))
 
 
 @triton.jit
@@ -98,7 +105,10 @@ def accumulate(scores, values, top, total, acc):
     weights = tl.exp2(scores - safe[:, None, :])
     decay = tl.exp2(top - safe)
     total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(values, weights, acc * decay[:, None, :], input_precision=VALUE_PRECISION)
+    of_values = peak(values)
+    high, low = halves(weights * 2.0**14)
+    new = dot_halves(values * (1 / of_values), high, low, tl.zeros_like(acc))
+    acc = acc * decay[:, None, :] + new * (of_values * 2.0**-14)
     return new_top, total, acc
 
 
@@ -118,7 +128,7 @@ def store_part(parts, tops, totals, split, batch, batches, group, tile, query_to
     tl.store(parts + row[:, None, :] * D + d, acc, mask=keep[:, None, :] & (d < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, value_high, value_scale, value_zero,
                  group_of_channel, key_factor, key_offset, offset_norm, exact_lanes, first, left, right,
                  coarse_cos, coarse_sin, fine_cos, fine_sin,
@@ -129,8 +139,7 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
                  Q_PAD: tl.constexpr, DV_PAD: tl.constexpr, EXACT: tl.constexpr, AFFINE: tl.constexpr,
                  G: tl.constexpr, D: tl.constexpr,
                  A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr,
-                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Packed tokens. EXACT: ``exact_lanes`` (B, exact_blocks) int32 has bit t set where token t is kept exactly."""
     batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
     split, tile = tl.program_id(1), tl.program_id(2)
@@ -140,6 +149,9 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
         by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
         q, q_turned, shift = q * by, q_turned * by, shift / by
+    scale = peak(q)
+    q_high, q_low = halves(q * (1 / scale))
+    turned_high, turned_low = halves(q_turned * (1 / scale))
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
     place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
@@ -160,7 +172,7 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     for block in range(tl.maximum(split * blocks_per_split, start // LANES), last):
         x = read_packed(key_low, key_high, key_scale, key_zero, batch * key_blocks + block, channel, side, keep,
                         C, KEY_GROUPS, KEY_BITS)  # fmt: skip
-        keys = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
+        keys = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
         if AFFINE:
             keys += shift
         token = block * LANES + tl.arange(0, LANES)
@@ -173,7 +185,8 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
                                               place, HALF)  # fmt: skip
         else:
             turn_cos, turn_sin = cos, sin
-        scores = score(q, q_turned, keys, turn_cos, turn_sin, ok[:, None] & (token[:, None] <= limit), HALF, PRECISION)
+        scores = score(q_high, q_low, turned_high, turned_low, scale, keys, turn_cos, turn_sin,
+                       ok[:, None] & (token[:, None] <= limit), HALF)  # fmt: skip
         values = read_packed(value_low, value_high, value_scale, value_zero, batch * value_blocks + block,
                              value_channel, value_side, value_keep, C, VALUE_GROUPS, VALUE_BITS)  # fmt: skip
         top, total, acc = accumulate(scores, values, top, total, acc)
@@ -181,7 +194,7 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
                REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor, key_offset, offset_norm, first,
                  left, right,
                  coarse_cos, coarse_sin, fine_cos, fine_sin, parts, tops, totals, batches, part, total_tokens,
@@ -189,7 +202,7 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor
                  C: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr,
                  DV_PAD: tl.constexpr, AFFINE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
                  B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
-                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
     batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
     tile = tl.program_id(1)
@@ -199,6 +212,9 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor
     if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
         by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
         q, q_turned, shift = q * by, q_turned * by, shift / by
+    scale = peak(q)
+    q_high, q_low = halves(q * (1 / scale))
+    turned_high, turned_low = halves(q_turned * (1 / scale))
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
     place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
@@ -218,7 +234,7 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor
         here = kept < stop
         token = tl.load(columns + kept, mask=here, other=0)
         x = tl.load(exact_keys + kept[None, None, :] * C + channel, mask=keep & here[None, None, :], other=0.0)
-        keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION)
+        keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
         if AFFINE:
             keys += shift
         if HALF:
@@ -228,7 +244,7 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor
         else:
             turn_cos, turn_sin = cos, sin
         seen = (here & (token >= start))[:, None] & (token[:, None] <= limit)
-        scores = score(q, q_turned, keys, turn_cos, turn_sin, seen, HALF, PRECISION)
+        scores = score(q_high, q_low, turned_high, turned_low, scale, keys, turn_cos, turn_sin, seen, HALF)
         values = tl.load(exact_values + kept[None, None, :] * C + value_channel,
                          mask=value_keep & here[None, None, :], other=0.0).to(tl.float32)  # fmt: skip
         top, total, acc = accumulate(scores, values, top, total, acc)
@@ -236,10 +252,10 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor
                REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def merge_kernel(parts, tops, totals, left, right, out, splits, rows, norm, D: tl.constexpr, A: tl.constexpr,
                  B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr,
-                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
     """16 rows (of batch, query head, query) per program: parts weighted by their sums, then each head un-rotated.
 
     Bound by memory: 4·(D + 2) bytes read per part and row, about 2·D + 4 operations.
@@ -263,7 +279,7 @@ def merge_kernel(parts, tops, totals, left, right, out, splits, rows, norm, D: t
         at += rows
     acc *= tl.where(total > 0, norm / total, 0.0)[None, None, :]
     a, b = load_matrices(left, right, A_PAD, B_PAD, ROWS_PAD)
-    result = unrotate(acc, a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED, PRECISION)  # (1, D', 16)
+    result = unrotate(acc, a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED)  # (1, D', 16)
     channel, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     tl.store(out + row[None, None, :] * D + channel[None, :, None], result,
              mask=here[None, None, :] & real[None, :, None])  # fmt: skip

@@ -21,8 +21,10 @@ from rotatekv.kernels.layout import HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.triton.plan import factor, matrices, partner_matrix
+from rotatekv.kernels.triton.start import start
 from rotatekv.kernels.triton.tiles import (
     LANES,
+    RUN_TIME,
     block_angles,
     head_channels,
     load_affine,
@@ -32,32 +34,30 @@ from rotatekv.kernels.triton.tiles import (
     unrotate,
 )
 
-PRECISION = "tf32x3"
 
-
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def dequantize_kernel(out, low, high, scale, zero, group_of_channel, key_factor, key_offset, first, left, right,
                       partner, coarse_cos, coarse_sin, fine_cos, fine_sin, tokens, blocks, norm, attention_scaling,
                       C: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
                       G: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
                       A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr,
-                      ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr, AFFINE: tl.constexpr,
-                      PRECISION: tl.constexpr):  # fmt: skip
-    """Program (batch, block, rotation group) → out (B, T, C); HALF 0: no RoPE, just then there may be AFFINE."""
-    batch, block, group = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+                      ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr,
+                      AFFINE: tl.constexpr):  # fmt: skip
+    """Program (block, batch, rotation group) → out (B, T, C); HALF 0: no RoPE, just then there may be AFFINE."""
+    block, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
     channel = group * (G * D) + inside
     side = tl.load(group_of_channel + channel, mask=keep, other=0)
     x = read_packed(low, high, scale, zero, batch * blocks + block, channel, side, keep, C, GROUPS, BITS)
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
-    y = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION) * norm  # (G_PAD, D', 16)
+    y = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED) * norm  # (G_PAD, D', 16)
     place, here = head_channels(B, B_PAD, ROWS, ROWS_PAD)  # (D',)
     if AFFINE:
         by, plus = load_affine(key_factor, key_offset, group, 1.0, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
         y = y * by + plus
     if HALF:
         turned, _ = load_matrices(partner, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
-        z = unrotate(x, turned, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, PRECISION) * norm
+        z = unrotate(x, turned, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED) * norm
         position = block * LANES - tl.load(first + batch)
         cos, sin = block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position, place, HALF)  # (D', 16)
         factor = tl.where(place < 2 * HALF, attention_scaling, 1.0)[:, None]
@@ -69,7 +69,7 @@ def dequantize_kernel(out, low, high, scale, zero, group_of_channel, key_factor,
 
 
 def launch_dequantize(
-    packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, width: int, head_dim: int,
+    packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, head_dim: int, width: int,
     rope: RopeTables | None, first: torch.Tensor, dtype: torch.dtype, affine: Affine | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Checked arguments of ``rotatekv.kernels.triton.dequantize_blocks``."""
@@ -83,13 +83,12 @@ def launch_dequantize(
     left, right = matrices(factors, low.device)
     partner = partner_matrix(factors, half, low.device) if half else left
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
-    grid = (batch, -(-tokens // LANES.value), channels // factors.width)
+    grid = (-(-tokens // LANES.value), batch, channels // factors.width)
     by_channel = (affine.factor, affine.offset) if affine else (left, left)
-    if 0 not in grid:
-        dequantize_kernel[grid](
-            out, low, packed["high"] if bits in HIGH_PLANE else low, packed["scale"], packed["zero"],
-            group_of_channel, *by_channel, first, left, right, partner, *tables, tokens, blocks, factors.norm,
-            rope.attention_scaling if rope else 1.0, C=channels, GROUPS=packed["scale"].shape[2], BITS=bits, HALF=half,
-            **factors.constants(), AFFINE=affine is not None, PRECISION=PRECISION, num_warps=factors.warps,
-        )  # fmt: skip
+    start(
+        dequantize_kernel, grid, out, low, packed["high"] if bits in HIGH_PLANE else low, packed["scale"],
+        packed["zero"], group_of_channel, *by_channel, first, left, right, partner, *tables, tokens, blocks,
+        factors.norm, rope.attention_scaling if rope else 1.0, C=channels, GROUPS=packed["scale"].shape[2], BITS=bits,
+        HALF=half, **factors.constants(), AFFINE=affine is not None, num_warps=factors.warps,
+    )  # fmt: skip
     return out

@@ -12,11 +12,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from rotatekv.kernels import triton as kernels
+from rotatekv.kernels.triton.start import unusable
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may take, by compute capability
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -57,6 +59,7 @@ class DryRun(AbstractContextManager):
     Attributes:
         launches: how often each kernel was launched.
         compiled: every variant launched, in the order of their first launch.
+        refused: kernel → why it did not compile or fit; torch did its work, as on a GPU.
     """
 
     def __init__(self, capability: int, resources: bool = False):
@@ -67,20 +70,27 @@ class DryRun(AbstractContextManager):
         self.capability, self.resources = capability, resources
         self.launches: Counter[str] = Counter()
         self._variants: dict[str, Compiled] = {}
+        self._refused, self._undo = {}, None
 
     def __enter__(self) -> DryRun:
-        self._before = driver._active, os.environ.get("ROTATEKV_BACKEND")
-        driver.set_active(_Driver(self))
-        kernels.set_dry(True)
-        os.environ["ROTATEKV_BACKEND"] = "triton"
+        with ExitStack() as stack:
+            stack.callback(driver.set_active, driver._active)
+            stack.callback(kernels.set_dry, False)
+            stack.enter_context(patch.dict(os.environ, ROTATEKV_BACKEND="triton"))
+            stack.enter_context(patch.dict(unusable, clear=True))
+            driver.set_active(_Driver(self))
+            kernels.set_dry(True)
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        driver.set_active(self._before[0])
-        kernels.set_dry(False)
-        os.environ.pop("ROTATEKV_BACKEND")
-        if self._before[1] is not None:
-            os.environ["ROTATEKV_BACKEND"] = self._before[1]
+        self._refused = self.refused
+        self._undo.close()
+        self._undo = None
+
+    @property
+    def refused(self) -> dict[str, str]:
+        return self._refused if self._undo is None else {key[0]: reason for key, reason in unusable.items()}
 
     @property
     def compiled(self) -> list[Compiled]:

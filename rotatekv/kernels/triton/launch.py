@@ -10,12 +10,11 @@ from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.triton.attention import exact_kernel, merge_kernel, split_kernel
-from rotatekv.kernels.triton.plan import Factors, factor, matrices, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, Factors, factor, matrices, power_of_two
+from rotatekv.kernels.triton.start import start
 
-PRECISION = "tf32x3"
 STAGES = 1  # two would hold a second tile in shared memory
-_ROWS_OF_A_TILE = 16  # query rows of one KV head
-_NARROW = 256  # padded numbers of a token up to which so many rows fit in sm_80's shared memory; half of them else
+_MOST_SPLITS = 65535  # of a grid's second side
 _FEWEST_BLOCKS = 8  # of a split
 _PROGRAMS_WITHOUT_GPU = 8
 
@@ -29,13 +28,13 @@ def launch_decode(
     device, channels = queries.device, keys["low"].shape[2]
     rope = options.rope
     factors = factor(options.rotation_width, dim)
-    constants = shape_constants(factors, heads * dim // channels, query_tokens, rope.rotary_dim // 2 if rope else 0)
+    constants = shape_constants(factors, heads * dim // channels, rope.rotary_dim // 2 if rope else 0)
     if rope is not None:
         columns = torch.arange(total_tokens - query_tokens, total_tokens, dtype=torch.int64, device=device)
         queries = rope.turn(queries, (columns - first[:, None]).clamp(min=0))
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
-    splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1))
+    splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), _MOST_SPLITS)
     has_exact = exact is not None and len(exact.rows) > 0
     parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
     tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
@@ -47,30 +46,30 @@ def launch_decode(
     affine = options.key_affine
     constants["AFFINE"] = affine is not None
     by_channel = (*((affine.factor, affine.offset) if affine else (left, left)), 1 / factors.norm)
-    split_kernel[(batch * groups, splits, tiles)](
-        queries, *_planes(keys, options.key_bits), *_planes(values, options.value_bits), group_of_channel, *by_channel,
-        lanes, first, left, right, *tables, parts, tops, totals, batch, packed_tokens, total_tokens, query_tokens,
-        keys["low"].shape[1], values["low"].shape[1], blocks, -(-blocks // splits), score_factor, scaling,
+    start(
+        split_kernel, (batch * groups, splits, tiles), queries, *_planes(keys, options.key_bits),
+        *_planes(values, options.value_bits), group_of_channel, *by_channel, lanes, first, left, right, *tables,
+        parts, tops, totals, batch, packed_tokens, total_tokens, query_tokens, keys["low"].shape[1],
+        values["low"].shape[1], blocks, -(-blocks // splits), score_factor, scaling,
         C=channels, KEY_GROUPS=keys["scale"].shape[2], VALUE_GROUPS=values["scale"].shape[2],
         KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, EXACT=has_exact, **constants,
         num_warps=factors.warps, num_stages=STAGES,
     )  # fmt: skip
     if has_exact:
         offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
-        exact_kernel[(batch * groups, tiles)](
-            queries, exact.keys, exact.values, exact.columns, offsets, *by_channel, first, left, right, *tables,
-            parts, tops, totals, batch, splits, total_tokens, query_tokens, score_factor, scaling,
-            C=channels, **constants, num_warps=factors.warps, num_stages=STAGES,
+        start(
+            exact_kernel, (batch * groups, tiles), queries, exact.keys, exact.values, exact.columns, offsets,
+            *by_channel, first, left, right, *tables, parts, tops, totals, batch, splits, total_tokens, query_tokens,
+            score_factor, scaling, C=channels, **constants, num_warps=factors.warps, num_stages=STAGES,
         )  # fmt: skip
     return _merge(parts, tops, totals, options)
 
 
-def shape_constants(factors: Factors, repeat: int, query_tokens: int, half: int) -> dict:
+def shape_constants(factors: Factors, repeat: int, half: int) -> dict:
     """The constexpr arguments that the split and the exact kernel share."""
-    rows = _ROWS_OF_A_TILE if factors.elements <= _NARROW else _ROWS_OF_A_TILE // 2
-    tile = max(1, min(query_tokens, rows // repeat))  # queries
-    return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(8, power_of_two(repeat * tile)),
-            "DV_PAD": power_of_two(factors.head_dim), "PRECISION": PRECISION, **factors.constants()}  # fmt: skip
+    tile = max(1, SMALLEST_DOT // repeat)  # queries
+    return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(SMALLEST_DOT, power_of_two(repeat * tile)),
+            "DV_PAD": power_of_two(factors.head_dim), **factors.constants()}  # fmt: skip
 
 
 def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
@@ -98,9 +97,9 @@ def _merge(parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, option
     rows = out[..., 0].numel()
     left, right = matrices(factors, parts.device)
     names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")
-    merge_kernel[(-(-rows // BLOCK),)](
-        parts, tops, totals, left, right, out, parts.shape[0], rows, factors.norm,
-        **{name: factors.constants()[name] for name in names}, PRECISION=PRECISION, num_warps=4,
+    start(
+        merge_kernel, (-(-rows // BLOCK),), parts, tops, totals, left, right, out, parts.shape[0], rows, factors.norm,
+        **{name: factors.constants()[name] for name in names}, num_warps=4,
     )  # fmt: skip
     return out
 

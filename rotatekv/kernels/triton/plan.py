@@ -13,7 +13,7 @@ import torch
 
 from rotatekv.transforms import hadamard_matrix, has_hadamard
 
-SMALLEST_DOT = 8  # tl.dot's smallest inner dimension for float32
+SMALLEST_DOT = 16  # tl.dot's smallest side, up to triton 3.4
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Factors:
 
     @property
     def rows_pad(self) -> int:
-        return _padded(self.rows, self.dots)
+        return _padded(self.rows, self.dots and self.rows > 1)  # one row: the kernels skip A
 
     @property
     def columns_pad(self) -> int:
@@ -57,7 +57,8 @@ class Factors:
 
     @property
     def head_rows_pad(self) -> int:
-        return power_of_two(self.head_rows)
+        least = SMALLEST_DOT // self.heads_pad if self.dots and self.rows > 1 else 1
+        return max(power_of_two(self.head_rows), least)
 
     @property
     def elements(self) -> int:

@@ -18,7 +18,8 @@ import triton.language as tl
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.triton.plan import power_of_two
-from rotatekv.kernels.triton.tiles import LANES, wide_scale
+from rotatekv.kernels.triton.start import start as start_kernel
+from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, wide_scale
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding it rounds a float32 below 2^22 to even; larger ones are clamped
 
@@ -38,12 +39,12 @@ def _merge_word(plane, at, codes, lane, new, here, WIDTH: tl.constexpr):
     tl.store(plane + at, ((old & ~taken) | fresh).to(plane.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, clip,
                     C: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BITS: tl.constexpr,
                     ORDERED: tl.constexpr):  # fmt: skip
-    """Program (batch, block counted from the first one written, group)."""
-    batch, block, group = tl.program_id(0).to(tl.int64), start // LANES + tl.program_id(1), tl.program_id(2)
+    """Program (block counted from the first one written, batch, group)."""
+    batch, block, group = tl.program_id(1).to(tl.int64), start // LANES + tl.program_id(0), tl.program_id(2)
     LEVELS: tl.constexpr = (1 << BITS) - 1
     lane = tl.arange(0, LANES)[:, None]
     place = tl.arange(0, GROUP_PAD)
@@ -99,13 +100,14 @@ def launch_quantize(
 ) -> None:  # fmt: skip
     """Checked arguments of ``rotatekv.kernels.triton.quantize_into_blocks``."""
     batch, tokens, channels = x.shape
-    touched = -(-(start + tokens) // BLOCK) - start // BLOCK
-    if not batch or not tokens:
+    if not tokens:
         return
+    touched = -(-(start + tokens) // BLOCK) - start // BLOCK
     low = packed["low"]
     high = packed["high"] if bits in HIGH_PLANE else low
-    quantize_kernel[(batch, touched, channels // group_size)](
-        x, low, high, packed["scale"], packed["zero"], low if order is None else order, start, tokens, low.shape[1],
-        clip_ratio, C=channels, GROUP=group_size, GROUP_PAD=power_of_two(group_size), BITS=bits,
-        ORDERED=order is not None, num_warps=4, enable_fp_fusion=False,
+    start_kernel(
+        quantize_kernel, (touched, batch, channels // group_size), x, low, high, packed["scale"], packed["zero"],
+        low if order is None else order, start, tokens, low.shape[1], clip_ratio,
+        C=channels, GROUP=group_size, GROUP_PAD=power_of_two(group_size), BITS=bits, ORDERED=order is not None,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 
 LANES = tl.constexpr(16)  # tokens of a block
+RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew where one is 1 or a multiple of 16
+    "batches", "blocks", "blocks_per_split", "exact_blocks", "key_blocks", "packed_tokens", "part", "query_tokens",
+    "rows", "splits", "start", "tokens", "total_tokens", "value_blocks",
+]  # fmt: skip
 
 
 @triton.jit
@@ -62,25 +66,49 @@ def head_channels(B: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS
 
 
 @triton.jit
-def dot_signs(signs, x, PRECISION: tl.constexpr):
-    """signs (±1 or 0) @ x. For tf32x3 two dots are enough: signs are exact, and x is a tf32 number and a rest."""
-    if PRECISION == "tf32x3":
-        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of the fraction
-        return tl.dot(signs, x - high, tl.dot(signs, high, input_precision="tf32"), input_precision="tf32")
-    return tl.dot(signs, x, input_precision=PRECISION)
+def peak(x):
+    """A power of two that a tile is divided by to fill float16: its largest number then lies between 2^14 and 2^15."""
+    largest = tl.maximum(tl.max(tl.abs(x)), 1e-30)
+    return (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-14
+
+
+@triton.jit
+def halves(x):
+    """x as the sum of two float16 numbers, to 2^-22 of itself and 2^-38 of a peak of 2^14."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def dot_halves(x, high, low, y):
+    """y + x @ (high + low) for x of ``peak`` 1, but for the product of two low halves."""
+    x_high = x.to(tl.float16)
+    y = tl.dot(x_high, high, y)
+    y = tl.dot(x_high, low, y)
+    return tl.dot((x - x_high.to(tl.float32)).to(tl.float16), high, y)  # made last: one half at a time takes memory
+
+
+@triton.jit
+def dot_signs(signs, x):
+    """signs (±1 or 0, float16) @ x for x of ``peak`` 1."""
+    high = x.to(tl.float16)
+    y = tl.dot(signs, high)
+    return tl.dot(signs, (x - high.to(tl.float32)).to(tl.float16), y)
 
 
 @triton.jit
 def unrotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS_PAD: tl.constexpr,
-             ROTATED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             ROTATED: tl.constexpr):  # fmt: skip
     """Aᵀ·X·B as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
     OUT: tl.constexpr = G_PAD * ROWS_PAD
     if ROTATED:
-        wide = tl.reshape(x, (A_PAD, B_PAD * LANES))
-        y = dot_signs(left, wide, PRECISION)  # (OUT, B_PAD·16)
+        scale = peak(x)
+        y = x * (1 / scale)
+        if A_PAD > 1:
+            y = dot_signs(left, tl.reshape(y, (A_PAD, B_PAD * LANES))) * (1 / A_PAD)  # (OUT, B_PAD·16)
         y = tl.permute(tl.reshape(y, (OUT, B_PAD, LANES)), (1, 0, 2))  # (B_PAD, OUT, 16)
-        z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)), PRECISION)  # (B_PAD, OUT·16)
-        x = tl.permute(tl.reshape(z, (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
+        z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)))  # (B_PAD, OUT·16)
+        x = tl.permute(tl.reshape(z * (scale * A_PAD), (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
     return tl.reshape(x, (G_PAD, ROWS_PAD * B_PAD, LANES))
 
 
@@ -100,8 +128,8 @@ def load_affine(factors, offsets, group, offset_norm, G: tl.constexpr, D: tl.con
 def load_matrices(left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, OUT: tl.constexpr):
     """The ±1 factors: (OUT, A_PAD) and (B_PAD, B_PAD)."""
     a, b = tl.arange(0, A_PAD), tl.arange(0, B_PAD)
-    return (tl.load(left + tl.arange(0, OUT)[:, None] * A_PAD + a[None, :]),
-            tl.load(right + b[:, None] * B_PAD + b[None, :]))  # fmt: skip
+    return (tl.load(left + tl.arange(0, OUT)[:, None] * A_PAD + a[None, :]).to(tl.float16),
+            tl.load(right + b[:, None] * B_PAD + b[None, :]).to(tl.float16))  # fmt: skip
 
 
 @triton.jit
