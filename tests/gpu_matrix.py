@@ -11,14 +11,17 @@ import argparse
 import sys
 import time
 import warnings
-from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, patch_model
+from rotatekv.calibration import save_statistics
 from rotatekv.kernels.triton.dry_run import DryRun
+from rotatekv.methods import method_class
 
 HEADS = {"9/3x64": (9, 3, 64), "32/8x128": (32, 8, 128), "32/32x128": (32, 32, 128), "14/2x64": (14, 2, 64),
          "8/1x256": (8, 1, 256)}  # fmt: skip
@@ -38,17 +41,26 @@ def model_of(heads: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalL
     )).to(dtype).eval()  # fmt: skip
 
 
-def config_of(preset: str) -> QuantConfig:
-    """A preset that needs no statistics; the launches are the same but for the order in which RotateKV stores keys."""
-    return replace(PRESETS[preset], Outlier_Aware_Key_Rotation=False)
-
-
-def run_case(model: LlamaForCausalLM, config: QuantConfig) -> None:
-    """Prefill, 1 to 16 new tokens at once and 300 decode steps; attention in torch is left out: no number is read."""
+def statistics_of(model: LlamaForCausalLM, config: QuantConfig, folder: str | Path) -> Path | None:
+    """A file of statistics that mean nothing, where the method needs one."""
+    if (kind := method_class(config).statistics_kind(config)) is None:
+        return None
     channels = model.config.num_key_value_heads * model.config.head_dim
-    with patch_model(model, config), torch.no_grad(), patch(
-        "torch.nn.functional.scaled_dot_product_attention", lambda query, *_, **__: torch.zeros_like(query)
-    ):  # fmt: skip
+    order = torch.randperm(channels).repeat(model.config.num_hidden_layers, 1)
+    tensors = {
+        "indices": order, "reorder_index": order, "key_mean": 0 * order, "key_scale": 0 * order + 1,
+        "extra_bit_rank": torch.tensor([[0.25, 0.75]]).expand(len(order), 2), "sink_threshold": 0 * order[:, :1] + 9,
+    }  # fmt: skip
+    return save_statistics(Path(folder) / f"{kind}.safetensors", kind, tensors, {})
+
+
+def run_case(heads: str, preset: str) -> None:
+    """Prefill, 1 to 16 new tokens at once and 300 decode steps; attention in torch is left out: no number is read."""
+    model, config = model_of(heads), PRESETS[preset]
+    channels = model.config.num_key_value_heads * model.config.head_dim
+    no_attention = patch("torch.nn.functional.scaled_dot_product_attention", lambda q, *_, **__: torch.zeros_like(q))
+    with TemporaryDirectory() as folder, torch.no_grad(), no_attention:
+        patch_model(model, config, statistics_of(model, config, folder))
         for prompt in PROMPTS:
             for batch in BATCHES:
                 if batch * prompt * channels <= _MOST_NUMBERS:
@@ -84,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                 started = time.time()
                 with DryRun(capability, resources=True) as dry:
                     try:
-                        run_case(model_of(heads), config_of(method))
+                        run_case(heads, method)
                         wrong = failures(dry)
                     except Exception as error:
                         wrong = [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
