@@ -3,6 +3,7 @@
 # make figures  the figures of visualize/gallery/, from one captured window
 # make report   report.html, from results/ and the gallery
 # make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
+# make resolve  what every Python would install, to tests/installs.json (needs uv and PyPI)
 # make lint   ruff
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,15 +11,15 @@ DATA_DIR ?= ../shared/data
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint clean figures report tables
+.PHONY: install demo test lint clean figures report resolve tables
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-embedded.txt pyproject.toml Makefile
+$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-last.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-last.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -46,6 +47,9 @@ LOCAL_DATA := $(if $(wildcard $(DATA_DIR)/wikitext2/wiki.test.raw),--data_dir $(
 
 tables: install
 	$(BIN)/python reproduce.py --table ppl,needle --limit 16 $(PASSKEY) $(LOCAL_DATA)
+
+resolve: install
+	$(BIN)/python tests/resolve_installs.py
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -1,15 +1,42 @@
-"""What changed between the transformers versions this package supports."""
+"""The torch, transformers and triton that this package runs with, and what differs between them."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
+import warnings
+from dataclasses import dataclass
 
+import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rotatekv.errors import UserError
 
-SUPPORTED_FROM, SUPPORTED_BELOW = (5, 23), (5, 25)
+
+@dataclass(frozen=True)
+class Versions:
+    """Of one package, by the first two numbers: refused below ``oldest`` and from ``below`` on.
+
+    ``tested`` names the first and the last that the tests have run with; outside of it there is one warning.
+    """
+
+    oldest: str
+    tested: tuple[str, str]
+    below: str
+
+    @property
+    def specifier(self) -> str:
+        """As in pyproject.toml and for pip."""
+        return f">={self.oldest},<{self.below}"
+
+
+SUPPORTED = {
+    "torch": Versions("2.6", ("2.6", "2.15"), "3"),
+    "transformers": Versions("5.16", ("5.17", "5.24"), "6"),
+    "triton": Versions("3.6", ("3.6", "3.9"), "4"),
+}
 
 # transformers 5.24 renamed the argument and the output ``past_key_values`` to ``cache``.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -21,10 +48,24 @@ def find_cache(kwargs: dict):
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def check_transformers_version() -> None:
-    """Raises UserError, naming the version, outside the supported range."""
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not SUPPORTED_FROM <= version < SUPPORTED_BELOW:
-        raise UserError(
-            f"transformers {transformers.__version__} is not supported: pip install 'transformers>=5.23,<5.25'"
-        )
+def check_versions() -> None:
+    """Raises UserError, naming the version, for a torch or transformers that does not do; warns of an untested one."""
+    check_version("torch", str(torch.__version__))
+    check_version("transformers", transformers.__version__)
+
+
+@functools.cache  # so that it warns once
+def check_version(package: str, version: str) -> None:
+    """Raises UserError outside the limits of ``SUPPORTED[package]``, warns outside what is tested."""
+    known, found = SUPPORTED[package], series(version)
+    if not series(known.oldest) <= found < series(known.below):
+        raise UserError(f"{package} {version} is not supported: pip install '{package}{known.specifier}'")
+    first, last = known.tested
+    if not series(first) <= found <= series(last):
+        told = f"RotateKV was not tested with {package} {version} (tested: {first} to {last})"
+        warnings.warn(told, RuntimeWarning, stacklevel=3)
+
+
+def series(version: str) -> tuple[int, ...]:
+    """The first two numbers: 5.24.1.dev0 → (5, 24), 6 → (6,)."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

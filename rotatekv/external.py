@@ -14,7 +14,7 @@ from torch import nn
 from transformers import QuantizedCache
 
 from rotatekv.cache import RotateKVCache
-from rotatekv.compat import check_transformers_version
+from rotatekv.compat import check_versions
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.patch import PatchHandle, is_patched, patch_model
@@ -128,7 +128,7 @@ def use_method(
     """
     if isinstance(config, QuantConfig):
         return patch_model(model, config, calibration_file)
-    check_transformers_version()
+    check_versions()
     if calibration_file is not None:
         raise UserError(f"HF-{config.backend}{config.nbits} is not calibrated: leave out --calibration_file")
     if is_patched(model) or hasattr(model, _HANDLE):

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rotatekv.compat import check_transformers_version
+from rotatekv.compat import check_versions
 from rotatekv.distributed import local_rank, world_size
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
@@ -56,7 +56,7 @@ def load_model(
     Raises:
         UserError: an unknown, unreachable or gated model, a bad dtype or device.
     """
-    check_transformers_version()
+    check_versions()
     target = check_placement(dtype, device, device_map, attn_implementation)
     options: dict = {"attn_implementation": attn_implementation}
     if device_map is not None:

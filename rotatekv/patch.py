@@ -18,7 +18,7 @@ from torch import nn
 from rotatekv.attention import attention_forward, choose_sinks
 from rotatekv.cache import CacheSpec, RotateKVCache
 from rotatekv.calibration import CalibrationTarget, load_statistics, placeholders
-from rotatekv.compat import CACHE_NAME, CACHE_NAMES, check_transformers_version, find_cache
+from rotatekv.compat import CACHE_NAME, CACHE_NAMES, check_versions, find_cache
 from rotatekv.config import QuantConfig, resolve_config
 from rotatekv.decode import RopeSource, plan_fused_call
 from rotatekv.errors import UserError
@@ -115,7 +115,7 @@ def patch_model(
 
 def _check_patchable(model: nn.Module) -> nn.Module:
     """The text model of a model that may be patched (UserError for any other)."""
-    check_transformers_version()
+    check_versions()
     text_model = find_text_model(model)
     if is_patched(model) or is_patched(text_model):
         raise UserError("the model is patched already: call unpatch_model(model) first")

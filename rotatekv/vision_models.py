@@ -17,7 +17,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from rotatekv.compat import check_transformers_version
+from rotatekv.compat import check_versions
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
 from rotatekv.models import DTYPES, EMBEDDED_MODEL, check_placement, explain_load_error, load_model
@@ -45,7 +45,7 @@ def load_vision_model(
     Raises:
         UserError: an unknown model, one without pictures, a bad dtype or device.
     """
-    check_transformers_version()
+    check_versions()
     if name == RANDOM_LLAVA:
         return random_llava(*load_model(EMBEDDED_MODEL, dtype, device, device_map, attn_implementation))
     target = check_placement(dtype, device, device_map, attn_implementation)

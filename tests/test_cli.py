@@ -280,7 +280,7 @@ def test_a_gated_model_names_the_token(at, capfd, monkeypatch):
     assert "HF_TOKEN" in fail(capfd, at, "--model", "llama3_8b")
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.22.0", "6.0.0"])
+@pytest.mark.parametrize("version", ["4.57.1", "5.15.1", "6.0.0"])
 def test_an_unsupported_transformers_is_named(at, capfd, monkeypatch, version):
     monkeypatch.setattr("rotatekv.compat.transformers.__version__", version)
     line = fail(capfd, at)
