@@ -47,29 +47,64 @@ def attention_forward(
             "RotateKV's attention was called without a cache: call the whole model, and switch gradient "
             "checkpointing off or unpatch_model(model) before training"
         )
-    rope = rope_function(self)
     query, key, value = project_qkv(self, hidden_states)  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
+    options = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    attend = _attend if cache.parts is None else _attend_to_parts
+    output, weights = attend(self, cache, query, key, value, position_embeddings, attention_mask, options)
+    return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+def _attend(
+    self: nn.Module,
+    cache: RotateKVCache,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    options: dict,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Store the new tokens' (B, H_kv, T, D) keys and values and let their queries, (B, H, T, D), attend.
+
+    Returns:
+        (B, T, H, D), and the weights (B, H, T, T_cached) if the attention interface gives them.
+    """
+    rope = rope_function(self)
     dropout = self.attention_dropout if self.training else 0.0
     if self.config._attn_implementation == "sdpa" and not dropout and cache.attends(self.layer_idx, query):
         # A few new tokens: one kernel reads the packed cache (rotatekv/kernels/).
         output = cache.attend(
             query, key, value, self.layer_idx, self.scaling, lambda x: rope(x, *position_embeddings)
         )  # (B, H, T, D)
-        return self.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+        return output.transpose(1, 2), None
     query = rope(query, *position_embeddings)
     key, value, flushed = cache.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
-
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, _modeling_module(self).eager_attention_forward
     )
     if flushed is not None:  # packed by now, but the call's first queries have them in their recent window
-        attend = partial(attend_with_own_windows, attend, flushed)
-    options = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-    output, weights = attend(
-        self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options
-    )  # fmt: skip
-    output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, H·D)
-    return self.o_proj(output), weights
+        is_causal = cache.mask_is_causal and options.get("is_causal") is not False
+        attend = partial(attend_with_own_windows, attend, flushed, is_causal)
+    return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options)
+
+
+def _attend_to_parts(
+    self: nn.Module, cache: RotateKVCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor], attention_mask: torch.Tensor | None, options: dict,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """``_attend`` for each sequence in its own cache; zeros for padding."""
+    output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
+    for part in cache.parts.running():
+        heads = (part.of(x, 2) for x in (query, key, value))
+        tables = tuple(part.of(x, 1) for x in position_embeddings)
+        mask = part.attention_mask(attention_mask)
+        of_part, weights = _attend(self, part.cache, *heads, tables, mask, options)
+        output[part.row, part.new] = of_part[0]
+        if weights is not None:
+            if all_weights is None:
+                all_weights = query.new_zeros(*query.shape[:3], cache.positions.shape[1])
+            all_weights[part.row][:, part.new[:, None], part.columns] = weights[0]
+    return output, all_weights
 
 
 def project_qkv(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,8 +144,11 @@ def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
     cache = find_cache(kwargs)
     if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
         return
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    give_sinks(cache.layers[decoder_layer.self_attn.layer_idx], hidden_states, cache.token_mask)
+    hidden_states, layer = args[0] if args else kwargs["hidden_states"], decoder_layer.self_attn.layer_idx
+    if cache.parts is None:
+        return give_sinks(cache.layers[layer], hidden_states, cache.token_mask)
+    for part in cache.parts.running():
+        give_sinks(part.cache.layers[layer], part.of(hidden_states, 1))
 
 
 def _normed_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
 from rotatekv.methods import KVMethod, LayerGeometry, build_method, method_class
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
+from rotatekv.parts import find_documents
 from rotatekv.speculation import prompt_first
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -311,7 +312,7 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
         kwargs = {"input_ids": args[0], **kwargs}
         if len(args) > 1:
             raise UserError("a patched model takes its arguments after input_ids by name")
-    cache = find_cache(kwargs)
+    given = cache = find_cache(kwargs)
     if cache is None:
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
@@ -325,18 +326,25 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
     tokens = embeds if embeds is not None else ids
     batch_size, length = tokens.shape[:2]
-    position_ids = kwargs.get("position_ids")
+    position_ids, documents = kwargs.get("position_ids"), None
+    if position_ids is not None and kwargs.get("attention_mask") is None and given is None:
+        documents = find_documents(position_ids, _uses_cache(text_model, kwargs))
     if position_ids is None:
         past = cache.get_seq_length()
         counted = torch.arange(past, past + length, dtype=torch.int64, device=tokens.device)
         position_ids = counted.unsqueeze(0)  # (1, T)
     mask = kwargs.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-    cache.begin_forward(position_ids, batch_size, mask)
-    cache.fused_call = plan_fused_call(cache.positions, length, mask, handle.rope_source)
+    cache.begin_forward(position_ids, batch_size, mask, documents)
     dtype = embeds.dtype if embeds is not None else text_model.get_input_embeddings().weight.dtype
     stub = torch.empty(0, dtype=dtype, device=tokens.device)  # rotary_emb only reads its dtype and device
-    cache.set_rope_table(lambda: text_model.rotary_emb(stub, position_ids=cache.positions.to(tokens.device)))
+    running = [(cache, length, mask)]
+    if cache.parts is not None:
+        running = [(part.cache, len(part.new), part.token_mask(mask)) for part in cache.parts.running()]
+    for one, new, its_mask in running:
+        one.fused_call = plan_fused_call(one.positions, new, its_mask, handle.rope_source)
+        positions = one.positions.to(tokens.device)
+        one.set_rope_table(partial(text_model.rotary_emb, stub, position_ids=positions))
     return (), {**kwargs, "position_ids": position_ids, CACHE_NAME: cache}
 
 
@@ -345,13 +353,17 @@ def _leave_forward(text_model: nn.Module, args: tuple, kwargs: dict, output):
     cache = find_cache(kwargs)
     if isinstance(cache, RotateKVCache):
         cache.end_forward(failed=output is None)
-    use_cache = kwargs.get("use_cache")
-    if (text_model.config.use_cache if use_cache is None else use_cache) or output is None:
+    if _uses_cache(text_model, kwargs) or output is None:
         return output
     if isinstance(output, tuple):
         return tuple(item for item in output if not isinstance(item, RotateKVCache))
     setattr(output, CACHE_NAME, None)
     return output
+
+
+def _uses_cache(text_model: nn.Module, kwargs: dict) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return text_model.config.use_cache if use_cache is None else use_cache
 
 
 def check_cache(handle: PatchHandle, cache) -> None:

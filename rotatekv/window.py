@@ -68,6 +68,7 @@ class FlushedTokens:
 def attend_with_own_windows(
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     flushed: FlushedTokens,
+    is_causal: bool,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -77,10 +78,14 @@ def attend_with_own_windows(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``attend``, a Hugging Face attention function, with every query's own recent window.
 
+    The mask decides which tokens a query sees, the window in which form; a later token, where the mask shows one, is
+    in the window.
+
     Args:
+        is_causal: no query sees a later token, whatever the mask is.
         query: (B, H, T, D), the last T tokens.
         key, value: (B, H_kv, T_cached, D), the flushed tokens among them as they decode.
-        attention_mask: (B, 1, T, T_cached), bool or to be added; None: causal.
+        attention_mask: (B or 1, H or 1, T or 1, T_cached), bool or to be added; None: all that ``is_causal`` leaves.
 
     Returns:
         (B, T, H, D), and the weights (B, H, T, T_cached) if ``attend`` gives them.
@@ -90,15 +95,17 @@ def attend_with_own_windows(
     counted = {"dtype": torch.int64, "device": key.device}
     for first in range(0, new, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, new)
-        seen = tokens - new + last  # by the last of these queries
-        own = range(tokens - new + first, seen)  # the queries' own tokens
+        seen = tokens - new + last if is_causal else tokens  # by the last of these queries
+        own = range(tokens - new + first, tokens - new + last)  # the queries' own tokens
         edges = [flushed.window.packed_of(token + 1) for token in own]
         here, packed = (torch.tensor(x, **counted) for x in (list(own), edges))  # (Q,)
         # As they decode, as they were in the window, and the tokens that are there still.
         parts = (0, edges[-1]), (edges[0], min(flushed.end, seen)), (flushed.end, seen)
         columns = torch.cat([torch.arange(*part, **counted) for part in parts if part[0] < part[1]])  # (K,)
         is_exact = torch.arange(len(columns), **counted) >= parts[0][1]
-        visible = (columns <= here[:, None]) & (is_exact == (columns >= packed[:, None]))  # (Q, K)
+        visible = is_exact == (columns >= packed[:, None])  # (Q, K)
+        if is_causal:
+            visible &= columns <= here[:, None]
         keys, values = (
             torch.cat([x[:, :, slice(*parts[0])], old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],
                        x[:, :, slice(*parts[2])]], dim=2)
@@ -114,10 +121,10 @@ def attend_with_own_windows(
 
 
 def _with_mask(mask: torch.Tensor | None, queries: slice, columns: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """The caller's mask for these queries and columns, and what is not ``visible`` hidden; (B or 1, 1, Q, K)."""
+    """The caller's mask for these queries and columns, and what is not ``visible`` hidden; (B or 1, H or 1, Q, K)."""
     if mask is None:
         return visible[None, None]
-    mask = mask[:, :, queries].index_select(-1, columns)
+    mask = (mask[:, :, queries] if mask.shape[2] > 1 else mask).index_select(-1, columns)
     if mask.dtype == torch.bool:
         return mask & visible
     return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)

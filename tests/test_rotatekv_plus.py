@@ -19,6 +19,7 @@ from rotatekv.kernels import cpu
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.patch import find_text_model
 from rotatekv.transforms import hadamard_matrix
+from rotatekv.window import RecentWindow
 
 LAYERS, HEADS, DIM = 2, 3, 16
 CHANNELS = HEADS * DIM
@@ -164,21 +165,22 @@ def test_massive_tokens_stay_exact_whenever_they_come(tmp_path, monkeypatch):
     mask = torch.ones(2, 90, dtype=torch.long)
     mask[0, :9] = 0
     whole, cache = logits(model, PLUS, path, (90,), mask)
-    layer, packed = cache.layers[0], cache.layers[0].packed_keys.length
-    expected = ((hidden > threshold) & mask.bool())[:, :packed].nonzero()
-    assert len(expected) > 4 and packed == 64
-    assert torch.equal(torch.stack([layer.sink_rows, layer.sink_columns], 1).long(), expected)
+    layers = [alone.layers[0] for alone in cache.parts.caches()]  # padded rows are kept each alone
+    assert [layer.packed_keys.length for layer in layers] == [64, 64]
+    expected = [(hidden[row, left : left + 64] > threshold).nonzero()[:, 0].int() for row, left in ((0, 9), (1, 0))]
+    assert sum(map(len, expected)) > 4
+    assert all(torch.equal(layer.sink_columns, sinks) for layer, sinks in zip(layers, expected, strict=True))
     for chunks in ((30, 20, 1, 39), (5, 85), (12,) + (1,) * 78):
         parts, other = logits(model, PLUS, path, chunks, mask)
-        assert torch.equal(other.layers[0].sink_columns, layer.sink_columns)
-        assert torch.equal(other.layers[0].sink_rows, layer.sink_rows)
+        for alone, sinks in zip(other.parts.caches(), expected, strict=True):
+            assert torch.equal(alone.layers[0].sink_columns, sinks)
         difference = (parts - whole)[mask.bool()].abs()
         assert difference.median() < 1e-6 and difference.mean() < 2e-3
 
 
 @pytest.mark.parametrize("width", [5, 30, 33])
 def test_a_later_calls_short_mask_leaves_the_rest_padding(width, tmp_path, tiny):
-    """As Hugging Face's own masks do: the tokens it does not name are unseen, and no sinks."""
+    """As Hugging Face's own masks do: the tokens it does not name are unseen, and not stored."""
     path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(0.0), {})
     for length in (width, 35):
         mask = torch.ones(2, width, dtype=torch.long)
@@ -187,8 +189,9 @@ def test_a_later_calls_short_mask_leaves_the_rest_padding(width, tmp_path, tiny)
             cache = RotateKVCache.for_model(tiny)
             tiny(token_ids(2, 30), past_key_values=cache)
             found = tiny(token_ids(2, 5, seed=1), attention_mask=mask, past_key_values=cache).logits
-        flags = cache.layers[0].window_massive[:, -5:]
-        assert torch.equal(flags, torch.arange(30, 35).expand(2, 5) < width)
+        assert cache.get_seq_length() == 35
+        for alone in cache.parts.caches():
+            assert alone.get_seq_length() == max(width, 30) and alone.layers[0].window_massive.all()
         if length == width:
             short = found
     torch.testing.assert_close(short, found)
@@ -219,6 +222,16 @@ def test_sinks_survive_a_crop_and_a_beam(tmp_path, tiny):
 # --- kernels -------------------------------------------------------------------------------------------------------
 
 
+def fused_calls(tokens: int, chunks: tuple[int, ...]) -> int:
+    """How many chunks after ``tokens`` the kernel attends to: those with one window, once a block is packed."""
+    window, count = RecentWindow(16, 16), 0
+    for length in chunks:
+        window = replace(window, packed=window.packed_of(tokens))
+        count += window.packed > 0 and not window.differs(tokens, length)
+        tokens += length
+    return count
+
+
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("preset", ["RotateKV2+", "RotateKV4+"])
@@ -233,10 +246,12 @@ def test_the_fused_kernels_give_the_general_path(preset, rows, fold, tmp_path, a
         mask[0, :7] = mask[2, :19] = 0
     model, config, chunks = any_family.double(), replace(PRESETS[preset], fuse_weights=fold), (40, 1, 1, 3, 16, 1)
     fused, _ = logits(model, config, path, chunks, mask)
-    assert len(calls) == LAYERS * 4  # not the 16, which have two windows
+    expected = LAYERS * sum(fused_calls(chunks[0] - left, chunks[1:]) for left in (0, 7, 19)[:rows])
+    assert len(calls) == expected >= LAYERS * 4
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     general, cache = logits(model, config, path, chunks, mask)
-    assert len(calls) == LAYERS * 4 and len(cache.layers[0].sink_rows)
+    caches = cache.parts.caches() if rows > 1 else [cache]
+    assert len(calls) == expected and all(len(alone.layers[0].sink_rows) for alone in caches)
     difference = (fused - general)[mask.bool()].abs()
     assert difference.median() < 5e-4 and difference.mean() < 0.005 * general.std()
 

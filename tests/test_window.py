@@ -73,7 +73,7 @@ def test_every_query_attends_as_if_it_were_the_last(new, length, packed):
     module = nn.Module()
     module.num_key_value_groups = 2
     for mask in (~hidden, torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -1e30)):
-        got, _ = attend_with_own_windows(sdpa_attention_forward, flushed, module, query, cached, cached, mask)
+        got, _ = attend_with_own_windows(sdpa_attention_forward, flushed, True, module, query, cached, cached, mask)
         for i in range(new):
             edge = max((length + i + 1 - 20) // 16 * 16, packed)
             seen = torch.cat([decoded[:, :, :edge], exact[:, :, edge:]], dim=2).repeat_interleave(2, dim=1)

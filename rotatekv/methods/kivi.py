@@ -27,12 +27,13 @@ class KIVI(RTN):
         scale      (B, T / g, C) float16  of tokens g·r … g·r + g − 1 of the channel
         zero       (B, T / g, C) int8     ``x̂[t, c] = (code[t, c] − zero[t // g, c])·scale[t // g, c]``
 
-    Groups count from the cache's first token, left padding included, as in the original.
+    Groups count from a sequence's first token: rows of a padded batch are kept each alone (rotatekv/parts.py).
     Where 16 divides g, the CPU's kernels decode and read them as they lie.
     """
 
     # AUTHORS: they keep T mod R keys (R = residual_length) in 16 bits and flush all R when they are full, but always
     # the last R values; here keys and values leave together, k_groupsize at a time, and never fewer than R stay.
+    # AUTHORS: groups count from the left padding, so that a padded row is another one than alone.
     # AUTHORS: they store a group's minimum in 16 bits; here the zero point is an int8, as for every method, which
     # widens the scale of a group that lies further from 0 than 127 / (2^bits − 1) times its range.
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):

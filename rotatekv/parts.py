@@ -1,0 +1,150 @@
+"""Batches whose sequences are kept each in a cache of its own: its own tokens, without padding and other sequences'.
+
+Two kinds of batches need it. *Packed*: documents one after the other in a row, known by ``position_ids`` that restart.
+*Padded*, where it matters from which token on a sequence counts: KIVI and RotateKV+ pack tokens in groups, and sinks
+are chosen in the first call that has a token of the sequence. So a sequence's numbers are those it has alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from rotatekv.cache import RotateKVCache
+
+
+@dataclass
+class Part:
+    """One sequence of a batch.
+
+    Args:
+        row: of the batch.
+        cache: of this sequence alone.
+        columns: (T_part,) int64, which of the row's tokens are its own, ascending.
+        new: (T_new,) int64, which of the running call's tokens are.
+    """
+
+    row: int
+    cache: RotateKVCache
+    columns: torch.Tensor
+    new: torch.Tensor | None = None
+
+    def begin_forward(self, position_ids: torch.Tensor, own: torch.Tensor, cached: int) -> None:
+        """``position_ids`` (B, T) of the call's tokens, of which ``own`` (T,) bool are the sequence's."""
+        self.new = own.nonzero()[:, 0].to(self.columns.device)
+        self.columns = torch.cat([self.columns, self.new + cached])
+        if len(self.new):
+            self.cache.begin_forward(self.of(position_ids, 1), 1, None)
+
+    def of(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """(B or 1, ...) ``x`` with the call's tokens along ``dim`` → (1, ...), the sequence's."""
+        return self._row(x).index_select(dim, self.new.to(x.device))
+
+    def token_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What a caller's mask says of the sequence's tokens: (1, T_part) of a 2-D one; another as it is."""
+        if mask is None or mask.dim() != 2:
+            return mask
+        unnamed = int(self.columns[-1]) + 1 - mask.shape[1]  # by a short mask: hidden
+        return self._row(pad(mask, (0, max(unnamed, 0)))).index_select(1, self.columns.to(mask.device))
+
+    def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The (B or 1, ·, T or 1, T_cached) mask that attention is given → (1, ·, T_new or 1, T_part)."""
+        if mask is None:
+            return None
+        queries = self.of(mask, 2) if mask.shape[2] > 1 else self._row(mask)
+        return queries.index_select(3, self.columns.to(mask.device))
+
+    def _row(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.row : self.row + 1] if x.shape[0] > 1 else x
+
+    def crop(self, length: int) -> None:
+        """Drop the tokens that lie past the row's first ``length``."""
+        kept = self.columns[self.columns < length]
+        self.cache.crop(len(kept) - len(self.columns))
+        self.columns = kept
+
+
+class Parts:
+    """The sequences of a batch, each alone.
+
+    Args:
+        tokens: of a row that are stored, padding included.
+        is_packed: they are documents of a packed batch; else each is a row.
+    """
+
+    def __init__(self, parts: Sequence[Part], tokens: int = 0, is_packed: bool = False):
+        self.parts, self.tokens, self.is_packed = list(parts), tokens, is_packed
+        self._coming = tokens
+
+    @classmethod
+    def of_rows(cls, cache: RotateKVCache, rows: int) -> Parts:
+        """The rows of a cache between two calls, whose stored tokens are none of them padding."""
+        tokens, parts = cache.get_seq_length(), []
+        counted = {"dtype": torch.int64, "device": cache.token_mask.device}
+        for row in range(rows):
+            alone = copy.deepcopy(cache)
+            alone.select_rows(torch.tensor([row], **counted))
+            parts.append(Part(row, alone, torch.arange(tokens, **counted)))
+        return cls(parts, tokens)
+
+    @classmethod
+    def of_documents(
+        cls, documents: torch.Tensor, new_cache: Callable[[], RotateKVCache]
+    ) -> tuple[Parts, list[torch.Tensor]]:
+        """One for each of ``documents`` (B, T), numbered in each row, and which of its row's tokens are its own."""
+        found = [(row, numbers == n) for row, numbers in enumerate(documents) for n in numbers.unique()]
+        none = documents.new_empty(0, dtype=torch.int64)
+        return cls([Part(row, new_cache(), none) for row, _ in found], is_packed=True), [own for _, own in found]
+
+    def running(self) -> list[Part]:
+        """Those that have tokens in the running call."""
+        return [part for part in self.parts if part.new is not None and len(part.new)]
+
+    def caches(self) -> list[RotateKVCache]:
+        return [part.cache for part in self.parts]
+
+    def begin_forward(self, position_ids: torch.Tensor, owned: Iterable[torch.Tensor]) -> None:
+        """``position_ids`` (B, T) of the new tokens, and for each part which of its row's are its own, (T,) bool."""
+        self._coming = self.tokens + position_ids.shape[1]
+        for part, own in zip(self.parts, owned, strict=True):
+            part.begin_forward(position_ids, own, self.tokens)
+
+    def end_forward(self, failed: bool) -> None:
+        self._coming = self.tokens = self.tokens if failed else self._coming
+        for part in self.parts:
+            part.cache.end_forward(failed)
+            part.columns = part.columns[part.columns < self.tokens]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.tokens = max(self.tokens + int(tokens_to_remove), 0)
+        for part in self.parts:
+            part.crop(self.tokens)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row ``i`` gets copies of the parts that row ``rows[i]`` had."""
+        self.parts = [
+            replace(part, row=i, cache=copy.deepcopy(part.cache))
+            for i, row in enumerate(rows.tolist()) for part in self.parts if part.row == row
+        ]  # fmt: skip
+
+
+def find_documents(position_ids: torch.Tensor, use_cache: bool) -> torch.Tensor | None:
+    """The documents of a packed batch, (B or 1, T) int64, numbered in each row; None: every row is one.
+
+    As in transformers, a document ends where the next position is not one more. A call that keeps its cache, which
+    transformers never takes for a packed one, must go back in position somewhere.
+
+    Args:
+        position_ids: (B or 1, T).
+    """
+    steps = position_ids.diff(dim=1)
+    ends = steps != 1
+    if not bool((steps < 1 if use_cache else ends).any()):
+        return None
+    return pad(ends.cumsum(1), (1, 0))
