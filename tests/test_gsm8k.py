@@ -20,6 +20,7 @@ from rotatekv import patch_model
 from rotatekv.errors import UserError
 from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete
+from rotatekv.evals.numbers import normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 7
@@ -114,12 +115,12 @@ def test_extracted_number(text, number):
 
 @pytest.mark.parametrize("same", [("5", "5.0", "5.00", "05", "$5", "5."), ("1234", "1,234", "$1,234.00", "1,234.")])
 def test_spellings_of_one_value_are_one(same):
-    assert {gsm8k.normalise(spelling) for spelling in same} == {same[0]}
+    assert {normalise(spelling) for spelling in same} == {same[0]}
 
 
 def test_values_that_differ_stay_apart():
     spellings = ["5", "-5", "50", "0.5", "5.5", "500", "1" * 40, "1" * 39 + "2"]
-    assert len({gsm8k.normalise(spelling) for spelling in spellings}) == len(spellings)
+    assert len({normalise(spelling) for spelling in spellings}) == len(spellings)
 
 
 def lm_eval_filters() -> dict:
@@ -168,7 +169,7 @@ def test_agrees_with_lm_eval(name, text):
     options = {"regexes_to_ignore": theirs["ignore"], "ignore_case": True, "ignore_punctuation": False}
     for gold in ("7", "5", "-5", "1000000", "50", "3", "10", "1234.00", "-12", "15", "42", "18.50", "6"):
         theirs_says = exact_match_fn(predictions=[found], references=[gold], **options)["exact_match"]
-        ours = gsm8k.score({"prediction": text, "answers": [gsm8k.normalise(gold)]})["score"]
+        ours = gsm8k.score({"prediction": text, "answers": [normalise(gold)]})["score"]
         assert ours == theirs_says, (found, gold)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
 from rotatekv.errors import UserError
+from rotatekv.evals.numbers import boxed, first_number, last_number
 from rotatekv.evals.records import read_hub, read_jsonl
 
 STOP = "Q:"  # the model goes on to a question of its own
@@ -16,8 +16,6 @@ _FIELDS = ("question", "answer")
 _EXAMPLES = Path("tasks") / "gsm8k" / "gsm8k-cot.yaml"  # in the installed lm_eval
 _OPENING = "Let's think step by step."
 _MARK = "The answer is"
-# A minus right behind a digit, a letter or a closing bracket subtracts: "20-12" holds 20 and 12.
-_NUMBER = re.compile(r"(?:(?<![\w)])[-−])?\$?(?:(?<=\$)[-−])?(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)")
 
 
 def load_questions(data_dir: str | None) -> list[dict]:
@@ -67,30 +65,25 @@ def build_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:
 
 
 def extract_number(text: str) -> str | None:
-    """The first number after the first "The answer is", else the last of the text, normalised; None: no number."""
-    _, _, rest = text.partition(_MARK)
-    if (found := _NUMBER.search(rest)) is not None:
-        return normalise(found[0])
-    numbers = _NUMBER.findall(text)
-    return normalise(numbers[-1]) if numbers else None
+    r"""The number a completion answers with, normalised; None: no number.
 
-
-def normalise(number: str) -> str:
-    """One spelling per value: ``$1,234.00`` → ``1234``, ``-.50`` → ``-0.5``, ``-0`` → ``0``."""
-    digits = re.sub(r"[$,−-]", "", number)
-    whole, _, fraction = digits.partition(".")
-    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
-    value = f"{whole}.{fraction}" if fraction else whole
-    return f"-{value}" if ("-" in number or "−" in number) and value != "0" else value
+    The first number after the first "The answer is", as in lm_eval's gsm8k_cot (the paper's metric); else the one in
+    the last ``\boxed{…}``; else the last number of the text. Numbers are read as ``numbers.plain`` says, words never:
+    "twelve" is none. Where lm_eval cuts a number ("1" of "1 234", "3" of "3/4") the whole counts.
+    """
+    for place in (text.partition(_MARK)[2], boxed(text)):
+        if (found := first_number(place)) is not None:
+            return found
+    return last_number(text)
 
 
 def gold_number(answer: str, place: int) -> str:
     """The normalised number behind ``####`` in the data set's answer; ``place`` names the question in the error."""
     _, mark, last = str(answer).rpartition("####")
-    found = _NUMBER.search(last) if mark else None
+    found = first_number(last) if mark else None
     if found is None:
         raise UserError(f"the answer of GSM8K question {place} (from 0) has no '#### number'")
-    return normalise(found[0])
+    return found
 
 
 def score(record: dict) -> dict:
