@@ -257,7 +257,8 @@ def load_reorder_indices(
         UserError: no file, a damaged or foreign one, or one for another model, shape or G.
     """
     path = _existing("reorder", model_id, path)
-    found = _read_authors_tensor(path) if path.suffix in (".pt", ".pth") else _read_safetensors(path)
+    is_authors = path.suffix in (".pt", ".pth")
+    found = _read_authors_tensor(path, (num_layers, channels)) if is_authors else _read_safetensors(path)
     _check(found, path, model_id, num_layers, channels, head_group_num)
     return replace(found, indices=found.indices.long())
 
@@ -310,30 +311,54 @@ def _read_safetensors(path: Path) -> ReorderIndices:
     return ReorderIndices(tensors["indices"], metadata, _sha256(path))
 
 
-def _read_authors_tensor(path: Path) -> ReorderIndices:
-    """The authors' ``.pt``: a (L, C) tensor, a list of L rows or a dict of them. It names no model and no G."""
+def _read_authors_tensor(path: Path, shape: tuple[int, int]) -> ReorderIndices:
+    """The authors' ``.pt``: a (L, C) tensor, a list of L rows or a dict of them. It names no model and no G.
+
+    Args:
+        shape: (L, C) of the model; others are refused before they are unfolded (a small file can name a huge view).
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict):
             content = [content[key] for key in sorted(content, key=lambda key: int(re.sub(r"\D", "", str(key)) or 0))]
         if isinstance(content, (list, tuple)):
-            content = torch.stack([torch.as_tensor(row, device="cpu").flatten() for row in content])
-        if not isinstance(content, torch.Tensor) or content.is_floating_point() or content.dim() != 2:
+            rows = [row if isinstance(row, torch.Tensor) else torch.tensor(row, device="cpu") for row in content]
+            found = (len(rows), *{_check_plain_integers(row).numel() for row in rows})
+        elif isinstance(content, torch.Tensor):
+            rows, found = _check_plain_integers(content), tuple(content.shape)
+        else:
+            rows, found = [], ()
+        if len(found) != 2:
             raise ValueError("no (layers, channels) table of integers")
+        _check_shape(path, found, shape)
+        indices = torch.stack([row.flatten().long() for row in rows])
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises a dozen classes on foreign bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no table of reorder indices ({reason}): {_REMAKE}") from None
-    return ReorderIndices(content.long(), {}, _sha256(path))
+    return ReorderIndices(indices, {}, _sha256(path))
+
+
+def _check_plain_integers(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+    if not plain or tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout).split(".")[-1]
+        raise ValueError(f"a {kind} tensor of {str(tensor.dtype).split('.')[-1]}, not of plain integers")
+    return tensor
+
+
+def _check_shape(path: Path, shape: tuple[int, ...], wanted: tuple[int, int]) -> None:
+    if shape != wanted:
+        raise UserError(f"{path} holds indices of shape {shape}, the model needs {wanted}: {_REMAKE}")
 
 
 def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, channels: int, group: int) -> None:
     indices = found.indices
-    shape = tuple(indices.shape)
     _check_model("reorder", path, found.metadata, model_id)
     if indices.is_floating_point() or indices.is_complex():
         raise UserError(f"{path} holds {indices.dtype} numbers, not indices: {_REMAKE}")
-    if len(shape) != 2 or shape != (num_layers, channels):
-        raise UserError(f"{path} holds indices of shape {shape}, the model needs {(num_layers, channels)}: {_REMAKE}")
+    _check_shape(path, tuple(indices.shape), (num_layers, channels))
     _check_group("reorder", path, found.metadata, group)
     rows = indices.long().sort(dim=-1).values
     counted = torch.arange(channels, dtype=torch.int64, device="cpu").expand_as(rows)
