@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from rotatekv.cropping import MOST_CROPPED, Croppable, RecentTokens, storing
 from rotatekv.decode import FusedCall
 from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
@@ -24,17 +22,6 @@ _BESIDE = (  # the tensors beside the packed stores
 )  # fmt: skip
 
 
-MOST_CROPPED = 64  # tokens of one call that a recording layer's crop takes back without a trace
-
-
-class RecentTokens(NamedTuple):
-    """Tokens that the last call has packed, (B, T_flushed, H_kv·D) as the window had them, from token ``start`` on."""
-
-    start: int
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
 def rope_from(rope: Callable, cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """What ``RotateKVLayer.update`` takes: a family's ``rope(x, cos, sin)`` with tables of all tokens, cut to x's."""
 
@@ -45,19 +32,7 @@ def rope_from(rope: Callable, cos: torch.Tensor, sin: torch.Tensor) -> Callable[
     return turn
 
 
-def _storing(method: Callable) -> Callable:
-    """A method of a layer that makes tensors to keep: plain ones, of no graph, and not those of
-    ``torch.inference_mode``, which no call outside it could write to."""
-
-    @functools.wraps(method)
-    def store(*args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return store
-
-
-class RotateKVLayer(CacheLayerMixin):
+class RotateKVLayer(Croppable, CacheLayerMixin):
     """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
 
     Tensors, each cut and joined along B and T by the cache's operations:
@@ -73,7 +48,7 @@ class RotateKVLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, method: KVMethod):  # the base class's own would set keys and values
-        self.method, self.record_past = method, False
+        self.method = method
         self._clear()
 
     def _clear(self) -> None:
@@ -82,10 +57,10 @@ class RotateKVLayer(CacheLayerMixin):
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self._sinks_in_window = True  # maybe; once none is there, only a crop brings one back
         self._before: tuple[int, dict[str, torch.Tensor | None]] | None = None
-        self._recent: RecentTokens | None = None
+        self._sinks_until = self._recent = self._spare = None
         self.is_initialized = False
 
-    @_storing
+    @storing
     def end_call(self, failed: bool = False) -> None:
         """The running call is done; ``failed``: take back what it has stored here."""
         before, self._before, self._new_massive = self._before, None, None
@@ -99,19 +74,7 @@ class RotateKVLayer(CacheLayerMixin):
         self._keep_packed(packed)
         for name, tensor in beside.items():
             setattr(self, name, tensor)
-        self._recent, self._sinks_in_window = None, True
-
-    def _keep_packed(self, length: int) -> None:
-        if length:
-            self.packed_keys.crop(length)
-            self.packed_values.crop(length)
-        else:
-            self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
-
-    def activate_past_recording(self) -> None:
-        """transformers asks for it where it means to crop: from now on a call keeps in 16 bits what a crop of up to
-        ``MOST_CROPPED`` of its tokens gives back to the window, until it is cropped or the next one comes."""
-        self.record_past = True
+        self._recent, self._spare, self._sinks_in_window = None, None, True
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -133,15 +96,19 @@ class RotateKVLayer(CacheLayerMixin):
         self.storage_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
         self.is_initialized = True
 
-    def set_sinks(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        """Name the tokens of the coming first update that stay unquantized; (S,) int32 each."""
-        self.sink_rows, self.sink_columns = rows, columns
+    def set_sinks(self, rows: torch.Tensor, columns: torch.Tensor, until: torch.Tensor | None = None) -> None:
+        """Name the tokens of the coming first update that stay unquantized; (S,) int32 each.
+
+        Args:
+            until: with some that are not sinks of all its tokens: see ``SpareSinks``.
+        """
+        self.sink_rows, self.sink_columns, self._sinks_until = rows, columns, until
 
     def set_massive(self, is_massive: torch.Tensor) -> None:
         """Name those of the coming update's tokens, (B, T) bool, that become sinks when they are packed."""
         self._new_massive = is_massive
 
-    @_storing
+    @storing
     def update(
         self,
         key_states: torch.Tensor,
@@ -195,7 +162,7 @@ class RotateKVLayer(CacheLayerMixin):
             return False
         return kernels.READS_TOKEN_GROUPS or not self.method.key_tokens_per_scale
 
-    @_storing
+    @storing
     def attend(
         self,
         query: torch.Tensor,
@@ -265,12 +232,15 @@ class RotateKVLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store T new tokens; what was packed by that, (B, T_flushed, H_kv·D) before it was."""
         self._before = self.packed_keys.length, {name: getattr(self, name) for name in _BESIDE}
+        self._recent = self._spare = None
         keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
         if self.sink_rows is not None and self.sink_keys is None:
             self.sink_rows, self.sink_columns = self.sink_rows.to(keys.device), self.sink_columns.to(keys.device)
             where = (self.sink_rows.long(), self.sink_columns.long())
             self.sink_keys = self.packed_keys.to_stored_order(self._to_storage(keys[where]))
             self.sink_values = self.packed_values.to_stored_order(self._to_storage(values[where]))
+            if self._sinks_until is not None:
+                self._put_aside_spare_sinks(self._sinks_until.to(keys.device), keys.shape[1])
         start, new = self.packed_keys.length, keys.shape[1]
         if self._window().keeps_tokens:
             keys, values = self._to_storage(keys), self._to_storage(values)
@@ -281,7 +251,6 @@ class RotateKVLayer(CacheLayerMixin):
             self._new_massive = None
             if massive.shape[1]:
                 self._add_sinks(massive, keys, values)
-        self._recent = None
         if self.record_past and new <= MOST_CROPPED and self._window().keeps_tokens and keys.shape[1]:
             self._recent = RecentTokens(start, keys.clone(), values.clone())
         if keys.shape[1]:
@@ -364,74 +333,12 @@ class RotateKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._clear()
 
-    @_storing
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0, an integer or a tensor of one.
-
-        A recording layer (``activate_past_recording``) is then as if the last call had not had them. Otherwise what was
-        packed stays packed, but for the first tokens of a group that is cut (``tokens_per_flush`` > 1): these go back
-        to the window as they decode, in 16 bits, and are quantized again once the group is full again.
-        """
-        # generate of transformers 5.17 hands in a tensor of no dimension
-        tokens_to_remove = operator.index(tokens_to_remove)
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        recent, self._recent = self._recent, None
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        length = self.get_seq_length() + tokens_to_remove
-        if length <= 0:
-            return self.reset()
-        if recent is not None and recent.start <= length:
-            self._unpack(recent, length)
-        window = 0 if self.window_keys is None else self.window_keys.shape[1]
-        packed = self.get_seq_length() - window
-        if self.sink_keys is not None:
-            self._keep_sinks(self.sink_rows, (self.sink_columns < length).nonzero()[:, 0])
-        if window:  # a clone, not a view: a view would keep the dropped tokens' bytes alive
-            left = max(length - packed, 0)
-            self.window_keys = self.window_keys[:, :left].clone()
-            self.window_values = self.window_values[:, :left].clone()
-            if self.window_massive is not None:
-                self.window_massive = self.window_massive[:, :left].clone()
-        self._sinks_in_window = True
-        if length < packed:
-            self._crop_packed(length)
-
-    def _unpack(self, recent: RecentTokens, length: int) -> None:
-        """Give the window back what a sequence of ``length`` tokens has there."""
-        packed = self.packed_keys.length
-        whole = self._window(recent.start).packed_of(length)
-        self.window_keys = torch.cat([recent.keys[:, whole - recent.start :], self.window_keys], dim=1)
-        self.window_values = torch.cat([recent.values[:, whole - recent.start :], self.window_values], dim=1)
-        if self.window_massive is not None:
-            massive = self.window_massive.new_zeros(self.window_keys.shape[:2])
-            massive[:, packed - whole :] = self.window_massive
-            if self.sink_keys is not None:
-                back = self.sink_columns >= whole
-                massive[self.sink_rows[back].long(), self.sink_columns[back].long() - whole] = True
-                self._keep_sinks(self.sink_rows, (~back).nonzero()[:, 0])
-            self.window_massive = massive
-        self._keep_packed(whole)
-
-    def _crop_packed(self, length: int) -> None:
-        """Keep the first ``length`` packed tokens: whole groups packed, the rest of them in the (empty) window."""
-        whole = length // self.method.tokens_per_flush * self.method.tokens_per_flush
-        if whole < length:
-            keys = self._restore(self.packed_keys, None, self.sink_keys, self.method.decode_keys)
-            values = self._restore(self.packed_values, None, self.sink_values, self.method.decode_values)
-            self.window_keys, self.window_values = (self._to_storage(x[:, whole:length]) for x in (keys, values))
-            if self.window_massive is not None:  # sinks among them are sinks already
-                self.window_massive = self.window_massive.new_zeros(keys.shape[0], length - whole)
-        self.packed_keys.crop(whole)
-        self.packed_values.crop(whole)
-
-    @_storing
+    @storing
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` of the batch what row ``rows[i]`` was: packed codes move, nothing is quantized again."""
         if not self.is_initialized:
             return
-        self._recent, rows = None, rows.to(self.device)
+        self._recent, self._spare, rows = None, None, rows.to(self.device)
         self.packed_keys.select_rows(rows)
         self.packed_values.select_rows(rows)
         if self.window_keys is not None:
@@ -442,11 +349,6 @@ class RotateKVLayer(CacheLayerMixin):
         if self.sink_keys is not None:
             new_rows, source = (rows.unsqueeze(1) == self.sink_rows.unsqueeze(0)).nonzero(as_tuple=True)
             self._keep_sinks(new_rows.int(), source, renamed=True)
-
-    def _keep_sinks(self, rows: torch.Tensor, source: torch.Tensor, renamed: bool = False) -> None:
-        self.sink_rows = rows if renamed else rows[source]
-        self.sink_columns = self.sink_columns[source]
-        self.sink_keys, self.sink_values = self.sink_keys[source], self.sink_values[source]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select_rows(beam_idx)
@@ -463,8 +365,11 @@ class RotateKVLayer(CacheLayerMixin):
         """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
         packed, names = getattr(self, f"packed_{kind}"), [f"window_{kind}", f"sink_{kind}"]
         yield from packed
-        if self._recent is not None:
-            yield getattr(self._recent, kind)
+        for kept in (self._recent, self._spare):
+            if kept is not None:
+                yield getattr(kept, kind)
+        if self._spare is not None and kind == "keys":
+            yield from (self._spare.rows, self._spare.columns, self._spare.until)
         for name in names + (["sink_rows", "sink_columns", "window_massive"] if kind == "keys" else []):
             if (tensor := getattr(self, name)) is not None:
                 yield tensor
@@ -476,9 +381,9 @@ class RotateKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self._move(self.device)
 
-    @_storing
+    @storing
     def _move(self, device: torch.device | str) -> None:
-        self._recent = None
+        self._recent = self._spare = None
         self.packed_keys.move(device)
         self.packed_values.move(device)
         for name in _BESIDE:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rotatekv.config import QuantConfig
+from rotatekv.cropping import MOST_CROPPED
 
 if TYPE_CHECKING:
     from rotatekv.cache_layer import RotateKVLayer
@@ -23,6 +24,8 @@ def give_sinks(layer: RotateKVLayer, hidden_states: torch.Tensor, token_mask: to
     if config.sink_selection == "massive":
         layer.set_massive(massive_tokens(hidden_states, layer.method.sink_threshold, token_mask))
     # PAPER: sinks are found at prefill; a prefill in several calls has them chosen in the first.
+    elif layer.get_seq_length() == 0 and layer.record_past and config.sink_selection == "detected":
+        layer.set_sinks(*sinks_of_prefixes(hidden_states, config.num_sink_entries, MOST_CROPPED, token_mask))
     elif layer.get_seq_length() == 0:
         layer.set_sinks(*sinks_of(config, hidden_states, token_mask))
 
@@ -91,3 +94,38 @@ def detect_sinks(
         is_sink &= token_mask
     rows, columns = is_sink.nonzero(as_tuple=True)
     return rows.int(), columns.int()
+
+
+def sinks_of_prefixes(
+    hidden_states: torch.Tensor, num_entries: int, most_cropped: int, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sinks of the first t tokens for all t from T − ``most_cropped`` to T, each with the largest such t.
+
+    A token that is a sink of t tokens is one of any fewer that hold it, since fewer compete.
+
+    Returns:
+        rows, columns, until: (S,) int32 each, sorted by row and column.
+    """
+    magnitudes = hidden_states.detach().abs()
+    if token_mask is not None:
+        magnitudes = magnitudes.masked_fill(~token_mask.to(magnitudes.device).unsqueeze(-1), -1.0)
+    batch, tokens, width = magnitudes.shape
+    shortest = max(tokens - most_cropped, 1)
+    # All entries that can be among the largest: those of the shortest prefix, and each later token's own.
+    first = magnitudes[:, :shortest].flatten(1)
+    first = first.topk(min(num_entries, first.shape[1]), dim=1)
+    later = magnitudes[:, shortest:].topk(min(num_entries, width), dim=2).values  # (B, T − shortest, ·)
+    owners = torch.arange(shortest, tokens, device=magnitudes.device).repeat_interleave(later.shape[2])
+    entries = torch.cat([first.values, later.flatten(1)], dim=1)
+    columns = torch.cat([first.indices // width, owners.expand(batch, -1)], dim=1)
+    until = torch.zeros(batch, tokens, dtype=torch.int32, device=magnitudes.device)
+    for length in range(shortest, tokens):
+        seen = entries.masked_fill(columns >= length, -1.0)
+        top = seen.topk(min(num_entries, length * width), dim=1)
+        until.scatter_(1, columns.gather(1, top.indices), length)
+    rows, whole = detect_sinks(hidden_states, num_entries, token_mask)
+    until[rows.long(), whole.long()] = tokens
+    if token_mask is not None:
+        until.masked_fill_(~token_mask.to(until.device), 0)
+    rows, columns = until.nonzero(as_tuple=True)
+    return rows.int(), columns.int(), until[rows, columns]

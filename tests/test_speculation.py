@@ -15,9 +15,11 @@ from conftest import tiny_model
 from test_generate import generate, patch_calibrated, varied_ids
 from test_kvquant import random_statistics as kvquant_statistics
 from test_rotatekv_plus import random_statistics as plus_statistics
+from test_sinks import naive_sinks
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
 from rotatekv.calibration import save_statistics
+from rotatekv.cropping import MOST_CROPPED
 
 NAMES = [
     "FP16", "RTN2", "KIVI2", "KIVI4", "QuaRot2", "TurboQuant2", "KVQuant2", "RotateKV2", "RotateKV3", "RotateKV4",
@@ -71,3 +73,41 @@ def test_speculative_decoding_is_greedy(preset, way, tmp_path, crops):
     torch.testing.assert_close(torch.stack(quick.logits), torch.stack(plain.logits), rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(quick.past_key_values.tensors(), plain.past_key_values.tensors(), strict=True):
         assert ours.shape == theirs.shape
+
+
+def layer_inputs(model, ids) -> tuple[RotateKVCache, list[torch.Tensor]]:
+    """A recording cache of one call, and what each layer was given in it."""
+    seen, cache = [], RotateKVCache.for_model(model)
+    cache.activate_past_recording()
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0])) for layer in model.model.layers]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    return cache, seen
+
+
+@pytest.mark.parametrize("tokens, residual_length", [(12, 0), (12, 7), (90, 0)])
+def test_a_crop_into_the_first_call_has_the_sinks_of_the_tokens_that_stayed(tokens, residual_length, tmp_path):
+    """Layer 0, whose input is no other layer's output, is to the bit what the shorter prompt alone makes of it."""
+    model, came_back = tiny_model().double(), 0
+    ids = torch.randint(8, 128, (2, tokens), generator=torch.Generator().manual_seed(5))
+    changes = {"num_sink_entries": 9, "residual_length": residual_length}
+    with patched_with_statistics(model, "RotateKV2", tmp_path, **changes), torch.no_grad():
+        for removed in (0, 1, 5, min(tokens, MOST_CROPPED) - 1):
+            cache, seen = layer_inputs(model, ids)
+            before = [sinks(layer) for layer in cache.layers]
+            cache.crop(-removed)
+            short = RotateKVCache.for_model(model)
+            model(ids[:, : tokens - removed], past_key_values=short)
+            for kind in ("keys", "values"):
+                ours, theirs = (list(each.layers[0].tensors(kind)) for each in (cache, short))
+                assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+            for layer, hidden, earlier in zip(cache.layers, seen, before, strict=True):
+                assert sinks(layer) == naive_sinks(hidden[:, : tokens - removed], 9)
+                came_back += len(set(sinks(layer)) - set(earlier))
+    assert came_back, "no token was crowded out of the sinks"
+
+
+def sinks(layer) -> list[tuple[int, int]]:
+    return list(zip(layer.sink_rows.tolist(), layer.sink_columns.tolist(), strict=True))
