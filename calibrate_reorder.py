@@ -4,6 +4,9 @@ Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forwar
 means, factors and order of the pre-RoPE keys and what makes an activation massive, three passes, and the sensitivity
 of each layer, two passes a layer over the first window. KVQuant's statistics take two passes, one of them with
 gradients, and more memory.
+
+At the end each preset that has its statistics is tried on the first tokens of two windows: a table of the relative
+error of the attention scores, with a warning where it is large (rotatekv/score_errors.py).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import check_windows, context_length
 from rotatekv.models import ALIASES, model_revision
 from rotatekv.patch import check_supported, find_text_model, resolved_head_group
+from rotatekv.score_errors import check_presets
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -83,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(**model_flags(args))
     text_model = find_text_model(model)
     check_supported(text_model)
-    group = resolved_head_group(text_model, config)
+    group = 1 if args.statistics == "kvquant" else resolved_head_group(text_model, config)  # it rotates nothing
     width = group * text_model.layers[0].self_attn.head_dim
     ids = tokenize(tokenizer, text)[:, : args.calibration_tokens]
     if not ids.numel():
@@ -112,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         made = f"{layers} layers × {channels} channels, {group} heads per group"
     print(f"{save_statistics(output, args.statistics, tensors, metadata)}: {made}")
     print(f"calibrated on {metadata['tokens']} tokens of {text.name}")
+    print("\n".join(check_presets(model, windows, args.statistics, output)))
 
 
 def reorder_indices(model, text_model, windows: list, width: int) -> torch.Tensor:
