@@ -23,7 +23,14 @@ from rotatekv.compat import CACHE_NAMES, find_cache
 from rotatekv.sinks import give_sinks
 from rotatekv.window import attend_with_own_windows
 
+# Lengths that change at each call, in-place writes and kernels of our own are no compiler's business. A layer of a
+# compiled model has two graphs, before its attention and after it, and the kernels stay in use.
+outside_compiled_graphs = torch.compiler.disable(
+    reason="a patched model's attention runs outside of compiled graphs: leave out fullgraph=True"
+)
 
+
+@outside_compiled_graphs
 def attention_forward(
     self: nn.Module,
     hidden_states: torch.Tensor,
@@ -139,6 +146,7 @@ def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor,
     return rope
 
 
+@outside_compiled_graphs
 def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
     cache = find_cache(kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def storing(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def store(*args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
             return method(*args, **kwargs)
 
     return store

@@ -15,7 +15,7 @@ from types import MethodType
 import torch
 from torch import nn
 
-from rotatekv.attention import attention_forward, choose_sinks
+from rotatekv.attention import attention_forward, choose_sinks, outside_compiled_graphs
 from rotatekv.cache import CacheSpec, RotateKVCache
 from rotatekv.calibration import CalibrationTarget, load_statistics, placeholders
 from rotatekv.compat import CACHE_NAME, CACHE_NAMES, check_versions, find_cache
@@ -306,6 +306,7 @@ def _fingerprint(model, config: QuantConfig, methods: tuple[KVMethod, ...]) -> s
     return digest.hexdigest()
 
 
+@outside_compiled_graphs
 def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Pre-hook of the text model: give it the cache it is to use, and the cache the tokens' positions."""
     if args:  # input_ids is the only argument HF's own callers pass by position
@@ -348,6 +349,7 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     return (), {**kwargs, "position_ids": position_ids, CACHE_NAME: cache}
 
 
+@outside_compiled_graphs
 def _leave_forward(text_model: nn.Module, args: tuple, kwargs: dict, output):
     """Hook of the text model: drop the call's tables, and the cache from the output where use_cache is False."""
     cache = find_cache(kwargs)

@@ -1,4 +1,4 @@
-"""The process's modes and defaults leave the cache alone: inference mode, default dtype and device."""
+"""The process's modes and defaults leave the cache alone: inference mode, default dtype and device, torch.compile."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from conftest import tiny_model
 
 from benchmarks.random_models import patch_random, random_llama
 from rotatekv import PRESETS, RotateKVCache, calibration, calibration_kvquant, calibration_plus, transforms
+from rotatekv.kernels import cpu
+from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.triton import plan
 from rotatekv.patch import find_text_model
 
@@ -150,3 +152,59 @@ def test_every_tensor_names_its_dtype_and_device():
     """``torch.tensor`` of Python numbers takes integers as they are; of floats the package makes none without dtype."""
     files = sorted((ROOT / "rotatekv").rglob("*.py"))
     assert len(files) > 50 and [line for path in files for line in unnamed(path)] == []
+
+
+# --- torch.compile ---------------------------------------------------------------------------------
+
+
+LARGEST_GRAPHS = 250  # nodes, of a prefill and a decode of one layer; the stock model has 308
+
+
+@pytest.fixture
+def graphs():
+    """A backend that runs graphs as they are, and their sizes."""
+    sizes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    yield backend, sizes
+    torch._dynamo.reset()
+
+
+def compiled_steps(model, backend, cache) -> torch.Tensor:
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        return torch.cat([compiled(part, past_key_values=cache).logits for part in ids(2, 22).split((20, 1, 1), 1)], 1)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
+def test_a_compiled_model_keeps_its_kernels_and_has_small_graphs(graphs, monkeypatch):
+    """A compiler has a few small graphs to do, so it takes no longer than for the stock model."""
+    backend, sizes = graphs
+    model, calls, kernel = random_llama(6, 3, 32, 1), [], cpu.decode_attention
+    monkeypatch.setattr(cpu, "decode_attention", lambda *args: calls.append(1) or kernel(*args))
+    with patch_random(model, "RotateKV2"):
+        found = compiled_steps(model, backend, RotateKVCache.for_model(model))
+        assert len(calls) == 2 and sum(sizes) < LARGEST_GRAPHS
+        with torch.no_grad():
+            cache = RotateKVCache.for_model(model)
+            expected = [model(part, past_key_values=cache).logits for part in ids(2, 22).split((20, 1, 1), 1)]
+    torch.testing.assert_close(found, torch.cat(expected, 1))
+
+
+def test_a_full_graph_is_refused_with_what_to_do(graphs):
+    model = random_llama(6, 3, 32, 1)
+    with patch_random(model, "RTN2"), pytest.raises(Exception, match="leave out fullgraph=True"):
+        torch.compile(model, backend=graphs[0], fullgraph=True)(ids(1, 4))
+
+
+def test_a_traced_cache_says_that_it_leaves_the_kernels(graphs):
+    def serve(x: torch.Tensor) -> torch.Tensor:
+        return x + (kernels_on(x.device) is None)
+
+    zero = torch.zeros(1)
+    with pytest.warns(UserWarning, match="torch decodes there, not the fused kernels"):
+        assert torch.compile(serve, backend=graphs[0])(zero) == 1

@@ -7,6 +7,7 @@ and say in ``READS_TOKEN_GROUPS`` whether the last two read scales per channel o
 from __future__ import annotations
 
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from rotatekv.errors import UserError
 from rotatekv.kernels import cpu, triton
 
+_TRACED = "torch.compile traces the cache: torch decodes there, not the fused kernels; compile the whole model instead"
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -36,7 +38,10 @@ def kernels_on(device: torch.device) -> ModuleType | None:
         UserError: the backend asked for does not run on this device.
     """
     asked = backend()
-    if asked == "reference" or torch.compiler.is_compiling():
+    if asked == "reference":
+        return None
+    if torch.compiler.is_compiling():  # a patched model does not come here: attention.outside_compiled_graphs
+        warnings.warn(_TRACED, stacklevel=2)
         return None
     if (asked or ("cpu" if device.type == "cpu" else "triton")) == "cpu":
         package, runs = cpu, device.type == "cpu" and cpu.available()
