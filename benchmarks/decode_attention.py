@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,17 +33,21 @@ from rotatekv.kernels.rope_tables import RopeTables
 SHAPES = {"smollm2": (9, 3, 64, 3), "llama-8x128": (32, 8, 128, 4)}
 
 
-def fused_step(shape: str, tokens: int, bits: int, plus: bool = False) -> tuple[Callable, int]:
+def fused_step(
+    shape: tuple[int, int, int, int], tokens: int, bits: int, method: str = "RotateKV", kernels=cpu, device="cpu"
+) -> tuple[Callable, int]:
     """The packed decode step of random codes, and the bytes of its keys and values.
 
     Args:
-        plus: as RotateKV+ stores them: scales in the fine format, keys with factors and offsets.
+        method: whose form: ``RotateKV``; ``RotateKV+``, scales in the fine format, keys with factors and offsets;
+            ``QuaRot``, heads rotated alone after RoPE; ``RTN``, not rotated.
+        kernels: the package of kernels that serves the device.
     """
-    heads, kv_heads, dim, group_heads = SHAPES[shape]
-    channels = kv_heads * dim
+    heads, kv_heads, dim, group_heads = shape
+    channels, plus = kv_heads * dim, method == "RotateKV+"
     packed = []
     for _ in range(2):
-        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, fine=plus)
+        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, device, fine=plus)
         for name in ("low", "high"):
             if name in blocks:
                 limit = torch.iinfo(blocks[name].dtype)
@@ -53,13 +58,16 @@ def fused_step(shape: str, tokens: int, bits: int, plus: bool = False) -> tuple[
             blocks["scale"].uniform_(0.5, 1.0)
         blocks["zero"].random_(0, 2**bits)
         packed.append(blocks)
-    rope = RopeTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), tokens)
-    affine = Affine(torch.rand(channels) + 0.5, torch.randn(channels)) if plus else None
-    options = DecodeOptions(dim, bits, bits, dim**-0.5, group_heads * dim, rope, key_affine=affine)
-    group_of_channel = (torch.randperm(channels) // dim).int()
-    queries, first = torch.randn(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32)
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    rope = RopeTables.build(frequencies, tokens).to(device) if method.startswith("RotateKV") else None
+    width = {"QuaRot": dim, "RTN": 0}.get(method, group_heads * dim)
+    draw = partial(torch.randn, device=device)
+    affine = Affine(draw(channels).abs() + 0.5, draw(channels)) if plus else None
+    options = DecodeOptions(dim, bits, bits, dim**-0.5, width, rope, key_affine=affine)
+    group_of_channel = (torch.randperm(channels, device=device) // dim).int()
+    queries, first = draw(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32, device=device)
     size = sum(x.nbytes for blocks in packed for x in blocks.values())
-    return lambda: cpu.decode_attention(queries, *packed, group_of_channel, first, tokens, tokens, options), size
+    return lambda: kernels.decode_attention(queries, *packed, group_of_channel, first, tokens, tokens, options), size
 
 
 def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:
@@ -153,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [bandwidth_row() | {"by_fused": ""}]
     for shape in args.shapes.split(","):
         for tokens in map(int, args.lengths.split(",")):
-            fused = {f"fused {args.bits}-bit": fused_step(shape, tokens, args.bits)}
-            fused["fused, RotateKV+"] = fused_step(shape, tokens, args.bits, plus=True)
+            fused = {f"fused {args.bits}-bit": fused_step(SHAPES[shape], tokens, args.bits)}
+            fused["fused, RotateKV+"] = fused_step(SHAPES[shape], tokens, args.bits, "RotateKV+")
             steps = {**fused, **torch_steps(shape, tokens)}
             times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
             fused = next(iter(times.values()))

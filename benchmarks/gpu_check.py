@@ -1,0 +1,263 @@
+"""What a GPU does with this package, in a few minutes and from nothing but the tree: right numbers, times, memory.
+
+    python benchmarks/gpu_check.py --output results/gpu_check.json
+    python benchmarks/gpu_check.py --dry_run          # no GPU: the launches are compiled, and numbers mean nothing
+
+Weights and caches are random and made on the card. Each part is a process of its own with a time budget, so that what
+fails, hangs or breaks the card's context costs the others nothing; it prints as it goes. Parts:
+
+    environment   versions, the card, and its bandwidth by a copy (bytes read + written)
+    kernels       quantize, dequantize and decode attention against float64, one process for each shape of heads
+    models        a small Llama patched with every preset: Triton against torch on the same device
+    layer         one decode step of one layer: fused, and torch's attention in bfloat16
+    llama         the shape of LLaMA-3-8B, with as many layers as fit: the stock model and the patched one in turn
+
+The exit status is the number of parts that failed, 0 for none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tree is enough, nothing need be installed
+
+import torch
+
+from rotatekv import PRESETS
+from rotatekv.errors import UserError
+from rotatekv.files import write_output
+
+# query heads / key/value heads × head_dim
+SHAPES = ("9/3x64", "32/8x128", "32/32x128", "14/2x64", "8/1x256")
+SHARES = {"environment": 0.07, "kernels": 0.38, "models": 0.38, "layer": 0.20, "llama": 0.35}  # of --minutes
+TOGETHER = ("kernels", "models")  # most of their time is the compiler's
+_GRACE = 10  # seconds beyond its budget until a part is killed
+
+
+@dataclass
+class Part:
+    """One part as it runs: its options, its deadline, and the rows it has found so far.
+
+    Args:
+        name: ``kernels 9/3x64``: the kind of part, and the shape it is for.
+        rows: a file, to which each row goes as a line of JSON.
+    """
+
+    name: str
+    options: argparse.Namespace
+    seconds: float
+    rows: Path
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.seconds
+        self.dry = self.options.dry_run
+        self.device = torch.device("cpu" if self.dry else "cuda")
+
+    def row(self, **columns) -> None:
+        """Print and keep one finding."""
+        columns = {name: _finite(value) for name, value in columns.items()}
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in columns.items())
+        print(f"[{self.name}] {shown}", flush=True)
+        with open(self.rows, "a") as file:
+            file.write(json.dumps(columns) + "\n")
+
+    def check(self, case: str, error: float, bound: float, **columns) -> None:
+        """A finding that must not exceed ``bound``; NaN does."""
+        is_right = self.dry or error <= bound
+        self.failures += not is_right
+        verdict = "compiled" if self.dry else "right" if is_right else "WRONG"
+        self.row(case=case, error=0.0 if self.dry else error, bound=bound, verdict=verdict, **columns)
+
+    def cases(self, cases: Iterable) -> Iterator:
+        """The cases that there is time for."""
+        cases = list(cases)
+        for number, case in enumerate(cases):
+            if time.monotonic() > self.deadline:
+                return self.row(left_out=len(cases) - number, reason="out of time")
+            yield case
+
+    @contextmanager
+    def case(self, name: str):
+        """What is raised inside, and a warning that torch stands in for a kernel, is this case's failure."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                yield
+            except Exception as error:
+                self.failures += 1
+                self.row(case=name, verdict="FAILED", reason=_reason(error)[:300])
+                if self.options.traceback:
+                    traceback.print_exc()
+        for line in {str(warning.message) for warning in said if "kernel" in str(warning.message)}:
+            self.failures += 1
+            self.row(case=name, verdict="FELL BACK", reason=line[:300])
+
+
+def _reason(error: BaseException) -> str:
+    """One line, of what was behind a compiler's error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _finite(value):
+    """JSON knows no NaN and no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def heads_of(shape: str) -> tuple[int, int, int]:
+    """``9/3x64`` → query heads, key/value heads, head_dim.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    try:
+        heads, rest = shape.split("/")
+        kv_heads, head_dim = rest.split("x")
+        return int(heads), int(kv_heads), int(head_dim)
+    except ValueError:
+        raise UserError(f"--shapes {shape}: write it as query heads/key-value heads x head_dim, 32/8x128") from None
+
+
+def stages(parts: list[str], shapes: list[str]) -> list[list[str]]:
+    """The processes to run, those of a stage at the same time."""
+    together = [f"kernels {shape}" for shape in shapes] if "kernels" in parts else []
+    together += ["models"] if "models" in parts else []
+    found = [[name] for name in SHARES if name in parts and name not in TOGETHER]
+    place = 1 if "environment" in parts else 0
+    return [*found[:place], *([together] if together else []), *found[place:]]
+
+
+def run_part(part: Part) -> None:
+    """The process of one part; its exit status is 1 where something failed."""
+    from benchmarks import gpu_check_parts
+
+    kind, _, shape = part.name.partition(" ")
+    torch.manual_seed(0)
+    dry = nullcontext()
+    if part.dry:
+        from rotatekv.kernels.triton.dry_run import DryRun
+
+        torch.set_num_threads(1)
+        dry = DryRun(part.options.capability)
+    else:
+        os.environ["ROTATEKV_BACKEND"] = "triton"
+    with dry, torch.inference_mode(), part.case(kind):
+        gpu_check_parts.PARTS[kind](part, *([shape] if shape else []))
+    if part.dry:
+        part.row(launches=dict(dry.launches), compiled=len(dry.compiled), needless=len(dry.needless()))
+    sys.stdout.flush()
+    os._exit(bool(part.failures))  # not the parent's clean-up; a broken CUDA context may hang in its own
+
+
+def run_stage(names: list[str], options: argparse.Namespace, folder: Path) -> list[dict]:
+    """Run parts at the same time, each up to its budget → what each found."""
+    context, running = multiprocessing.get_context("fork"), []
+    for name in names:
+        seconds = 60 * options.minutes * SHARES[name.split(" ")[0]]
+        part = Part(name, options, seconds, folder / f"{len(os.listdir(folder))}.jsonl")
+        part.rows.touch()
+        process = context.Process(target=run_part, args=(part,))
+        process.start()
+        running.append((part, process, time.monotonic()))
+    return [_joined(*entry) for entry in running]
+
+
+def _joined(part: Part, process, started: float) -> dict:
+    process.join(max(started + part.seconds + _GRACE - time.monotonic(), 0))
+    verdict = {0: "right", 1: "failed"}.get(process.exitcode, f"died ({process.exitcode})")
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        verdict = "killed: out of time"
+    rows = [json.loads(line) for line in part.rows.read_text().splitlines()]
+    found = {"part": part.name, "verdict": verdict, "seconds": round(time.monotonic() - started, 1), "rows": rows}
+    print(f"== {part.name}: {verdict}, {found['seconds']} s, {len(rows)} rows", flush=True)
+    return found
+
+
+def table(parts: list[dict]) -> str:
+    """One line a part, with its first failure."""
+    lines = [f"{'part':22} {'rows':>5} {'seconds':>8}  verdict"]
+    for part in parts:
+        bad = [row for row in part["rows"] if row.get("verdict") in ("WRONG", "FAILED", "FELL BACK")]
+        first = f": {bad[0]['case']} {bad[0].get('reason', '')}".rstrip() if bad else ""
+        lines.append(f"{part['part']:22} {len(part['rows']):5} {part['seconds']:8}  {part['verdict']}{first}")
+    return "\n".join(lines)
+
+
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--parts", default=",".join(SHARES), help="comma-separated")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of kernels, models (the first) and layer (both)")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="of models")
+    parser.add_argument("--lengths", default="8192,32768,131072", help="of layer, cached tokens")
+    parser.add_argument("--context", type=int, default=8192, help="of llama, tokens of the prompt")
+    parser.add_argument("--minutes", type=float, default=5.5, help="for all parts")
+    parser.add_argument("--dry_run", action="store_true", help="compile on a machine without a GPU, launch nothing")
+    parser.add_argument("--capability", type=int, default=90, help="of the GPU that --dry_run compiles for")
+    parser.add_argument("--traceback", action="store_true", help="print one for each failure")
+    parser.add_argument("--output", default=None, help="JSON file")
+    args = parser.parse_args(argv)
+    for flag, known in (("parts", SHARES), ("presets", PRESETS)):
+        for name in getattr(args, flag).split(","):
+            if name not in known:
+                raise UserError(f"--{flag} {name}: choose from {', '.join(known)}")
+    for shape in args.shapes.split(","):
+        heads_of(shape)
+    if not args.dry_run and not (torch.backends.cuda.is_built() and _has_gpu()):
+        raise UserError("no CUDA GPU here: --dry_run compiles what would run on one")
+    return args
+
+
+def _has_gpu() -> bool:
+    """Asked of the driver in another process: CUDA must not begin in the one that forks."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(not torch.cuda.is_available()))
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Run the parts asked for → how many failed."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for names in stages(args.parts.split(","), args.shapes.split(",")):
+            found += run_stage(names, args, Path(folder))
+            if args.output:  # after each stage: what is there stays, whatever comes
+                card = next((row["card"] for part in found for row in part["rows"] if "card" in row), None)
+                content = {"schema": 1, "card": card, "dry_run": args.dry_run, "argv": sys.argv[1:], "parts": found}
+                write_output(Path(args.output), (json.dumps(content, indent=1) + "\n").encode())
+    failed = sum(part["verdict"] != "right" for part in found)
+    print(f"\n{table(found)}\n{failed} of {len(found)} parts failed", flush=True)
+    return failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return check(read_flags(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

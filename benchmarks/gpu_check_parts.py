@@ -1,0 +1,379 @@
+"""The parts of ``gpu_check.py``; each takes the ``Part`` it reports to."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
+
+from benchmarks.decode_attention import fused_step, percentile
+from benchmarks.gpu_check import Part, heads_of
+from benchmarks.random_models import patch_random, random_llama
+from rotatekv import RotateKVCache
+from rotatekv.compat import CACHE_NAME
+from rotatekv.kernels import triton as kernels
+from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks
+from rotatekv.kernels.reference_attention import decode_attention_reference
+from rotatekv.quantize import dequantize_groups, quantize_groups, wide_scale, wide_zero
+from rotatekv.results import environment as versions
+from rotatekv.transforms import channels_to_heads, head_group_size, rotate_channels
+from tests.kernel_cases import Shape, error, random_step
+
+# Relative errors of all numbers together. Rounding an output to bfloat16 costs 2e-3.
+BOUND = 1e-3
+MODEL_BOUND = 1e-2  # of a float32 model's logits, where a rounding of a key may tip
+FLUSHED = 2**28  # bytes written before a timed step, so that the L2 cache holds nothing of it
+GIB = 2**30
+
+
+# --- environment -----------------------------------------------------------------------------------
+
+
+def environment(part: Part) -> None:
+    found = versions()
+    part.row(
+        torch=torch.__version__, transformers=transformers.__version__, triton=_triton_version(),
+        python=platform.python_version(), commit=(found["git_commit"] or "")[:7],
+    )  # fmt: skip
+    if not part.dry:
+        card = torch.cuda.get_device_properties(part.device)
+        part.row(
+            card=card.name, capability=f"{card.major}.{card.minor}", multiprocessors=card.multi_processor_count,
+            gib=card.total_memory / GIB, cuda=torch.version.cuda,
+            shared_kib=getattr(card, "shared_memory_per_block_optin", 0) // 1024,
+        )  # fmt: skip
+    part.row(copy_gb_per_s=copy_bandwidth(part))
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def copy_bandwidth(part: Part) -> float:
+    """GB/s of a copy, bytes read + written."""
+    source = torch.ones(2**12 if part.dry else GIB // 4, device=part.device)
+    target = torch.empty_like(source)
+    milliseconds = min(timed(part, lambda: target.copy_(source))[0] for _ in range(10))
+    return 2 * source.nbytes / max(milliseconds, 1e-6) / 1e6
+
+
+def timed(part: Part, step: Callable) -> tuple[float, float]:
+    """Milliseconds of the device, with all launches queued before it begins, and of the host to queue them."""
+    if part.dry:
+        start = time.perf_counter()
+        step()
+        return (took := 1e3 * (time.perf_counter() - start)), took
+    torch.empty(FLUSHED, dtype=torch.int8, device=part.device).zero_()
+    torch.cuda._sleep(4_000_000)  # cycles, 2 ms
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    start = time.perf_counter()
+    step()
+    host = 1e3 * (time.perf_counter() - start)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end), host
+
+
+# --- kernels ---------------------------------------------------------------------------------------
+
+
+def kernels_part(part: Part, shape: str) -> None:
+    """Around the lengths at which the decode kernel splits its work and those that do not fill a block."""
+    lengths = (17, 241) if part.dry else (1, 17, 239, 240, 241, 255, 256, 257, 4097)
+    decodes = [(form, tokens, batch, new) for form, new in (("RotateKV2", 1), ("RotateKV2", 16))
+               for tokens in lengths for batch in (1, 3)]  # fmt: skip
+    decodes += [(form, tokens, 3, 1) for form in ("QuaRot2", "RotateKV2+", "RTN4", "RotateKV3", "RTN2")
+                for tokens in lengths[-2:]]  # fmt: skip
+    for bits, fine in ((2, False), (2, True), (3, False), (4, False)):
+        with part.case(f"quantize {bits} bits"):
+            check_quantize(part, shape, bits, fine)
+            check_dequantize(part, shape, bits, fine)
+    for form, tokens, batch, new in part.cases(decodes):
+        with part.case(f"decode {form}, {tokens} tokens, batch {batch}, {new} new"):
+            check_decode(part, shape, form, tokens, batch, new)
+
+
+def check_quantize(part: Part, shape: str, bits: int, fine: bool) -> None:
+    """Not more error than torch's rounding makes, and the same codes but for ties."""
+    _, kv_heads, dim = heads_of(shape)
+    channels, start, tokens, batch = kv_heads * dim, 5, 57, 3
+    x = torch.randn(batch, tokens, channels, device=part.device)
+    blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device, fine)
+    order = torch.randperm(channels, device=part.device)
+    kernels.quantize_into_blocks(x, blocks, start, bits, dim, 0.8, order.int())
+    codes, scale, zero = (y[:, start:] for y in unpack_blocks(blocks, start + tokens, bits))
+    wanted = quantize_groups(x, bits, dim, 0.8, fine)
+    found = codes[..., order], scale, zero
+    errors = [error(dequantize_groups(*of).double(), x.double()) for of in (found, wanted)]
+    other = (found[0] != wanted[0]).float().mean().item()
+    part.check(f"quantize {bits} bits", errors[0] / errors[1] - 1, BOUND, fine=fine, other_codes=other)
+
+
+def check_dequantize(part: Part, shape: str, bits: int, fine: bool) -> None:
+    _, kv_heads, dim = heads_of(shape)
+    for width in (head_group_size(kv_heads, dim, 4) * dim, 0):
+        step = on_device(random_step(_case(shape, 250, 3, bits, plus=fine)), part.device)
+        keys, groups = step["keys"], step["group_of_channel"]
+        found = kernels.dequantize_blocks(keys, 250, bits, groups, dim, width)
+        codes, scale, zero = unpack_blocks(keys, 250, bits)
+        truth = codes.double() - wide_zero(scale, zero).double()[..., groups.long()]
+        truth = truth * wide_scale(scale).double()[..., groups.long()]
+        truth = rotate_channels(truth, width, inverse=True) if width else truth
+        part.check(f"dequantize {bits} bits, W {width}", error(found, channels_to_heads(truth, dim)), BOUND, fine=fine)
+
+
+def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new: int) -> None:
+    """With and without sinks and a recent window, the first row padded."""
+    before_rope = form.startswith("RotateKV")
+    for exact in (False, True):
+        if tokens < new + 20 * exact:
+            continue
+        case = _case(shape, tokens, batch, int(form.rstrip("+")[-1]), plus=form.endswith("+"))
+        case = replace(
+            case, query_tokens=new, window=12 * exact, sinks=5 * exact, padding=(min(3, tokens - new),),
+            heads_per_group=case.heads_per_group if before_rope else int(form.startswith("QuaRot")),
+            rotary_dim=case.head_dim if before_rope else 0, unrotate_values=form.startswith("QuaRot"),
+            exact_dtype=torch.bfloat16,
+        )  # fmt: skip
+        step = on_device(random_step(case), part.device)
+        found = kernels.decode_attention(**step)
+        truth = found if part.dry else decode_attention_reference(**step, dtype=torch.float64)
+        label = f"decode {form}, {tokens} tokens, batch {batch}, {new} new"
+        part.check(label, error(found, truth), BOUND, exact=exact)
+
+
+def _case(shape: str, tokens: int, batch: int, bits: int, plus: bool = False) -> Shape:
+    heads, kv_heads, dim = heads_of(shape)
+    group = head_group_size(kv_heads, dim, 4)
+    return Shape(
+        batch, heads // kv_heads, kv_heads, dim, group, tokens=tokens, key_bits=bits, value_bits=bits, plus=plus
+    )  # fmt: skip
+
+
+def on_device(x, device: torch.device):
+    """Arguments of ``decode_attention``, with all their tensors moved."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {name: on_device(y, device) for name, y in x.items()}
+    if hasattr(x, "__dataclass_fields__"):
+        return replace(x, **{name: on_device(getattr(x, name), device) for name in x.__dataclass_fields__})
+    return x
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+
+def models(part: Part) -> None:
+    """Every preset, a prompt of two rows with padding, and steps over the ends of blocks and splits."""
+    shape = part.options.shapes.split(",")[0]
+    model = random_llama(*heads_of(shape), layers=1, device=part.device)
+    for preset in part.cases(part.options.presets.split(",")):
+        with part.case(preset), patch_random(model, preset):
+            calls, found = logits_of(part, model, "triton")
+            _, wanted = logits_of(part, model, "reference") if not part.dry else (0, found)
+            part.check(preset, error(found, wanted.double()), MODEL_BOUND, fused_steps=calls)
+    for preset in part.cases(["RotateKV2", "RotateKV2+"]):
+        with part.case(f"generate, bfloat16, {preset}"), patch_random(model.to(torch.bfloat16), preset):
+            ids = torch.arange(3, 67, device=part.device).view(2, 32)
+            out = model.generate(ids, max_new_tokens=3 if part.dry else 40, do_sample=False, eos_token_id=None)
+            part.row(case=f"generate, bfloat16, {preset}", tokens=out.shape[1])
+
+
+def logits_of(part: Part, model: torch.nn.Module, backend: str) -> tuple[int, torch.Tensor]:
+    """Steps that a fused kernel took, and logits of the prompt's end and of the steps after it, (2, T, V)."""
+    steps = [1, 2] if part.dry else [*[1] * 20, 5, 16]
+    prompt, calls, kernel = 231, [], kernels.decode_attention
+    ids = torch.randint(3, 500, (2, prompt + sum(steps)), generator=torch.Generator().manual_seed(0)).to(part.device)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, start, found = RotateKVCache.for_model(model), 0, []
+    with _backend(backend) if not part.dry else nullcontext():
+        kernels.decode_attention = lambda *args, **options: calls.append(1) or kernel(*args, **options)
+        try:
+            for new in [prompt, *steps]:
+                end = start + new
+                out = model(
+                    ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                    **{CACHE_NAME: cache},
+                )  # fmt: skip
+                found.append(out.logits[:, -min(new, 16) :])
+                start = end
+        finally:
+            kernels.decode_attention = kernel
+    return len(calls), torch.cat(found, dim=1)
+
+
+def _backend(name: str):
+    from unittest.mock import patch
+
+    return patch.dict("os.environ", ROTATEKV_BACKEND=name)
+
+
+# --- layer -----------------------------------------------------------------------------------------
+
+
+def layer(part: Part) -> None:
+    """Microseconds of the device and of the host's launches, and GB/s of the bytes of K and V against a copy's."""
+    copied = copy_bandwidth(part)
+    lengths = [300] if part.dry else [int(x) for x in part.options.lengths.split(",")]
+    cases = [(shape, tokens) for shape in part.options.shapes.split(",")[:2] for tokens in lengths]
+    for number, (shape, tokens) in enumerate(cases):
+        left = (part.deadline - time.monotonic()) / (len(cases) - number)
+        steps = {}
+        for name, make in ways(part, shape, tokens).items():
+            with part.case(f"{shape}, {tokens} tokens, {name}"):
+                step, size = make()
+                step()  # compiled
+                steps[name] = step, size
+        times, end = {name: [] for name in steps}, time.monotonic() + 0.5 * left
+        while steps and not (len(next(iter(times.values()))) >= 5 and time.monotonic() > end) and _most(part, times):
+            for name, (step, _) in steps.items():  # in turn
+                times[name].append(timed(part, step))
+        for name, found in times.items():
+            p20, p50, p80 = (percentile([gpu for gpu, _ in found], share) for share in (0.2, 0.5, 0.8))
+            rate = steps[name][1] / max(p50, 1e-6) / 1e6
+            part.row(
+                shape=shape, tokens=tokens, way=name, p20_us=1e3 * p20, p50_us=1e3 * p50, p80_us=1e3 * p80,
+                host_us=1e3 * percentile([host for _, host in found], 0.5), megabytes=steps[name][1] / 1e6,
+                gb_per_s=rate, share_of_copy=rate / copied, runs=len(found),
+            )  # fmt: skip
+
+
+def _most(part: Part, times: dict) -> bool:
+    return len(next(iter(times.values()))) < (1 if part.dry else 200)
+
+
+def ways(part: Part, shape: str, tokens: int) -> dict[str, Callable[[], tuple[Callable, int]]]:
+    """name → what makes a decode step and the bytes of its K and V."""
+    heads, kv_heads, dim = heads_of(shape)
+    full = heads, kv_heads, dim, head_group_size(kv_heads, dim, 4)
+
+    def attention(backend: SDPBackend | None) -> tuple[Callable, int]:
+        q, k, v = (torch.randn(1, n, t, dim, dtype=torch.bfloat16, device=part.device)
+                   for n, t in ((heads, 1), (kv_heads, tokens), (kv_heads, tokens)))  # fmt: skip
+
+        def step() -> torch.Tensor:
+            with sdpa_kernel(backend) if backend is not None else nullcontext():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        return step, k.nbytes + v.nbytes
+
+    def fused(form: str, bits: int) -> Callable:
+        return lambda: fused_step(full, tokens, bits, form, kernels, part.device)
+
+    return {
+        "flash bf16": lambda: attention(None if part.dry else SDPBackend.FLASH_ATTENTION),
+        "sdpa bf16": lambda: attention(None),
+        **{f"{form}, 2 bits": fused(form, 2) for form in ("RotateKV", "RotateKV+", "QuaRot", "RTN")},
+        "RotateKV, 4 bits": fused("RotateKV", 4),
+    }
+
+
+# --- llama -----------------------------------------------------------------------------------------
+
+LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "initializer_range": 0.02}
+LAYER_GIB, REST_GIB = 0.41, 1.97  # of its weights in bfloat16
+
+
+def llama(part: Part) -> None:
+    """Prefill, decode, memory and the largest batch, the ways in turn."""
+    options = part.options
+    heads, layers, changes = (32, 8, 128), 32, LLAMA3_8B
+    context = options.context
+    if part.dry:
+        heads, layers, changes, context = heads_of(options.shapes.split(",")[0]), 1, {}, 50
+    else:
+        free = torch.cuda.mem_get_info(part.device)[0] / GIB
+        layers = max(1, min(layers, int((0.6 * free - REST_GIB) / LAYER_GIB)))
+    model = random_llama(*heads, layers=layers, device=part.device, dtype=torch.bfloat16, **changes)
+    part.row(layers=layers, context=context, weights_gib=sum(x.nbytes for x in model.parameters()) / GIB)
+    ways = ("stock", "RotateKV2", "RotateKV2+", "QuaRot2")
+    for number, way in enumerate(part.cases([*ways, *ways])):
+        with part.case(f"{way}, batch 1"), nullcontext() if way == "stock" else patch_random(model, way):
+            one_sequence(part, model, way, context, find_batch=number < len(ways))
+        release()
+
+
+def one_sequence(part: Part, model: torch.nn.Module, way: str, context: int, find_batch: bool) -> None:
+    """Time a prompt and the steps after it; then, where asked for, how many such sequences fit."""
+    cuda, steps = not part.dry, 2 if part.dry else 24
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(3, vocabulary, (1, context), device=part.device)
+    cache = DynamicCache(config=model.config) if way == "stock" else RotateKVCache.for_model(model)
+    prefill = seconds(part, lambda: forward(model, ids, cache))
+    times = [seconds(part, lambda: forward(model, ids[:, :1], cache)) for _ in range(steps)]
+    peak = (torch.cuda.max_memory_allocated() - before) / GIB if cuda else 0.0
+    held = (torch.cuda.memory_allocated() - before) / GIB if cuda else 0.0
+    part.row(
+        way=way, batch=1, context=context, prefill_s=prefill, tokens_per_s=1 / percentile(times, 0.5),
+        p20_ms=1e3 * percentile(times, 0.2), p80_ms=1e3 * percentile(times, 0.8), peak_gib=peak, cache_gib=held,
+    )  # fmt: skip
+    if find_batch:
+        largest_batch(part, model, way, cache, ids)
+
+
+def largest_batch(part: Part, model: torch.nn.Module, way: str, cache, ids: torch.Tensor) -> None:
+    """Repeat the sequence: doubled until a decode step runs out of memory, then halfway between to 1/8."""
+    fits, too_many, speed = 0, None, 0.0
+    batch = 2
+    while time.monotonic() < part.deadline and (too_many is None or too_many - fits > max(fits // 8, 1)):
+        try:
+            speed = tokens_per_second(part, model, cache, ids, batch)
+            fits = batch
+        except torch.OutOfMemoryError:
+            too_many = batch
+        release()
+        if part.dry and batch == 2:
+            break
+        batch = 2 * fits if too_many is None else (fits + too_many) // 2
+        if batch < 2:
+            break
+    part.row(way=way, largest_batch=fits, too_many=too_many, tokens_per_s=speed)
+
+
+def tokens_per_second(part: Part, model: torch.nn.Module, cache, ids: torch.Tensor, batch: int) -> float:
+    from copy import deepcopy
+
+    many = deepcopy(cache)
+    many.batch_repeat_interleave(batch)
+    new = ids[:, :1].expand(batch, 1)
+    times = [seconds(part, lambda: forward(model, new, many)) for _ in range(1 if part.dry else 4)]
+    return batch / min(times)
+
+
+def forward(model: torch.nn.Module, ids: torch.Tensor, cache) -> torch.Tensor:
+    return model(ids, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+
+
+def seconds(part: Part, step: Callable) -> float:
+    """Wall time of a step, waited for."""
+    start = time.perf_counter()
+    step()
+    if not part.dry:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+PARTS = {"environment": environment, "kernels": kernels_part, "models": models, "layer": layer, "llama": llama}
