@@ -28,7 +28,7 @@ MODELS = {
     (86, "9/3x64", "RotateKV2"): 6, (86, "32/8x128", "RotateKV3+"): 7, (86, "14/2x64", "QuaRot4"): 4,
     (86, "8/1x256", "RotateKV4"): 6, (80, "32/32x128", "RTN2"): 4, (90, "32/8x128", "RotateKV2"): 6,
 }  # fmt: skip
-MOST_SPILLS = 64  # bytes a thread
+MOST_SPILLS = 200  # bytes a thread
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,9 +3,9 @@
 The layout is that of ``rotatekv.kernels.layout``, as on the CPU, so a cache can move between devices. Importing this
 package needs no triton; calling it does. Run on CPU tensors with ``TRITON_INTERPRET=1`` set before triton is imported.
 
-Status: correct under the interpreter, compiled ahead of time for sm_80 and sm_90 without spills (for 4 heads of 80
-channels with 16 to 32 bytes), not run on a GPU. More than 8 query heads a key/value head at a rotation width of 512
-take more shared memory than sm_80 has.
+Status: correct under the interpreter; compiled without a GPU (``dry_run.py``) for sm_80, sm_86 and sm_90, within the
+99 KB of shared memory that the smallest has and with at most 144 bytes of spills a thread (order 512); not run on a
+GPU. A kernel that does not compile for a shape, or does not fit, is replaced by torch with one warning (``start.py``).
 What index tensors hold (``group_of_channel``, ``order``, ``first``, exact rows and columns) is not checked: reading it
 would make the host wait for the GPU.
 """

@@ -3,11 +3,10 @@
 Equals ``layout.unpack_blocks``, ``(code − zero)·scale``, ``rotate_channels(inverse=True)`` and RoPE.
 
 Roofline, from public specifications (not run on a GPU). Per token and channel at 2 bits: 0.3 bytes read, 2 (float16)
-or 4 written; 4·(a + b) tensor-core operations in tf32, 192 at W = 512 and 171 at W = 192 with its padding, twice that
-with RoPE; 15 to 25 other instructions. In 10¹² channels a second, float16 with RoPE at W = 512: an A100 (2.04 TB/s,
-156 TFLOP/s tf32, 9.7·10¹² instructions/s) at most 0.9 by its memory, 0.4 by the dots, 0.4 by the instructions; an H100
-SXM (3.35, 494, 33·10¹²) 1.5, 1.3 and 1.3. So bound by the dots and the instructions together, within a factor of two of
-memory; without RoPE by memory on an H100.
+or 4 written; 4·(a + b) tensor-core operations in float16, 192 at W = 512 and 171 at W = 192 with its padding, twice
+that with RoPE; 25 to 35 other instructions. In 10¹² channels a second, float16 with RoPE at W = 512: an A100 (2.04
+TB/s, 312 TFLOP/s float16, 9.7·10¹² instructions/s) at most 0.9 by its memory, 0.8 by the dots, 0.3 by the instructions;
+an H100 SXM (3.35, 989, 33·10¹²) 1.5, 2.6 and 0.9. So bound by the instructions, within a factor of three of memory.
 """
 
 from __future__ import annotations
