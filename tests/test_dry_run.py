@@ -106,13 +106,13 @@ class Refused:
 
     def __getitem__(self, grid):
         self.tries += 1
-        raise RuntimeError("at 3:4\n  a dot too small")
+        raise RuntimeError("at 3:4\n  ^") from ValueError("a dot too small")
 
 
 def test_a_refused_kernel_is_named_once_and_never_tried_again():
     kernel, other = Refused(), Refused()
     with DryRun(86) as dry:
-        said = "some_kernel does not run on cpu.*RuntimeError: a dot too small"
+        said = "some_kernel does not run on cpu.*ValueError: a dot too small"
         with pytest.warns(RuntimeWarning, match=said), pytest.raises(Unusable):
             start(kernel, (1,), torch.zeros(1), C=3)
         with warnings.catch_warnings(), pytest.raises(Unusable):
@@ -122,7 +122,7 @@ def test_a_refused_kernel_is_named_once_and_never_tried_again():
         assert kernel.tries == 1 and other.tries == 0
         with pytest.warns(RuntimeWarning, match=said), pytest.raises(Unusable):
             start(kernel, (1,), torch.zeros(1), C=4)  # another shape has its own try
-    assert dry.refused == {"some_kernel": "RuntimeError: a dot too small"}
+    assert dry.refused == {"some_kernel": "ValueError: a dot too small"}
 
 
 @pytest.mark.parametrize("preset", ["RotateKV2", "RotateKV3+"])

@@ -27,11 +27,17 @@ def start(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         with torch.cuda.device_of(arguments[0]):
             kernel[grid](*arguments, **constants)
     except Exception as error:  # of triton, ptxas or the driver, each with classes of its own
-        reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[-1].strip()}"
-        unusable[_key(kernel, arguments, constants)] = reason
+        reason = unusable[_key(kernel, arguments, constants)] = _reason(error)
         where = f"{kernel.__name__} does not run on {arguments[0].device}, torch is slower and does: {reason}"
         warnings.warn(f"RotateKV's Triton kernel {where}", RuntimeWarning, stacklevel=4)
         raise Unusable from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line. Triton says where in a kernel, and what only in the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[-1].strip()}"
 
 
 def _key(kernel, arguments: tuple, constants: dict) -> tuple:
