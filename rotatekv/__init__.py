@@ -1,5 +1,6 @@
 """RotateKV: a 2-bit KV cache for Hugging Face models by outlier-aware rotations (arXiv 2501.16383)."""
 
+from rotatekv import interrupts  # noqa: F401 (before what takes seconds to import)
 from rotatekv.cache import RotateKVCache
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError

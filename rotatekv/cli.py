@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 from transformers.utils.logging import disable_progress_bar
 
-from rotatekv import distributed
+from rotatekv import distributed, interrupts
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.external import EXTERNAL, ExternalConfig
@@ -197,6 +197,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         if not distributed.is_main():
             disable_progress_bar()
         try:
+            interrupts.raise_again()
             try:
                 main(argv)
                 sys.stdout.flush()
@@ -205,15 +206,16 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
                     raise
                 raise write_error(error.filename or "the output", error, "") from None
         except UserError as error:
+            interrupts.end_at_once()
             distributed.let_main_speak_first()
             with suppress(OSError):  # the disk that is full may hold stderr as well
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(
-                "interrupted: what was finished is kept, and --resume goes on with it where the script has that flag",
-                file=sys.stderr,
-            )
+            interrupts.end_at_once()
+            print(interrupts.LINE, file=sys.stderr)
             sys.exit(130)
+        finally:
+            interrupts.end_at_once()
 
     return wrapped

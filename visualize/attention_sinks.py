@@ -12,6 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
+from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds)
+
+# isort: split
 import torch
 
 from rotatekv.capture_files import Capture, read_capture
