@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from rotatekv import QuantConfig, load_model
@@ -29,6 +29,10 @@ from rotatekv.evals.tokens import check_windows, context_length
 from rotatekv.models import ALIASES, model_revision
 from rotatekv.patch import check_supported, find_text_model, resolved_head_group
 from rotatekv.score_errors import check_presets
+from rotatekv.weights import calibration_digests
+
+if TYPE_CHECKING:
+    import torch
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -99,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     metadata = {
         "model": model.name_or_path, "revision": model_revision(model) or "none",
         "dataset": text.name, "dataset_sha256": text.sha256, "tokens": length * len(windows),
+        **calibration_digests(text_model),
     }  # fmt: skip
     if args.statistics == "kvquant":
         tensors = kvquant_statistics(model, text_model, windows)

@@ -116,7 +116,7 @@ def open_efficiency_run(args: argparse.Namespace, sides: dict[str, Side], datase
     if len(handles) > 1:
         protocol = protocol | {
             "quant": {name: handle.config.to_dict() for name, handle in handles.items()},
-            "fingerprint": "+".join(handle.spec.fingerprint for handle in handles.values()),
+            "fingerprint": "+".join(handle.fingerprint for handle in handles.values()),
         }
     return open_run(args, "efficiency", ",".join(sides), next(iter(handles.values())), dataset, **protocol)
 

@@ -24,7 +24,7 @@ class CacheSpec:
 
     Args:
         methods: one codec per layer.
-        fingerprint: hash of the config, the model's shape and the calibrated statistics.
+        fingerprint: of the config, the model's shape and weights, and the calibrated statistics.
     """
 
     config: QuantConfig

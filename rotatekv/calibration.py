@@ -83,12 +83,14 @@ class CalibrationTarget:
 
     Args:
         channels: H_kv·D. head_group_num: G as used, the heads rotated together.
+        weights: as ``calibration_digests`` tells them; empty: unknown.
     """
 
     model_id: str
     num_layers: int
     channels: int
     head_group_num: int = 1
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,14 +228,17 @@ def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | Non
         path: a file of ours (reorder indices: or of the authors); ``None`` looks the model up by name.
 
     Raises:
-        UserError: no file, a damaged or foreign one, or one for another model or shape.
+        UserError: no file, a damaged or foreign one, or one for another model, other weights or another shape.
     """
+    path = _existing(kind, target.model_id, path)
     if kind == "reorder":
         model = target.model_id, target.num_layers, target.channels, target.head_group_num
-        return {"reorder_index": load_reorder_indices(*model, path).indices}
-    path = _existing(kind, target.model_id, path)
+        found = load_reorder_indices(*model, path)
+        _check_weights(kind, path, found.metadata, target)
+        return {"reorder_index": found.indices}
     tensors, metadata = _read_tensors(kind, path)
     _check_model(kind, path, metadata, target.model_id)
+    _check_weights(kind, path, metadata, target)
     _check_group(kind, path, metadata, target.head_group_num)
     for name, (_, width) in KINDS[kind].tensors.items():
         _check_numbers(kind, path, name, tensors[name], (target.num_layers, width or target.channels))
@@ -380,6 +385,15 @@ def _check_model(kind: str, path: Path, metadata: Mapping[str, str], model_id: s
     made_for = metadata.get("model")
     if made_for is not None and not _same_model(made_for, model_id):
         raise UserError(f"{path} was made for {made_for}, not for {model_id}: {KINDS[kind].remake}")
+
+
+def _check_weights(kind: str, path: Path, metadata: Mapping[str, str], target: CalibrationTarget) -> None:
+    """A file that names no weights, or those of a dtype that cannot be compared, is taken by its model's name alone."""
+    if any(metadata.get(name, digest) != digest for name, digest in target.weights.items()):
+        raise UserError(
+            f"{path} was made from other weights than {target.model_id} has now: {KINDS[kind].remake} --model "
+            f"{target.model_id} --output {path} --overwrite"
+        )
 
 
 def _check_numbers(kind: str, path: Path, name: str, rows: torch.Tensor, shape: tuple[int, int]) -> None:

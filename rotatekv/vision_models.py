@@ -20,7 +20,16 @@ from transformers import (
 from rotatekv.compat import check_versions
 from rotatekv.errors import UserError
 from rotatekv.hub import hub_is_offline
-from rotatekv.models import DTYPES, EMBEDDED_MODEL, check_placement, explain_load_error, load_model
+from rotatekv.models import (
+    DTYPES,
+    EMBEDDED_MODEL,
+    WEIGHTS,
+    check_placement,
+    explain_load_error,
+    known_weights,
+    load_model,
+)
+from rotatekv.weights import files_digest
 
 RANDOM_LLAVA = "llava-random-smollm2"
 VISION_ALIASES = {
@@ -53,6 +62,7 @@ def load_vision_model(
     if not Path(folder).is_dir():
         hub_is_offline()  # without a network, fail at once
     options = {"dtype": DTYPES.get(dtype, "auto"), "attn_implementation": attn_implementation}
+    weights = files_digest(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, **options, device_map=device_map)
@@ -61,6 +71,7 @@ def load_vision_model(
         raise UserError(explain_load_error(name, error)) from None
     if not hasattr(processor, "image_token") or not hasattr(processor, "tokenizer"):
         raise UserError(f"{name} takes no pictures: choose {RANDOM_LLAVA}, {', '.join(VISION_ALIASES)} or a LLaVA")
+    setattr(model, WEIGHTS, weights)
     return model.eval(), processor
 
 
@@ -89,6 +100,7 @@ def random_llava(
     model = model.to(device=text.device, dtype=text.dtype)
     model.model.language_model, model.lm_head = text.model, text.lm_head
     model.generation_config = text.generation_config
+    setattr(model, WEIGHTS, known_weights(text))
     # The last part names the text model, whose reorder indices hold here too.
     model.name_or_path = config._name_or_path = f"llava-random/{text.name_or_path.rstrip('/').rsplit('/', 1)[-1]}"
     return model.eval(), LlavaProcessor(

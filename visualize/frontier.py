@@ -108,7 +108,8 @@ def draw(panel, lines: dict[str, list[tuple[float, float, str]]]) -> None:
 
 
 def _alike(run: dict, exact: dict) -> bool:
-    return all(run["config"].get(name) == exact["config"].get(name) for name in _PROTOCOL)
+    weights = {config["weights"] for config in (run["config"], exact["config"]) if "weights" in config}
+    return len(weights) < 2 and all(run["config"].get(name) == exact["config"].get(name) for name in _PROTOCOL)
 
 
 def _window(run: dict) -> str:

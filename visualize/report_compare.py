@@ -12,7 +12,7 @@ MOST_SAMPLES = 50
 MOST_LETTERS = 300
 _MEASURES = ("nll", "score")
 # Two runs that differ in these still answer the same samples.
-_SAME_SAMPLES = ("quant.", "method", "fingerprint", "dtype", "attn_implementation", "batch_size")
+_SAME_SAMPLES = ("quant.", "method", "fingerprint", "weights", "dtype", "attn_implementation", "batch_size")
 
 
 def compare_data(runs: list[RunRecord]) -> str:

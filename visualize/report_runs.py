@@ -239,7 +239,7 @@ def _preset_name(run: RunRecord) -> str:
 
 def _name_settings(runs: list[RunRecord]) -> None:
     """What sets a run apart from its preset and from the task's other runs, which the method's name does not say."""
-    beside = {"task", "model", "method", "quant", "fingerprint", "dataset", "dataset_sha256"}
+    beside = {"task", "model", "method", "quant", "fingerprint", "weights", "dataset", "dataset_sha256"}
     names = sorted({name for run in runs for name in run.config} - beside)
     varying = [name for name in names if len({_canonical(run.config.get(name)) for run in runs}) > 1]
     for run in runs:
@@ -250,10 +250,11 @@ def _name_settings(runs: list[RunRecord]) -> None:
     for run in runs:
         alike.setdefault((run.model, run.dataset, run.method, run.settings), []).append(run)
     for group in alike.values():
-        prints = [_text(run.config.get("fingerprint"))[:8] for run in group]
-        for run, own in zip(group, prints, strict=True):
-            if own and len(set(prints)) > 1:
-                run.settings = ", ".join(filter(None, [run.settings, f"fingerprint {own}"]))
+        for name in ("weights", "fingerprint"):
+            prints = [_text(run.config.get(name))[:8] for run in group]
+            for run, own in zip(group, prints, strict=True):
+                if own and len(set(prints)) > 1:
+                    run.settings = ", ".join(filter(None, [run.settings, f"{name} {own}"]))
 
 
 def _preset_changes(run: RunRecord) -> dict:

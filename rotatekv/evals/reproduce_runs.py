@@ -21,7 +21,7 @@ from rotatekv.errors import UserError
 from rotatekv.evals.reproduce_plan import Calibration, Cell
 from rotatekv.external import EXTERNAL
 from rotatekv.methods import LayerGeometry, method_class
-from rotatekv.models import ALIASES, EMBEDDED_MODEL, load_skeleton
+from rotatekv.models import ALIASES, EMBEDDED_MODEL, known_weights, load_skeleton
 from rotatekv.patch import find_text_model, layer_geometry, plan_fingerprint
 from rotatekv.results import config_hash
 from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES
@@ -29,6 +29,7 @@ from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES
 ROOT = Path(__file__).resolve().parents[2]
 _SEED = 0
 _GENERATE = ("gsm8k", "longbench", "needle", "milebench")
+_UNKNOWN_WEIGHTS = "of an older version, which did not note the weights: remove its folder to run it again"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Outcome:
     Args:
         status: ``done``, ``not run`` or ``failed``.
         metrics: what metrics.json holds; None unless done. folder: the run's.
-        reason: one line, where it failed or cannot be run here.
+        reason: one line, where it failed, cannot be run here, or is of unknown weights.
     """
 
     status: str = "not run"
@@ -50,9 +51,10 @@ class Outcome:
 class Runs:
     """The runs under one ``--output_dir``.
 
-    A finished run is taken for a cell where all that the cell's flags decide stands in its config, and its fingerprint
-    is the one the model's shape and today's reorder indices give; of several (another dtype, say) the newest. Where a
-    model's config is out of reach its fingerprint is not compared.
+    A finished run is taken for a cell where all that the cell's flags decide stands in its config, its weights are
+    those the model has today, and its fingerprint is the one the model's shape and today's reorder indices give; of
+    several (another dtype, say) the newest. Where a model's config is out of reach neither is compared. A run of a
+    version that did not note its weights is taken where there is no other, and the table says so.
     """
 
     def __init__(self, output_dir: str | Path, limit: int | None = None, dtype: str = "auto"):
@@ -67,6 +69,11 @@ class Runs:
     def shape(self, model: str):
         """As ``skeleton``, for estimates: the random LLaVA counts as the text model inside it."""
         return self.skeleton(EMBEDDED_MODEL if model == RANDOM_LLAVA else model)
+
+    def weights(self, model: str) -> str | None:
+        """Those the model has today; None where they are out of reach."""
+        skeleton = self.skeleton(model)
+        return None if skeleton is None else known_weights(skeleton)
 
     def geometry(self, model: str) -> LayerGeometry | None:
         skeleton = self.skeleton(model)
@@ -94,7 +101,8 @@ class Runs:
 
     def calibration_file(self, cell: Cell) -> Path:
         flags: Calibration = cell.calibration
-        key = hashlib.sha256(json.dumps(flags.flags).encode()).hexdigest()[:8]
+        known = [flags.flags, *filter(None, [self.weights(cell.model)])]
+        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
         return self.output_dir / "tables" / "calibration" / f"{model_slug(cell.model)}-{flags.name}-{key}.safetensors"
 
     def calibration_command(self, cell: Cell) -> list[str] | None:
@@ -110,16 +118,16 @@ class Runs:
             return Outcome()
         wanted = self.wanted(cell)
         found = [
-            (metrics.get("started", ""), str(path.parent), metrics)
+            ("weights" in metrics["config"], metrics.get("started", ""), str(path.parent), metrics)
             for path in self._folder(cell).glob("*/metrics.json")
             if (metrics := _read_metrics(path)) is not None and self._fits(metrics, wanted, cell.task)
         ]
         if found:
-            _, folder, metrics = max(found, key=lambda run: run[:2])
+            knows_weights, _, folder, metrics = max(found, key=lambda run: run[:3])
             value = metrics["metric"].get(cell.metric)
             if value is None or not math.isfinite(value):
                 return Outcome("failed", folder=folder, reason=metrics.get("reason", f"{cell.metric} is {value}"))
-            return Outcome("done", metrics, folder)
+            return Outcome("done", metrics, folder, "" if knows_weights else _UNKNOWN_WEIGHTS)
         if cell.method in EXTERNAL:
             try:
                 EXTERNAL[cell.method].package_version()
@@ -132,6 +140,8 @@ class Runs:
         wanted = {"task": cell.task, "seed": _SEED, "attn_implementation": "sdpa", **dict(cell.protocol)}
         if self.dtype != "auto":
             wanted["dtype"] = self.dtype
+        if (weights := self.weights(cell.model)) is not None:
+            wanted["weights"] = weights
         if cell.method in EXTERNAL:
             return wanted | {"method": cell.method, "quant": EXTERNAL[cell.method].settings(), "external": True}
         name, quant = _method_of(cell)
@@ -171,6 +181,7 @@ class Runs:
         if task in _GENERATE and "decoding" not in config:
             return False  # of a version that decoded as the checkpoint's generation config said
         as_json = json.loads(json.dumps(wanted))
+        config.setdefault("weights", as_json.get("weights"))
         return all(config.get(name) == value for name, value in as_json.items()) and self._holds_enough(metrics, task)
 
     def _holds_enough(self, metrics: dict, task: str) -> bool:

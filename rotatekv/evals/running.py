@@ -17,7 +17,7 @@ from rotatekv.cache import RotateKVCache
 from rotatekv.errors import UserError
 from rotatekv.external import ExternalHandle, external_use
 from rotatekv.files import write_error
-from rotatekv.models import model_revision
+from rotatekv.models import known_weights, model_revision
 from rotatekv.patch import PatchHandle
 from rotatekv.results import Run
 
@@ -34,7 +34,7 @@ def open_run(
     """
     model = handle.model
     config = {
-        "task": task, "model": model.name_or_path, "revision": model_revision(model),
+        "task": task, "model": model.name_or_path, "revision": model_revision(model), "weights": known_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": args.attn_implementation,
         "method": method, "quant": handle.config.to_dict(), "fingerprint": handle.fingerprint,
         "dataset": dataset["id"], "dataset_sha256": dataset["sha256"], "seed": args.seed, **protocol,
