@@ -132,6 +132,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         with torch.autocast(key_states.device.type, enabled=False):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            self.dtype = key_states.dtype  # the model's, which may be another one by now
             keys, values = key_states.detach(), value_states.detach()
             kernels, window, length = kernels_on(keys.device), self._window(), self.get_seq_length()
             windows_differ = window.differs(length, keys.shape[2])

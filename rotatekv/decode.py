@@ -42,18 +42,35 @@ class FusedCall:
 
 
 class RopeSource:
-    """The rope tables of one model, one for each device, made anew when a longer sequence comes."""
+    """The rope tables of one model, one for each device, made anew when a longer sequence comes.
 
-    def __init__(self, rotary: nn.Module):
-        self._rotary, self._tables = rotary, {}
+    Args:
+        text_model: has the ``rotary_emb``; its frequencies may change (``forget_stale``).
+    """
+
+    def __init__(self, text_model: nn.Module):
+        self._text_model, self._tables, self._made_of = text_model, {}, None
 
     def tables(self, positions: int, device: torch.device) -> RopeTables:
         found = self._tables.get(device)
         if found is None or found.positions < positions:
             room = max(_FEWEST_POSITIONS, 2 * positions)
-            scaling = float(getattr(self._rotary, "attention_scaling", 1.0))
-            found = self._tables[device] = RopeTables.build(self._rotary.inv_freq, room, scaling).to(device)
+            frequencies, scaling = self._made_of = self._frequencies()
+            found = self._tables[device] = RopeTables.build(frequencies, room, scaling).to(device)
         return found
+
+    def forget_stale(self) -> None:
+        """Before a call: drop the tables if the model's frequencies are others by now, by dtype or by value."""
+        if not self._tables:
+            return
+        (frequencies, scaling), (old, old_scaling) = self._frequencies(), self._made_of
+        if scaling != old_scaling or not torch.equal(frequencies, old):
+            self._tables = {}
+
+    def _frequencies(self) -> tuple[torch.Tensor, float]:
+        rotary = self._text_model.rotary_emb
+        frequencies = rotary.inv_freq.detach().to("cpu", torch.float64, copy=True)
+        return frequencies, float(getattr(rotary, "attention_scaling", 1.0))
 
 
 def plan_fused_call(

@@ -127,7 +127,7 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
     text_model, methods = _check_patchable(model), tuple(methods)
     fingerprint = _fingerprint(model, config, methods)
     spec = CacheSpec(config, methods, f"{fingerprint}, weights {weights_digest(text_model)}")
-    handle = PatchHandle(model, spec, RopeSource(text_model.rotary_emb), fingerprint)
+    handle = PatchHandle(model, spec, RopeSource(text_model), fingerprint)
     with torch.inference_mode(False), torch.no_grad():
         for layer, method in zip(text_model.layers, methods, strict=True):
             handle.bind(layer.self_attn, "forward", attention_forward)
@@ -339,6 +339,7 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     cache.begin_forward(position_ids, batch_size, mask, documents)
     dtype = embeds.dtype if embeds is not None else text_model.get_input_embeddings().weight.dtype
     stub = torch.empty(0, dtype=dtype, device=tokens.device)  # rotary_emb only reads its dtype and device
+    handle.rope_source.forget_stale()
     running = [(cache, length, mask)]
     if cache.parts is not None:
         running = [(part.cache, len(part.new), part.token_mask(mask)) for part in cache.parts.running()]

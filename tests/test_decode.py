@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -268,3 +269,62 @@ def test_rope_tables_grow_with_the_sequence_and_are_shared(tiny):
         cos, _ = longer.at(torch.tensor([8000]), torch.float64)
         exact = torch.cos(8000 * tiny.model.rotary_emb.inv_freq.double())
         torch.testing.assert_close(cos[0], exact, atol=1e-6, rtol=0)
+
+
+def scale_in_place(model):
+    model.model.rotary_emb.inv_freq.mul_(0.25)
+
+
+def exchange_data(model):
+    model.model.rotary_emb.inv_freq.data.copy_(model.model.rotary_emb.inv_freq * 0.25)
+
+
+def exchange_buffer(model):
+    model.model.rotary_emb.register_buffer("inv_freq", model.model.rotary_emb.inv_freq * 0.25, persistent=False)
+
+
+def exchange_module(model):
+    model.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    scale_in_place(model)
+
+
+def scale_attention(model):
+    model.model.rotary_emb.attention_scaling = 1.5
+
+
+def round_to_bfloat16(model):
+    model.model.rotary_emb.to(torch.bfloat16)
+
+
+CHANGES = (scale_in_place, exchange_data, exchange_buffer, exchange_module, scale_attention, round_to_bfloat16)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_kernels_rope_follows_the_models(change, calls, monkeypatch):
+    config, results = replace(PLAIN, k_bits=4, v_bits=4), {}
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+        model = tiny_model().double()
+        with patch_model(model, config), torch.no_grad():
+            cache = RotateKVCache.for_model(model)
+            model(token_ids(1, 300), past_key_values=cache)
+            before = model(token_ids(1, 1), past_key_values=cache).logits
+            change(model)
+            results[backend] = model(token_ids(1, 1), past_key_values=cache).logits
+            assert not torch.allclose(results[backend], before, atol=0.1)
+    assert calls == [1] * 4
+    torch.testing.assert_close(results["cpu"], results["reference"], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["FP16", "RTN4", "KIVI4", "RotateKV4, window"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_cache_goes_on_when_the_models_dtype_changes(name, backend, tiny, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+    config = CONFIGS.get(name) or PRESETS[name]
+    with patch_model(tiny, config), torch.no_grad():
+        cache = RotateKVCache.for_model(tiny)
+        tiny(token_ids(2, 40), past_key_values=cache)
+        want = tiny(token_ids(2, 3, 1), past_key_values=copy.deepcopy(cache)).logits
+        tiny.to(torch.bfloat16)
+        got = tiny(token_ids(2, 3, 1), past_key_values=cache).logits
+    assert got.dtype == torch.bfloat16 and (got.float() - want).abs().mean() < 0.2 * want.std()
