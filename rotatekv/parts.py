@@ -8,6 +8,7 @@ are chosen in the first call that has a token of the sequence. So a sequence's n
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from rotatekv.cache import RotateKVCache
+    from rotatekv.patch import PatchHandle
 
 
 @dataclass
@@ -148,3 +150,23 @@ def find_documents(position_ids: torch.Tensor, use_cache: bool) -> torch.Tensor 
     if not bool((steps < 1 if use_cache else ends).any()):
         return None
     return pad(ends.cumsum(1), (1, 0))
+
+
+def warn_of_padding(handle: PatchHandle, input_ids: torch.Tensor, pad_token_id: int | None) -> None:
+    """Once a model: the rows of (B, T) tokens without a mask look padded, and the method would take padding for text.
+
+    Some rows, not all, begin or end with a padding token: the model's, or 0, which lm_eval pads with.
+    """
+    matters = handle.config.Attention_Sink_Aware or any(m.tokens_per_flush > 1 for m in handle.spec.methods)
+    if not matters or handle.warned_of_padding:
+        return
+    outer = input_ids[:, [0, -1]]
+    is_padding = (outer == 0) | (outer == (0 if pad_token_id is None else pad_token_id))
+    if not bool((is_padding.any(0) & ~is_padding.all(0)).any()):
+        return
+    handle.warned_of_padding = True
+    warnings.warn(
+        "a batch without an attention_mask has rows that look padded: padding then counts as text and can take an "
+        "attention sink's place. Pass attention_mask; for lm_eval take rotatekv.evals.lm_eval_client.MaskedHFLM",
+        stacklevel=2,
+    )

@@ -25,7 +25,7 @@ from rotatekv.errors import UserError
 from rotatekv.fuse import can_fold_keys, check_foldable, fuse_weights, restore_weights
 from rotatekv.methods import KVMethod, LayerGeometry, build_method, method_class
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
-from rotatekv.parts import find_documents
+from rotatekv.parts import find_documents, warn_of_padding
 from rotatekv.speculation import prompt_first
 from rotatekv.weights import calibration_digests, weights_digest
 
@@ -44,6 +44,7 @@ class PatchHandle:
     rope_source: RopeSource
     fingerprint: str  # as ``plan_fingerprint`` tells it; the cache's knows the weights too
     text_forward: Callable | None = None  # the text model's own
+    warned_of_padding: bool = False
     hooks: list = field(default_factory=list)
     rebound: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     saved_weights: list = field(default_factory=list)
@@ -336,6 +337,8 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
         position_ids = counted.unsqueeze(0)  # (1, T)
     mask = kwargs.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if mask is None and documents is None and ids is not None and batch_size > 1 and not cache.get_seq_length():
+        warn_of_padding(handle, ids, text_model.config.pad_token_id)
     cache.begin_forward(position_ids, batch_size, mask, documents)
     dtype = embeds.dtype if embeds is not None else text_model.get_input_embeddings().weight.dtype
     stub = torch.empty(0, dtype=dtype, device=tokens.device)  # rotary_emb only reads its dtype and device

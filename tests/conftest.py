@@ -103,3 +103,21 @@ def tiny_text(tokens: int, seed: int = 0) -> str:
 def folder(tmp_path_factory) -> Path:
     """A saved tiny llama and its tokenizer; test files that need another one have a ``folder`` of their own."""
     return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def statistics(tmp_path_factory):
+    """A config → the calibration file it needs for the tiny models, or None."""
+    from test_kvquant import random_statistics as kvquant_statistics
+    from test_rotatekv_plus import random_statistics as plus_statistics
+
+    from rotatekv.calibration import save_reorder_indices, save_statistics
+
+    folder = tmp_path_factory.mktemp("statistics")
+    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
+    files = {
+        "rotatekv": save_reorder_indices(folder / "order.safetensors", order, {"head_group_num": 3}),
+        "kvquant": save_statistics(folder / "kvquant.safetensors", "kvquant", kvquant_statistics(), {}),
+        "rotatekv_plus": save_statistics(folder / "plus.safetensors", "plus", plus_statistics(8.0), {}),
+    }
+    return lambda config: files.get(config.method)

@@ -7,31 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_model
-from test_kvquant import random_statistics as kvquant_statistics
-from test_rotatekv_plus import random_statistics as plus_statistics
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.cache import _token_mask
-from rotatekv.calibration import save_reorder_indices, save_statistics
 from rotatekv.methods import KVMethod, LayerGeometry
 from rotatekv.methods.rtn import RTN
 from rotatekv.patch import patch_with_methods
 
 STEPPED = ("FP16", "RTN2", "KIVI2", "QuaRot2", "TurboQuant2", "KVQuant2", "RotateKV2", "RotateKV2+")  # one a method
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-
-
-@pytest.fixture(scope="module")
-def statistics(tmp_path_factory):
-    """A preset's name → its calibration file for the tiny models, or None."""
-    folder = tmp_path_factory.mktemp("statistics")
-    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
-    files = {
-        "rotatekv": save_reorder_indices(folder / "order.safetensors", order, {"head_group_num": 3}),
-        "kvquant": save_statistics(folder / "kvquant.safetensors", "kvquant", kvquant_statistics(), {}),
-        "rotatekv_plus": save_statistics(folder / "plus.safetensors", "plus", plus_statistics(8.0), {}),
-    }
-    return lambda config: files.get(config.method)
 
 
 def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
