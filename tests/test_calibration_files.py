@@ -89,6 +89,7 @@ def write_safetensors(path, dtype: str, shape: list[int], content: bytes):
         ("I64", [LAYERS, CHANNELS], (ROWS - 1).numpy().tobytes()),
         ("I64", [LAYERS, CHANNELS], ROWS.clamp(max=46).numpy().tobytes()),
     ],
+    ids=lambda value: "bytes" if isinstance(value, bytes) else str(value),
 )  # fmt: skip
 def test_safetensors_of_other_numbers_and_shapes_are_one_line(tmp_path, dtype, shape, content):
     refused(write_safetensors(tmp_path / "new.safetensors", dtype, shape, content))

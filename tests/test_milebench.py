@@ -446,6 +446,18 @@ def test_one_bos_whoever_writes_it(folder, pictures):
         assert inputs["input_ids"][0, 0] == 1 and (inputs["input_ids"] == 1).sum() == 1
 
 
+def test_an_end_that_the_tokenizer_appends_ends_no_prompt(folder, pictures):
+    model, processor = load_vision_model(str(folder))
+    item = load_datasets(pictures, ["TQA"], limit=1)[0][0]
+    found = []
+    for template in ("<s> $A", "<s> $A </s>"):
+        special = [("<s>", 1), ("</s>", 2)]
+        processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, special_tokens=special)
+        found.append(encode_prompt(processor, model, build_prompt(item), 4)[0])
+    assert found[0]["input_ids"].tolist() == found[1]["input_ids"].tolist()
+    assert found[0]["attention_mask"].shape == found[1]["attention_mask"].shape
+
+
 def test_a_prompt_fits_also_where_its_parts_were_counted_short(tmp_path):
     folder = tiny_llava(tmp_path / "short", context=60)
     write_dataset(tmp_path / "data", "TQA", records=1, images=9)
