@@ -36,6 +36,8 @@ ALIASES = {
     # PAPER: "Mistral-7B" without a version; v0.3 has no sliding window, which v0.1 (4096 tokens) has.
     "mistral_7b": "mistralai/Mistral-7B-v0.3",
 }
+# What transformers raises on folders that are no model's, or whose json files hold something else than they should.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,7 +86,7 @@ def load_model(
         auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
         model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options)
         model = model.to(target) if target is not None else model
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(explain_load_error(name, error)) from None
     if name == EMBEDDED_MODEL:
         model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL

@@ -23,6 +23,7 @@ from rotatekv.hub import hub_is_offline
 from rotatekv.models import (
     DTYPES,
     EMBEDDED_MODEL,
+    LOAD_ERRORS,
     WEIGHTS,
     check_placement,
     explain_load_error,
@@ -67,7 +68,7 @@ def load_vision_model(
         processor = AutoProcessor.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, **options, device_map=device_map)
         model = model.to(target) if target is not None else model
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(explain_load_error(name, error)) from None
     if not hasattr(processor, "image_token") or not hasattr(processor, "tokenizer"):
         raise UserError(f"{name} takes no pictures: choose {RANDOM_LLAVA}, {', '.join(VISION_ALIASES)} or a LLaVA")

@@ -13,6 +13,7 @@ import GSM8K_evaluation
 import LongBench_evaluation
 import needle_evaluation
 from rotatekv import RotateKVCache, load_model, patch_model
+from rotatekv.errors import UserError
 from rotatekv.evals.generation import complete
 from rotatekv.evals.reproduce_plan import Cell
 from rotatekv.evals.reproduce_runs import Runs
@@ -114,6 +115,14 @@ def test_a_users_own_cache_is_used_where_the_checkpoint_says_no_cache(preset):
             options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "past_key_values": cache}
             made.append((model.generate(ids, **options).tolist(), cache.get_seq_length(), cache.positions.tolist()))
     assert made[0] == made[1] and made[0][1] == 27
+
+
+@pytest.mark.parametrize("content", ["[]", '{"watermarking_config": {"no": 1}}', '{"max_new_tokens": -5}'])
+def test_a_damaged_generation_config_is_one_line(tmp_path, content):
+    other = save_tiny_folder(tmp_path / "damaged")
+    (other / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot load model .*damaged"):
+        load_model(str(other))
 
 
 def change(path, **fields) -> None:
