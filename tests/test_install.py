@@ -10,13 +10,16 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from rotatekv import UserError, compat
 from rotatekv.compat import SUPPORTED, check_version
+from rotatekv.kernels import triton as triton_kernels
 
 ROOT = Path(__file__).parents[1]
 INSTALLS = json.loads((ROOT / "tests" / "installs.json").read_text())
@@ -114,6 +117,22 @@ def test_tested_versions_pass_without_a_word(package):
     check_version.cache_clear()
     for version in SUPPORTED[package].tested:
         check_version(package, f"{version}.9+cu130")
+
+
+def test_an_old_triton_is_one_warning_and_torch_does_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.2.0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_kernels._available.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="Triton kernels are not used, torch is: triton 3.2.0") as caught:
+            assert [triton_kernels.available("cuda") for _ in range(2)] == [False, False]
+        assert len(caught) == 1
+        monkeypatch.setattr(sys.modules["triton"], "__version__", "3.6.0")
+        triton_kernels._available.cache_clear()
+        assert triton_kernels.available("cuda")
+    finally:
+        triton_kernels._available.cache_clear()
 
 
 def test_make_install_names_the_python_it_needs(tmp_path):

@@ -12,10 +12,13 @@ would make the host wait for the GPU.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 import torch
 
+from rotatekv.compat import check_version
+from rotatekv.errors import UserError
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.reference import Packed
@@ -56,8 +59,13 @@ def needs() -> str:
 @lru_cache(maxsize=64)
 def _available(device: torch.device) -> bool:
     try:
-        import triton  # noqa: F401
+        import triton
+
+        check_version("triton", triton.__version__)
     except ImportError:
+        return False
+    except UserError as error:
+        warnings.warn(f"RotateKV's Triton kernels are not used, torch is: {error}", RuntimeWarning, stacklevel=2)
         return False
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= _OLDEST_GPU
