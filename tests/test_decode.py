@@ -240,7 +240,7 @@ def test_without_a_compiler_torch_decodes_after_one_warning(tiny, monkeypatch, t
             got = logits(tiny, PLAIN, (20, 1, 1))
     finally:
         build._load.cache_clear()
-    assert 1 <= len(caught) <= 2  # one per library
+    assert 1 <= sum("torch is" in str(warning.message) for warning in caught) <= 2  # one per library
     assert (got - want).abs().median() < 1e-3
 
 
