@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from rotatekv.attention import project_qkv
-from rotatekv.config import SUPPORTED_BITS
+from rotatekv.config import SUPPORTED_BITS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.files import write_output
 from rotatekv.transforms import heads_to_channels, rotate_channels
@@ -230,16 +230,16 @@ def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | Non
     Raises:
         UserError: no file, a damaged or foreign one, or one for another model, other weights or another shape.
     """
-    path = _existing(kind, target.model_id, path)
+    path = _existing(kind, target.model_id, target.head_group_num, path)
     if kind == "reorder":
         model = target.model_id, target.num_layers, target.channels, target.head_group_num
         found = load_reorder_indices(*model, path)
         _check_weights(kind, path, found.metadata, target)
         return {"reorder_index": found.indices}
     tensors, metadata = _read_tensors(kind, path)
-    _check_model(kind, path, metadata, target.model_id)
+    _check_model(kind, path, metadata, target.model_id, target.head_group_num)
     _check_weights(kind, path, metadata, target)
-    _check_group(kind, path, metadata, target.head_group_num)
+    _check_group(kind, path, metadata, target.model_id, target.head_group_num)
     for name, (_, width) in KINDS[kind].tensors.items():
         _check_numbers(kind, path, name, tensors[name], (target.num_layers, width or target.channels))
     return tensors
@@ -261,7 +261,7 @@ def load_reorder_indices(
     Raises:
         UserError: no file, a damaged or foreign one, or one for another model, shape or G.
     """
-    path = _existing("reorder", model_id, path)
+    path = _existing("reorder", model_id, head_group_num, path)
     is_authors = path.suffix in (".pt", ".pth")
     found = _read_authors_tensor(path, (num_layers, channels)) if is_authors else _read_safetensors(path)
     _check(found, path, model_id, num_layers, channels, head_group_num)
@@ -277,14 +277,22 @@ def file_name(kind: str, model_id: str) -> str:
     return f"{model_slug(model_id)}{KINDS[kind].suffix}.safetensors"
 
 
-def _existing(kind: str, model_id: str, path: str | Path | None) -> Path:
-    path = Path(path) if path is not None else _find(kind, model_id)
+def _command(kind: str, model_id: str, group: int) -> str:
+    """What makes statistics that fit the model as it is configured."""
+    needs_group = kind != "kvquant" and group != QuantConfig.head_group_num
+    group_flag = f" --head_group_num {group}" if needs_group else ""
+    return f"calibrate_reorder.py{KINDS[kind].flags} --model {model_id or 'MODEL'}{group_flag}"
+
+
+def _existing(kind: str, model_id: str, group: int, path: str | Path | None) -> Path:
+    path = Path(path) if path is not None else _find(kind, model_id, group)
     if not path.is_file():
-        raise UserError(f"no calibration file {path}: {KINDS[kind].remake} --output {path}")
+        target = path.with_suffix(".safetensors")
+        raise UserError(f"no calibration file {path}: make it with {_command(kind, model_id, group)} --output {target}")
     return path
 
 
-def _find(kind: str, model_id: str) -> Path:
+def _find(kind: str, model_id: str, group: int) -> Path:
     title = KINDS[kind].title.replace("-", " ")
     if not model_id:
         raise UserError(f"the model has no name to find its {title} by: pass calibration_file")
@@ -293,7 +301,7 @@ def _find(kind: str, model_id: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"no {title} for {model_id}: run calibrate_reorder.py{KINDS[kind].flags} --model {model_id}, "
+        f"no {title} for {model_id}: run {_command(kind, model_id, group)}, "
         f"or pass --calibration_file{KINDS[kind].without}"
     )
 
@@ -360,11 +368,11 @@ def _check_shape(path: Path, shape: tuple[int, ...], wanted: tuple[int, int]) ->
 
 def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, channels: int, group: int) -> None:
     indices = found.indices
-    _check_model("reorder", path, found.metadata, model_id)
+    _check_model("reorder", path, found.metadata, model_id, group)
     if indices.is_floating_point() or indices.is_complex():
         raise UserError(f"{path} holds {indices.dtype} numbers, not indices: {_REMAKE}")
     _check_shape(path, tuple(indices.shape), (num_layers, channels))
-    _check_group("reorder", path, found.metadata, group)
+    _check_group("reorder", path, found.metadata, model_id, group)
     rows = indices.long().sort(dim=-1).values
     counted = torch.arange(channels, dtype=torch.int64, device="cpu").expand_as(rows)
     if not torch.equal(rows, counted):
@@ -372,27 +380,30 @@ def _check(found: ReorderIndices, path: Path, model_id: str, num_layers: int, ch
         raise UserError(f"{path}: row {bad} is not a permutation of 0 … {channels - 1}: {_REMAKE}")
 
 
-def _check_group(kind: str, path: Path, metadata: Mapping[str, str], group: int) -> None:
+def _check_group(kind: str, path: Path, metadata: Mapping[str, str], model_id: str, group: int) -> None:
     made_with = metadata.get("head_group_num")
     if made_with is not None and made_with != str(group):
         raise UserError(
-            f"{path} was made for groups of {made_with} heads, not {group}: run calibrate_reorder.py"
-            f"{KINDS[kind].flags} --head_group_num {group} --output FILE and pass --calibration_file FILE"
+            f"{path} was made for groups of {made_with} heads, not {group}: "
+            f"run {_command(kind, model_id, group)} --output FILE.safetensors and pass it as --calibration_file"
         )
 
 
-def _check_model(kind: str, path: Path, metadata: Mapping[str, str], model_id: str) -> None:
+def _check_model(kind: str, path: Path, metadata: Mapping[str, str], model_id: str, group: int) -> None:
     made_for = metadata.get("model")
     if made_for is not None and not _same_model(made_for, model_id):
-        raise UserError(f"{path} was made for {made_for}, not for {model_id}: {KINDS[kind].remake}")
+        raise UserError(
+            f"{path} was made for {made_for}, not for {model_id}: "
+            f"run {_command(kind, model_id, group)} --output FILE.safetensors and pass it as --calibration_file"
+        )
 
 
 def _check_weights(kind: str, path: Path, metadata: Mapping[str, str], target: CalibrationTarget) -> None:
     """A file that names no weights, or those of a dtype that cannot be compared, is taken by its model's name alone."""
     if any(metadata.get(name, digest) != digest for name, digest in target.weights.items()):
         raise UserError(
-            f"{path} was made from other weights than {target.model_id} has now: {KINDS[kind].remake} --model "
-            f"{target.model_id} --output {path} --overwrite"
+            f"{path} was made from other weights than {target.model_id} has now: make it with "
+            f"{_command(kind, target.model_id, target.head_group_num)} --output {path} --overwrite"
         )
 
 

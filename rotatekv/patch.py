@@ -219,9 +219,11 @@ def check_supported(text_model: nn.Module) -> None:
     # layer_types decides where a config has it: qwen2 keeps a sliding_window it does not use.
     layer_types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
     if any(kind != "full_attention" for kind in layer_types):
+        named = getattr(config, "layer_types", None)
+        every_layer = f", layer_types=['full_attention'] * {len(named)}" if named else ""
         raise UserError(
-            f"sliding-window layers (window {window}) are not supported: use a model without, "
-            "or set config.sliding_window = None before loading if no text exceeds the window"
+            f"sliding-window layers (window {window}) are not supported: use a model without, or, if no text exceeds "
+            f"the window, from_pretrained(..., sliding_window=None{every_layer})"
         )
     _check_rope(text_model)
     check_attention(config)

@@ -179,7 +179,8 @@ def test_an_unwritable_place_is_one_line(tmp_path):
 
 def test_a_missing_file_names_the_command(tmp_path):
     path = tmp_path / "none.safetensors"
-    assert f"no calibration file {path}: make it with calibrate_reorder.py --output {path}" in refused(path)
+    made = f"calibrate_reorder.py --model {METADATA['model']} --head_group_num 3 --output {path}"
+    assert f"no calibration file {path}: make it with {made}" in refused(path)
 
 
 def test_a_folder_is_refused(tmp_path):

@@ -39,9 +39,9 @@ class RotateKVPlus(RotateKV):
     gives_extra_bits = finds_massive_tokens = True
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
-        super().__init__(config, layer, statistics)
         if not config.Grouped_Head_Key_Rotation:
             raise UserError("rotatekv_plus centres keys before RoPE: leave out --Grouped_Head_Key_Rotation False")
+        super().__init__(config, layer, statistics)
         names = "key_mean", "key_scale", "reorder_index", "extra_bit_rank", "sink_threshold"
         mean, scale, _, rank, threshold = self.use_statistics(statistics, *names)
         self.sink_threshold = threshold.item()
