@@ -42,6 +42,8 @@ from rotatekv.files import write_output
 
 # query heads / key/value heads × head_dim
 SHAPES = ("9/3x64", "32/8x128", "32/32x128", "14/2x64", "8/1x256")
+# What a layer's keys and values may look like to a kernel: benchmarks/decode_attention.py, and bits.
+FORMS = ("RotateKV2", "RotateKV2+", "QuaRot2", "RTN2", "RotateKV4", "RotateKV3", "RTN4")
 SHARES = {"environment": 0.07, "kernels": 0.38, "models": 0.38, "layer": 0.20, "llama": 0.35}  # of --minutes
 TOGETHER = ("kernels", "models")  # most of their time is the compiler's
 _GRACE = 10  # seconds beyond its budget until a part is killed
@@ -207,8 +209,9 @@ def table(parts: list[dict]) -> str:
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--parts", default=",".join(SHARES), help="comma-separated")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of kernels, models (the first) and layer (both)")
-    parser.add_argument("--presets", default=",".join(PRESETS), help="of models")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of kernels; models: the first, layer: two")
+    parser.add_argument("--forms", default=",".join(FORMS), help="of kernels and layer")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="of models, and those of llama among them")
     parser.add_argument("--lengths", default="8192,32768,131072", help="of layer, cached tokens")
     parser.add_argument("--context", type=int, default=8192, help="of llama, tokens of the prompt")
     parser.add_argument("--minutes", type=float, default=5.5, help="for all parts")
@@ -217,7 +220,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--traceback", action="store_true", help="print one for each failure")
     parser.add_argument("--output", default=None, help="JSON file")
     args = parser.parse_args(argv)
-    for flag, known in (("parts", SHARES), ("presets", PRESETS)):
+    for flag, known in (("parts", SHARES), ("forms", FORMS), ("presets", PRESETS)):
         for name in getattr(args, flag).split(","):
             if name not in known:
                 raise UserError(f"--{flag} {name}: choose from {', '.join(known)}")

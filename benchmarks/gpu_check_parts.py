@@ -90,12 +90,11 @@ def timed(part: Part, step: Callable) -> tuple[float, float]:
 
 def kernels_part(part: Part, shape: str) -> None:
     """Around the lengths at which the decode kernel splits its work and those that do not fill a block."""
-    lengths = (17, 241) if part.dry else (1, 17, 239, 240, 241, 255, 256, 257, 4097)
-    decodes = [(form, tokens, batch, new) for form, new in (("RotateKV2", 1), ("RotateKV2", 16))
-               for tokens in lengths for batch in (1, 3)]  # fmt: skip
-    decodes += [(form, tokens, 3, 1) for form in ("QuaRot2", "RotateKV2+", "RTN4", "RotateKV3", "RTN2")
-                for tokens in lengths[-2:]]  # fmt: skip
-    for bits, fine in ((2, False), (2, True), (3, False), (4, False)):
+    lengths, batches = ((241,), (3,)) if part.dry else ((1, 17, 239, 240, 241, 255, 256, 257, 4097), (1, 3))
+    first, *others = part.options.forms.split(",")
+    decodes = [(first, tokens, batch, new) for new in (1, 16) for tokens in lengths for batch in batches]
+    decodes += [(form, tokens, 3, 1) for form in others for tokens in lengths[-2:]]
+    for bits, fine in sorted({(_bits(form), form.endswith("+")) for form in (first, *others)}):
         with part.case(f"quantize {bits} bits"):
             check_quantize(part, shape, bits, fine)
             check_dequantize(part, shape, bits, fine)
@@ -139,7 +138,7 @@ def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new
     for exact in (False, True):
         if tokens < new + 20 * exact:
             continue
-        case = _case(shape, tokens, batch, int(form.rstrip("+")[-1]), plus=form.endswith("+"))
+        case = _case(shape, tokens, batch, _bits(form), plus=form.endswith("+"))
         case = replace(
             case, query_tokens=new, window=12 * exact, sinks=5 * exact, padding=(min(3, tokens - new),),
             heads_per_group=case.heads_per_group if before_rope else int(form.startswith("QuaRot")),
@@ -159,6 +158,10 @@ def _case(shape: str, tokens: int, batch: int, bits: int, plus: bool = False) ->
     return Shape(
         batch, heads // kv_heads, kv_heads, dim, group, tokens=tokens, key_bits=bits, value_bits=bits, plus=plus
     )  # fmt: skip
+
+
+def _bits(form: str) -> int:
+    return int(form.rstrip("+")[-1])
 
 
 def on_device(x, device: torch.device):
@@ -184,10 +187,10 @@ def models(part: Part) -> None:
             calls, found = logits_of(part, model, "triton")
             _, wanted = logits_of(part, model, "reference") if not part.dry else (0, found)
             part.check(preset, error(found, wanted.double()), MODEL_BOUND, fused_steps=calls)
-    for preset in part.cases(["RotateKV2", "RotateKV2+"]):
+    for preset in part.cases(part.options.presets.split(",") if not part.dry else []):
         with part.case(f"generate, bfloat16, {preset}"), patch_random(model.to(torch.bfloat16), preset):
             ids = torch.arange(3, 67, device=part.device).view(2, 32)
-            out = model.generate(ids, max_new_tokens=3 if part.dry else 40, do_sample=False, eos_token_id=None)
+            out = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
             part.row(case=f"generate, bfloat16, {preset}", tokens=out.shape[1])
 
 
@@ -271,14 +274,14 @@ def ways(part: Part, shape: str, tokens: int) -> dict[str, Callable[[], tuple[Ca
 
         return step, k.nbytes + v.nbytes
 
-    def fused(form: str, bits: int) -> Callable:
-        return lambda: fused_step(full, tokens, bits, form, kernels, part.device)
+    def fused(form: str) -> Callable:
+        method = form.replace(str(_bits(form)), "")
+        return lambda: fused_step(full, tokens, _bits(form), method, kernels, part.device)
 
     return {
         "flash bf16": lambda: attention(None if part.dry else SDPBackend.FLASH_ATTENTION),
         "sdpa bf16": lambda: attention(None),
-        **{f"{form}, 2 bits": fused(form, 2) for form in ("RotateKV", "RotateKV+", "QuaRot", "RTN")},
-        "RotateKV, 4 bits": fused("RotateKV", 4),
+        **{form: fused(form) for form in part.options.forms.split(",")},
     }
 
 
@@ -300,7 +303,8 @@ def llama(part: Part) -> None:
         layers = max(1, min(layers, int((0.6 * free - REST_GIB) / LAYER_GIB)))
     model = random_llama(*heads, layers=layers, device=part.device, dtype=torch.bfloat16, **changes)
     part.row(layers=layers, context=context, weights_gib=sum(x.nbytes for x in model.parameters()) / GIB)
-    ways = ("stock", "RotateKV2", "RotateKV2+", "QuaRot2")
+    presets = options.presets.split(",")
+    ways = ("stock", *(name for name in ("RotateKV2", "RotateKV2+", "QuaRot2") if name in presets))
     for number, way in enumerate(part.cases([*ways, *ways])):
         with part.case(f"{way}, batch 1"), nullcontext() if way == "stock" else patch_random(model, way):
             one_sequence(part, model, way, context, find_batch=number < len(ways))
