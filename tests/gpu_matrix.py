@@ -1,6 +1,6 @@
 """Every launch that models of all presets and head shapes make, compiled for GPUs that are not here.
 
-    python tests/gpu_matrix.py --capability 80,89,90    # all of it: about 10 minutes a capability on one core
+    python tests/gpu_matrix.py --capability 80,89,90    # all of it: about 15 minutes a capability on one core
 
 ``test_dry_run.py`` runs a part. A line per case: kernels launched and compiled, the largest shared memory, what failed.
 """

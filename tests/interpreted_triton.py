@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import tiny_model
@@ -24,6 +25,16 @@ from rotatekv.kernels.triton.start import unusable
 from rotatekv.quantize import quantize_groups
 from rotatekv.transforms import channels_to_heads, rotate_channels
 
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_for_numpy(tensor, *scope) -> None:
+    """Up to 3.6, triton's interpreter takes int() of an array of one number, which numpy 2.4 refuses."""
+    _patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 ATTENTION = {
     "one_token": Shape(tokens=1),
     "ragged_last_block": Shape(tokens=37, rotary_dim=64, unrotate_values=True),

@@ -74,7 +74,8 @@ class DryRun(AbstractContextManager):
 
     def __enter__(self) -> DryRun:
         with ExitStack() as stack:
-            stack.callback(driver.set_active, driver._active)
+            held = vars(driver)  # the property would look for a GPU; up to triton 3.4 there is none
+            stack.callback(driver.set_active, held.get("_active", held.get("active")))
             stack.callback(kernels.set_dry, False)
             stack.enter_context(patch.dict(os.environ, ROTATEKV_BACKEND="triton"))
             stack.enter_context(patch.dict(unusable, clear=True))
