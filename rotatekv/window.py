@@ -68,7 +68,7 @@ class FlushedTokens:
 def attend_with_own_windows(
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     flushed: FlushedTokens,
-    is_causal: bool,
+    causal: bool,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,10 +82,10 @@ def attend_with_own_windows(
     in the window.
 
     Args:
-        is_causal: no query sees a later token, whatever the mask is.
+        causal: no query sees a later token, whatever the mask is.
         query: (B, H, T, D), the last T tokens.
         key, value: (B, H_kv, T_cached, D), the flushed tokens among them as they decode.
-        attention_mask: (B or 1, H or 1, T or 1, T_cached), bool or to be added; None: all that ``is_causal`` leaves.
+        attention_mask: (B or 1, H or 1, T or 1, T_cached), bool or to be added; None: all that ``causal`` leaves.
 
     Returns:
         (B, T, H, D), and the weights (B, H, T, T_cached) if ``attend`` gives them.
@@ -95,7 +95,7 @@ def attend_with_own_windows(
     counted = {"dtype": torch.int64, "device": key.device}
     for first in range(0, new, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, new)
-        seen = tokens - new + last if is_causal else tokens  # by the last of these queries
+        seen = tokens - new + last if causal else tokens  # by the last of these queries
         own = range(tokens - new + first, tokens - new + last)  # the queries' own tokens
         edges = [flushed.window.packed_of(token + 1) for token in own]
         here, packed = (torch.tensor(x, **counted) for x in (list(own), edges))  # (Q,)
@@ -104,7 +104,7 @@ def attend_with_own_windows(
         columns = torch.cat([torch.arange(*part, **counted) for part in parts if part[0] < part[1]])  # (K,)
         is_exact = torch.arange(len(columns), **counted) >= parts[0][1]
         visible = is_exact == (columns >= packed[:, None])  # (Q, K)
-        if is_causal:
+        if causal:
             visible &= columns <= here[:, None]
         keys, values = (
             torch.cat([x[:, :, slice(*parts[0])], old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],

@@ -89,6 +89,16 @@ def test_every_family_and_attention_groups_from_the_first_token(family, attentio
             assert difference.median() < 1e-4 and difference.mean() < 0.01 * alone.std()
 
 
+@pytest.mark.parametrize("name", ["RotateKV2", "KVQuant2"])
+def test_a_row_that_is_all_padding_at_first_gets_its_sinks_later(name, statistics, torch_alone):
+    model, config = named(tiny_model()), small(name)
+    ids, mask = padded(2, 60, (13, 0))
+    with patch_model(model, config, statistics(config)):
+        batch = logits(model, ids, (9, 40, 10, 1), mask)
+        torch.testing.assert_close(batch[:1, 13:], logits(model, ids[:1, 13:], (36, 10, 1)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch[1:], logits(model, ids[1:], (9, 40, 10, 1)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["KIVI2", "RotateKV2+", "RotateKV2"])
 def test_crops_beams_and_later_padding_keep_rows_as_they_are_alone(name, statistics, torch_alone):
     model, config, left = named(tiny_model()), small(name), 13
@@ -311,11 +321,32 @@ def test_a_causal_mask_given_as_four_dimensions_changes_nothing(name, statistics
         assert not torch.allclose(model(ids, attention_mask=mask).logits, plain)
 
 
+def test_a_mask_in_a_dict_is_that_mask(torch_alone):
+    model, ids, mask = named(tiny_model("qwen2")), token_ids(2, 50), own_masks(50)["prefix"]
+    with patch_model(model, small("KIVI2")), torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+        assert torch.equal(model(ids, attention_mask={"full_attention": mask}).logits, want)
+        causal = model(ids, attention_mask={"full_attention": None}).logits
+        torch.testing.assert_close(causal, model(ids).logits)
+        assert not torch.allclose(causal, want)
+
+
+def test_sdpa_told_not_to_be_causal_sees_all_tokens_whatever_the_window(tiny):
+    config = replace(PRESETS["RTN2"], residual_length=5)
+    methods = [Kept(config, LayerGeometry(layer, 3, 16)) for layer in range(2)]
+    with torch.no_grad():
+        stock = tiny(token_ids(2, 50), is_causal=False).logits
+        with patch_with_methods(tiny, config, methods):
+            ours = tiny(token_ids(2, 50), is_causal=False).logits
+        assert (ours - stock).abs().max() < 0.02 * stock.std()
+        assert not torch.allclose(stock, tiny(token_ids(2, 50)).logits)
+
+
 def test_padding_in_a_mask_of_any_kind():
     mask = torch.ones(2, 1, 4, 6, dtype=torch.bool).tril(2)
     mask[0, :, :, :3] = False
     want = torch.tensor([[False, True, True, True], [True] * 4])
-    slopes = -8.0 * (torch.arange(2, 6)[:, None] - torch.arange(6)).abs()
+    slopes = -8.0 * (1 + (torch.arange(2, 6)[:, None] - torch.arange(6)).abs())
     kinds = [added(mask, hidden) for hidden in (-1e4, -torch.inf, torch.finfo(torch.float32).min)]
     for given in (mask, *kinds, added(mask, -6e4).half(), slopes + added(mask, -1e9)):
         assert torch.equal(_token_mask(given, 2, (2, 6)), want)
