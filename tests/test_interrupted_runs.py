@@ -106,8 +106,8 @@ def faults(monkeypatch) -> Faults:
     return Faults(monkeypatch)
 
 
-def full_disk() -> OSError:
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def disk_error(number: int = errno.ENOSPC) -> OSError:
+    return OSError(number, os.strerror(number))
 
 
 def content(output_dir: Path) -> dict:
@@ -134,7 +134,10 @@ def error_line(capsys) -> str:
     return line
 
 
-@pytest.mark.parametrize("what", ["killed", "full disk"])
+FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
+
+
+@pytest.mark.parametrize("what", ["killed", "failing disk"])
 def test_resume_completes_a_run_stopped_at_any_write(script, faults, tmp_path, what, capsys):
     run, writes = script
     run("--output_dir", tmp_path / "whole")
@@ -142,14 +145,16 @@ def test_resume_completes_a_run_stopped_at_any_write(script, faults, tmp_path, w
     expected = content(tmp_path / "whole")
     for step in range(writes):
         broken = tmp_path / f"{step}"
-        faults.arm(step, Killed() if what == "killed" else full_disk())
+        number = READ_ONLY if step % 4 == 1 else FULL
+        faults.arm(step, Killed() if what == "killed" else disk_error(number))
         capsys.readouterr()
         with pytest.raises(Killed if what == "killed" else SystemExit) as stopped:
             run("--output_dir", broken)
-        if what == "full disk":
+        if what != "killed":
             assert stopped.value.code == 2
             line = error_line(capsys)
-            assert line.startswith("error: cannot write ") and "No space left" in line and "--resume" in line
+            assert line.startswith("error: cannot write ") and os.strerror(number) in line
+            assert ("make room" in line and "--resume" in line) if number == FULL else "--" in line
         kept = [line for path in broken.glob("*/*/*/samples.jsonl") for line in path.read_bytes().splitlines(True)]
         faults.arm(None)
         run("--output_dir", broken, "--resume")
@@ -179,7 +184,7 @@ def test_a_full_disk_is_one_line_for_calibration_files_and_tables(data, tmp_path
     calibrate = ["--model", "tiny", "--dataset", "words.txt", "--output", str(tmp_path / "x.safetensors")]
     table = ["--models", "tiny", "--dataset", "words.txt", "--methods", "FP16", "--output_dir", str(tmp_path)]
     for script, flags in ((calibrate_reorder, calibrate), (reproduce, table)):
-        faults.arm(0, full_disk())
+        faults.arm(0, disk_error())
         with pytest.raises(SystemExit) as stopped:
             script.main(flags)
         assert stopped.value.code == 2 and error_line(capsys).startswith("error: cannot write ")
@@ -189,7 +194,7 @@ def test_a_full_disk_is_one_line_for_calibration_files_and_tables(data, tmp_path
 def test_a_full_disk_below_any_library_is_one_line(capsys):
     @exit_on_user_error
     def main(argv):
-        raise full_disk() if argv == ["full"] else OSError(errno.ENOTDIR, "no disk's fault")
+        raise disk_error() if argv == ["full"] else OSError(errno.ENOTDIR, "no disk's fault")
 
     with pytest.raises(SystemExit) as stopped:
         main(["full"])

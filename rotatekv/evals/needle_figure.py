@@ -24,7 +24,7 @@ def write_report(records: Sequence[dict], metrics: dict, folder: Path) -> None:
     """``grid.json`` and ``heatmap.png`` in a run's folder."""
     grid = grid_of(records, metrics)
     write_json(folder / "grid.json", grid)
-    write_heat_maps(folder / "heatmap.png", [grid])
+    write_heat_maps(folder / "heatmap.png", [grid], "--output_dir")
 
 
 def read_grid(folder: str) -> dict:
@@ -45,8 +45,8 @@ def read_grid(folder: str) -> dict:
     return grid
 
 
-def write_heat_maps(path: Path, grids: Sequence[dict]) -> None:
-    """Draw grids of one needle type side by side into a PNG.
+def write_heat_maps(path: Path, grids: Sequence[dict], flag: str = "--output") -> None:
+    """Draw grids of one needle type side by side into a PNG; ``flag`` is what named its place.
 
     Raises:
         UserError: different needle types, or the file cannot be written.
@@ -57,7 +57,7 @@ def write_heat_maps(path: Path, grids: Sequence[dict]) -> None:
     figure = _draw(grids, NEEDLE_TYPES[kinds[0]].measure)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)
-    write_output(path, content.getvalue())
+    write_output(path, content.getvalue(), flag)
 
 
 def _is_grid(grid) -> bool:
