@@ -425,7 +425,7 @@ def test_rescore_reproduces_the_metrics(finished, monkeypatch, capsys):
     assert after.pop("rescored")
     assert after == before and (finished / "samples.jsonl").read_bytes() == samples
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("gsm8k accuracy: ")
-    assert sorted(os.listdir(finished)) == ["config.json", "metrics.json", "samples.jsonl"]
+    assert sorted(os.listdir(finished)) == [".lock", "config.json", "metrics.json", "samples.jsonl"]
 
 
 def test_rescore_follows_an_edited_prediction(finished, monkeypatch):
@@ -450,7 +450,7 @@ def test_rescore_of_a_broken_off_run_says_partial_and_merges_ranks(finished):
     (finished / "samples.rank1.jsonl").write_text(lines[2] + lines[2][:20])
     GSM8K_evaluation.main(["--rescore", str(finished)])
     after = json.loads((finished / "metrics.json").read_text())
-    assert sorted(os.listdir(finished)) == ["config.json", "metrics.json", "samples.jsonl"]
+    assert sorted(os.listdir(finished)) == [".lock", "config.json", "metrics.json", "samples.jsonl"]
     assert after["partial"] is True and after.keys() == before.keys() | {"rescored"}
     keys = ("metric", "n", "avg_bits", "cache_bytes_per_token", "seconds", "model", "dataset", "seed", "config", "task")
     assert {key: after[key] for key in keys} == {key: before[key] for key in keys}
