@@ -162,7 +162,7 @@ def run_part(part: Part) -> None:
         dry = DryRun(part.options.capability)
     else:
         os.environ["ROTATEKV_BACKEND"] = "triton"
-    with dry, torch.inference_mode(), part.case(kind):
+    with dry, torch.no_grad(), part.case(kind):
         gpu_check_parts.PARTS[kind](part, *([shape] if shape else []))
     if part.dry:
         part.row(launches=dict(dry.launches), compiled=len(dry.compiled), needless=len(dry.needless()))
@@ -214,7 +214,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--presets", default=",".join(PRESETS), help="of models, and those of llama among them")
     parser.add_argument("--lengths", default="8192,32768,131072", help="of layer, cached tokens")
     parser.add_argument("--context", type=int, default=8192, help="of llama, tokens of the prompt")
-    parser.add_argument("--minutes", type=float, default=5.5, help="for all parts")
+    parser.add_argument("--minutes", type=float, default=5.3, help="for all parts")
     parser.add_argument("--dry_run", action="store_true", help="compile on a machine without a GPU, launch nothing")
     parser.add_argument("--capability", type=int, default=90, help="of the GPU that --dry_run compiles for")
     parser.add_argument("--traceback", action="store_true", help="print one for each failure")

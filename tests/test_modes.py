@@ -17,7 +17,7 @@ from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.triton import plan
 from rotatekv.patch import find_text_model
 
-ONE_OF_EACH = [name for name in PRESETS if name.rstrip("+").endswith("2") or name in ("FP16", "KVQuant3", "RotateKV3")]
+ONE_OF_EACH = [name for name in PRESETS if name.rstrip("+").endswith("2") or name == "FP16"]
 BEFORE, BETWEEN, AFTER = "prefill inside", "prefill and operations inside", "all but the prefill inside"
 
 
