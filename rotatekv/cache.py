@@ -218,6 +218,10 @@ class RotateKVCache(Cache):
         self.positions = self.parts = None
         self.end_forward()
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
+        """Each layer's keys, values and sliding window (none), as of a ``DynamicCache``; see ``RotateKVLayer.keys``."""
+        return ((layer.keys, layer.values, None) for layer in self.layers)
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor the cache holds between calls."""
         yield from (cache.positions for cache in self._holders() if cache.positions is not None)

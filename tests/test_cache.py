@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.calibration import save_reorder_indices
@@ -579,3 +579,23 @@ def test_positions_follow_the_caches_operations(rotated):
     assert torch.equal(cache.positions, positions[[1, 0], :8].int())
     rotated(token_ids(2, 1, 1), past_key_values=cache)  # none given: counted on from the cache's length
     assert cache.positions[:, -1].tolist() == [8, 8]
+
+
+def test_a_cache_is_a_list_of_decoded_keys_and_values(tiny):
+    """As a ``DynamicCache`` is one; FP16's are the stock model's own."""
+    stock, ids = DynamicCache(), token_ids(2, 21)
+    tiny(ids, past_key_values=stock)
+    for name in CONFIGS:
+        with patch_model(tiny, CONFIGS[name]), torch.no_grad():
+            cache = RotateKVCache.for_model(tiny)
+            assert len(cache) == len(list(cache)) == LAYERS and not cache.is_initialized
+            assert list(cache) == [(None, None, None)] * LAYERS
+            tiny(ids, past_key_values=cache)
+            before = cache.nbytes()
+            assert cache.is_initialized and len(list(cache)) == LAYERS
+            for layer, (keys, values, window), theirs in zip(cache.layers, cache, stock.layers, strict=True):
+                assert window is None and torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+                assert keys.shape == values.shape == theirs.keys.shape and keys.dtype == values.dtype == torch.float32
+                if name == "FP16":
+                    torch.testing.assert_close((keys, values), (theirs.keys, theirs.values))
+            assert cache.nbytes() == before
