@@ -333,6 +333,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
 
     def reset(self) -> None:
         self._clear()
+        self.record_past = False
 
     @storing
     def select_rows(self, rows: torch.Tensor) -> None:

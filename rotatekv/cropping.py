@@ -80,7 +80,7 @@ class Croppable:
             return
         length = self.get_seq_length() + tokens_to_remove
         if length <= 0:
-            return self.reset()
+            return self._clear()
         if recent is not None and recent.start <= length:
             self._unpack(recent, length)
         if spare is not None and spare.shortest <= length:

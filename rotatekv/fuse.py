@@ -31,15 +31,17 @@ def check_foldable(attention: nn.Module) -> None:
             )
 
 
-def fuse_weights(attention: nn.Module, method: RotateKV) -> list[tuple[nn.Linear, str, nn.Parameter | None]]:
+def fuse_weights(
+    attention: nn.Module, method: RotateKV, saved: list[tuple[nn.Linear, str, nn.Parameter | None]]
+) -> None:
     """Fold one layer's key rotation and reorder into ``k_proj`` and the value rotation into ``v_proj`` and ``o_proj``.
 
     The products are computed in float32 and stored in the weight's dtype. What ``method.layer`` says is folded is.
 
-    Returns:
-        (module, parameter name, original parameter or None) for ``restore_weights``; the originals wait in host memory.
+    Args:
+        saved: gets (module, parameter name, original parameter or None) for ``restore_weights`` before each is
+            replaced; the originals wait in host memory.
     """
-    saved: list[tuple[nn.Linear, str, nn.Parameter | None]] = []
     key_rows, value_rows = _rows(attention)
     if method.layer.keys_folded:
         _fold_outputs(*key_rows, method.transform_key_channels, saved, method.centre_key_channels)
@@ -47,7 +49,6 @@ def fuse_weights(attention: nn.Module, method: RotateKV) -> list[tuple[nn.Linear
         _fold_outputs(*value_rows, method.transform_value_channels, saved)
         # o_proj reads rotated values: W·x = (W·Hᵀ)·(H·x), head by head along its input channels.
         _replace(attention.o_proj, "weight", lambda w: method.transform_value_channels(w), saved)
-    return saved
 
 
 def restore_weights(saved: list[tuple[nn.Linear, str, nn.Parameter | None]]) -> None:
@@ -102,8 +103,9 @@ def _replace(module: nn.Linear, name: str, fold: Transform, saved: list) -> None
     weight = module.weight
     before = weight.new_zeros(weight.shape[0]) if original is None else original
     folded = fold(before.detach().float().clone()).to(weight.dtype)
-    setattr(module, name, nn.Parameter(folded, requires_grad=before.requires_grad))
-    if not any(kept is module and kept_name == name for kept, kept_name, _ in saved):
-        if original is not None:
-            original.data = original.data.cpu()
+    is_first = not any(kept is module and kept_name == name for kept, kept_name, _ in saved)
+    if is_first:
         saved.append((module, name, original))
+    setattr(module, name, nn.Parameter(folded, requires_grad=before.requires_grad))
+    if is_first and original is not None:
+        original.data = original.data.cpu()

@@ -129,12 +129,24 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
     fingerprint = _fingerprint(model, config, methods)
     spec = CacheSpec(config, methods, f"{fingerprint}, weights {weights_digest(text_model)}")
     handle = PatchHandle(model, spec, RopeSource(text_model), fingerprint)
+    try:
+        _put_in(handle, text_model)
+    except BaseException:  # out of memory, Ctrl-C: half of the weights are folded
+        _take_out(handle)
+        raise
+    for patched in {id(model): model, id(text_model): text_model}.values():
+        setattr(patched, _HANDLE, handle)
+    return handle
+
+
+def _put_in(handle: PatchHandle, text_model: nn.Module) -> None:
+    model = handle.model
     with torch.inference_mode(False), torch.no_grad():
-        for layer, method in zip(text_model.layers, methods, strict=True):
+        for layer, method in zip(text_model.layers, handle.spec.methods, strict=True):
             handle.bind(layer.self_attn, "forward", attention_forward)
             handle.hooks.append(layer.register_forward_pre_hook(choose_sinks, with_kwargs=True))
             if isinstance(method, RotateKV):
-                handle.saved_weights += fuse_weights(layer.self_attn, method)
+                fuse_weights(layer.self_attn, method, handle.saved_weights)
     handle.hooks.append(text_model.register_forward_pre_hook(partial(_enter_forward, handle), with_kwargs=True))
     handle.hooks.append(text_model.register_forward_hook(_leave_forward, with_kwargs=True, always_call=True))
     handle.guard(text_model)
@@ -149,9 +161,13 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
         handle.bind(model, "save_pretrained", _refuse_save)
         handle.hooks.append(model.register_state_dict_pre_hook(_refuse_save))
         handle.hooks.append(model.register_load_state_dict_pre_hook(_refuse_load))
-    for patched in {id(model): model, id(text_model): text_model}.values():
-        setattr(patched, _HANDLE, handle)
-    return handle
+
+
+def _take_out(handle: PatchHandle) -> None:
+    for hook in handle.hooks:
+        hook.remove()
+    handle.unbind()
+    restore_weights(handle.saved_weights)
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -161,10 +177,7 @@ def unpatch_model(model: nn.Module) -> None:
         UserError: the model is not patched.
     """
     handle = handle_of(model)
-    for hook in handle.hooks:
-        hook.remove()
-    handle.unbind()
-    restore_weights(handle.saved_weights)
+    _take_out(handle)
     for patched in {id(m): m for m in (handle.model, find_text_model(handle.model))}.values():
         delattr(patched, _HANDLE)
 
@@ -321,7 +334,8 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
     check_attention(text_model.config)
-    if (layers := text_model.config.num_hidden_layers) != len(cache.layers):
+    layers = text_model.config.num_hidden_layers
+    if min(layers, len(text_model.layers)) != len(cache.layers):
         raise UserError(
             f"config.num_hidden_layers is {layers}, the model was patched with {len(cache.layers)} layers: "
             f"set it to {len(cache.layers)} again"

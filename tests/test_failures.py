@@ -14,6 +14,7 @@ from conftest import tiny_model
 from test_generate import generate
 from test_rotatekv_plus import random_statistics
 
+import rotatekv.fuse
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
 from rotatekv.calibration import save_statistics
 from rotatekv.patch import handle_of, is_patched
@@ -146,6 +147,30 @@ def test_early_exit_is_refused_before_it_starts():
             generate(model, ids)
         model.config.num_hidden_layers = 2
         assert torch.equal(generate(model, ids).sequences, expected)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_patching_broken_off_leaves_the_stock_model(call, monkeypatch):
+    """Each of the six weights of two layers in turn is the one that does not fit in memory."""
+    model, ids, calls = tiny_model(), token_ids(12), []
+    stock, parameters = model(ids).logits, dict(model.named_parameters())
+
+    parameter = torch.nn.Parameter
+
+    def run_out(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError
+        return parameter(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotatekv.fuse.nn, "Parameter", run_out)
+        with pytest.raises(MemoryError):
+            patch_model(model, ROTATEKV2)
+    assert not is_patched(model) and torch.equal(model(ids).logits, stock)
+    assert all(x is parameters[name] for name, x in model.named_parameters())
+    with patch_model(model, ROTATEKV2):
+        assert not torch.equal(model(ids).logits, stock)
 
 
 # --- copies and pickles ----------------------------------------------------------------------------------------------
