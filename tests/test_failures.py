@@ -81,6 +81,28 @@ def test_a_call_broken_off_anywhere_is_as_if_it_had_not_been(error, patched):
         assert torch.equal(patched(**call, past_key_values=broken).logits, expected)
 
 
+def test_a_padded_batchs_call_broken_off_is_as_if_it_had_not_been(patched):
+    """Where each row has a cache of its own, and where none has."""
+    whole, broken, ids = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched), token_ids(80).view(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def break_off(*args):
+        raise Broken
+
+    for part in (slice(0, 30), slice(30, 40)):
+        call = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop]}
+        hook = patched.model.layers[1].register_forward_hook(break_off)
+        before = [x.clone() for x in broken.tensors()]
+        with pytest.raises(Broken):
+            patched(**call, past_key_values=broken)
+        hook.remove()
+        after = list(broken.tensors())
+        assert len(after) == len(before) and all(map(torch.equal, after, before))
+        expected = patched(**call, past_key_values=whole).logits
+        assert torch.equal(patched(**call, past_key_values=broken).logits, expected)
+
+
 def test_a_store_broken_off_between_keys_and_values_is_taken_back(patched, monkeypatch):
     cache, other = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched)
     for taken in (cache, other):
