@@ -133,7 +133,7 @@ def test_no_sample_is_lost_or_repeated(tmp_path, size, count):
     assert told[0][2] == list(range(count)), "rank 0 has not got all samples"
     assert records_of(tmp_path) == [{"id": number, "square": number**2} for number in range(count)]
     assert sorted(path.name for path in only(tmp_path, "config.json").parent.iterdir()) == [
-        "config.json", "samples.jsonl",
+        ".lock", "config.json", "samples.jsonl",
     ]  # fmt: skip
 
 
