@@ -19,14 +19,14 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache
-from rotatekv.compat import CACHE_NAMES, find_cache
+from rotatekv.compat import CACHE_NAMES, disable_compiler, find_cache
 from rotatekv.sinks import give_sinks
 from rotatekv.window import attend_with_own_windows
 
 # Lengths that change at each call, in-place writes and kernels of our own are no compiler's business. A layer of a
 # compiled model has two graphs, before its attention and after it, and the kernels stay in use.
-outside_compiled_graphs = torch.compiler.disable(
-    reason="a patched model's attention runs outside of compiled graphs: leave out fullgraph=True"
+outside_compiled_graphs = disable_compiler(
+    "a patched model's attention runs outside of compiled graphs: leave out fullgraph=True"
 )
 
 

@@ -48,6 +48,12 @@ def find_cache(kwargs: dict):
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
+def disable_compiler(reason: str):
+    """``torch.compiler.disable(reason=reason)``; torch 2.6 takes no reason."""
+    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return torch.compiler.disable(**({"reason": reason} if takes_reason else {}))
+
+
 def check_versions() -> None:
     """Raises UserError, naming the version, for a torch or transformers that does not do; warns of an untested one."""
     check_version("torch", str(torch.__version__))
