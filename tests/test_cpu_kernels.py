@@ -19,6 +19,7 @@ from rotatekv.kernels.cpu import build
 from rotatekv.kernels.layout import Blocks, allocate_blocks, pack_blocks, unpack_blocks, write_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
 from rotatekv.quantize import quantize_groups
+from rotatekv.transforms import has_hadamard
 
 if build._load("attention", "portable") is None:
     pytest.skip("no g++", allow_module_level=True)
@@ -28,7 +29,7 @@ INSTRUCTION_SETS = cpu.available_instruction_sets()
 GEOMETRIES = [
     (64, 1, 1), (128, 1, 1), (64, 3, 3), (80, 3, 1), (80, 4, 4), (96, 4, 4), (128, 4, 4), (96, 2, 1), (64, 2, 2),
     (64, 4, 4), (80, 2, 2), (48, 2, 1), (16, 3, 3), (16, 4, 2), (32, 3, 3), (64, 16, 16), (112, 2, 0), (64, 2, 0),
-    (128, 8, 4),
+    (128, 8, 4), (112, 2, 2), (112, 3, 3), (144, 3, 1), (176, 1, 1),
 ]  # fmt: skip
 
 
@@ -40,7 +41,6 @@ def shapes(draw) -> Shape:
     window = draw(st.sampled_from([0, 1, 5, min(40, tokens)])) if tokens > 5 else 0
     groups = [g for g in (head_dim, 16, 32) if head_dim % g == 0]
     tokens_per_scale = draw(st.sampled_from([0, 0, 16, 32, 48, 128]))
-    has_matrix = head_dim in (16, 32, 48, 64, 80, 96, 128)
     return Shape(
         batch=batch, repeat=draw(st.sampled_from([1, 2, 3, 4, 7])), kv_heads=kv_heads, head_dim=head_dim,
         heads_per_group=heads_per_group, query_tokens=min(draw(st.sampled_from([1, 1, 2, 5, 16])), tokens),
@@ -48,7 +48,7 @@ def shapes(draw) -> Shape:
         key_bits=draw(st.integers(2, 4)), value_bits=draw(st.integers(2, 4)), value_group=draw(st.sampled_from(groups)),
         tokens_per_scale=tokens_per_scale, plus=not tokens_per_scale and draw(st.booleans()),
         rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
-        unrotate_values=has_matrix and draw(st.booleans()),
+        unrotate_values=has_hadamard(head_dim) and draw(st.booleans()),
         padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
         exact_dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])), seed=draw(st.integers(0, 10**6)),
     )  # fmt: skip
