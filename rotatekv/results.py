@@ -26,7 +26,7 @@ from rotatekv.files import to_json, write_atomically, write_error, write_json
 
 SCHEMA = 1
 _LOCK = ".lock"
-_NOT_FINITE = ": try another --dtype (float32), or see whether the model's weights are finite"
+NOT_FINITE = ": try another --dtype (float32), or see whether the model's weights are finite"
 _FAILED_DISK = "mend it, then start the same command again with --resume"
 
 
@@ -129,7 +129,7 @@ class Run:
             results["metric"] = {**old["metric"], **results["metric"]}
         else:
             header = self._header()
-        self.metrics = {**header, **_as_json(results, _NOT_FINITE)}
+        self.metrics = {**header, **_as_json(results, NOT_FINITE)}
         try:
             if not self.is_shorter and self.metrics != old:
                 write_json(path, self.metrics)
@@ -161,7 +161,7 @@ class Run:
                 raise ValueError("no json object")
             self._write_samples(map(_as_json, samples))
             old.pop("reason", None)
-            record = _as_json({**old, **results}, _NOT_FINITE) | {"rescored": _now()}
+            record = _as_json({**old, **results}, NOT_FINITE) | {"rescored": _now()}
             write_json(path, record)
         except OSError as error:
             raise write_error(path, error, "mend it, then --rescore again") from None

@@ -11,6 +11,7 @@ from conftest import save_tiny_folder, tiny_model, tiny_text
 from test_efficiency import LOST, cell
 
 import efficiency_evaluation
+import needle_evaluation
 import PPL_evaluation
 import reproduce
 from rotatekv.evals import reproduce_runs
@@ -68,6 +69,15 @@ def test_a_perplexity_that_is_no_number(broken_model, tmp_path, capsys, monkeypa
     page = (tmp_path / "page.html").read_text()
     assert "1 no result" in page and "metric.ppl is nan" in page
     assert "no finished FP16 run" in error_of(capsys, frontier.main, "--input", path.parents[1])
+
+
+def test_an_answer_of_logits_that_are_no_numbers_is_not_scored(broken_model, tmp_path, capsys):
+    flags = ["--model", broken_model, "--haystack", broken_model / "words.txt", "--needle_type", "passkey"]
+    flags += ["--context_lengths", 60, "--depths", 50, "--max_new_tokens", 4, "--RTN4", "--output_dir", tmp_path]
+    line = error_of(capsys, needle_evaluation.main, *flags)
+    assert "logits are no finite numbers" in line and "--dtype" in line
+    assert not [*tmp_path.rglob("metrics.json")] and not [*tmp_path.rglob("samples.jsonl")]
+    assert error_of(capsys, needle_evaluation.main, *flags, "--resume") == line
 
 
 def test_an_old_record_with_nan_is_no_result(broken_model, tmp_path, capsys):

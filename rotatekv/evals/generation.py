@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from rotatekv.compat import CACHE_NAME
 from rotatekv.errors import UserError
 from rotatekv.evals.running import cache_use
 from rotatekv.evals.tokens import check_token_ids, context_length, encode, end_ids, left_padded, pad_id
 from rotatekv.external import new_cache
+from rotatekv.results import NOT_FINITE
 
 # Greedy, whatever a checkpoint's generation config says. A field that is not named has transformers' own default, which
 # changes no token: no penalty, no forced or suppressed token, no speculation.
@@ -53,8 +55,8 @@ def complete(
             measures of the batch's cache, divided by its rows.
 
     Raises:
-        UserError: a prompt has no token or one without an embedding, or it and its completion exceed the model's
-            context.
+        UserError: a prompt has no token or one without an embedding, it and its completion exceed the model's
+            context, or the model's logits are no finite numbers.
     """
     rows = [encode(tokenizer, prompt, add_special_tokens) for prompt in prompts]
     if not all(rows):
@@ -78,10 +80,12 @@ def complete_inputs(
     check_token_ids(model, inputs["input_ids"])
     cache = new_cache(model)
     length, ends, pad = inputs["input_ids"].shape[1], end_ids(model, tokenizer), pad_id(model, tokenizer)
-    stop = {"stopping_criteria": [_StopAt(tokenizer, stop_strings, length)]} if stop_strings else {}
+    watch = {"logits_processor": LogitsProcessorList([_Finite()])}
+    if stop_strings:
+        watch["stopping_criteria"] = [_StopAt(tokenizer, stop_strings, length)]
     fields = {**GREEDY, "eos_token_id": ends or None, "pad_token_id": pad, **options}
     with torch.no_grad(), _generation_config(model, GenerationConfig(**fields, max_new_tokens=max_new_tokens)) as own:
-        tokens = model.generate(**inputs, **{CACHE_NAME: cache}, generation_config=own, **stop)
+        tokens = model.generate(**inputs, **{CACHE_NAME: cache}, generation_config=own, **watch)
     rows = len(tokens)
     use = cache_use(cache)
     use |= {"tokens": use["tokens"] / rows, "cache_bytes": use["cache_bytes"] / rows}
@@ -115,6 +119,15 @@ def _without_padding(token_ids: list[int], pad_token_id: int | None) -> list[int
     while token_ids and token_ids[-1] == pad_token_id:
         token_ids.pop()
     return token_ids
+
+
+class _Finite(LogitsProcessor):
+    """Raises UserError where the model overflowed: the best of such logits is no answer."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not bool((scores < math.inf).all()):  # a suppressed token's is −inf
+            raise UserError(f"the model's logits are no finite numbers{NOT_FINITE}")
+        return scores
 
 
 class _StopAt(StoppingCriteria):
