@@ -16,6 +16,7 @@ from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete, decoding
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.evals.tokens import check_tokenizer
 from rotatekv.external import use_method
 from rotatekv.results import Run
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if others is not None:
         gsm8k.check_token_ids(samples, others)
     model, tokenizer = load_model(**model_flags(args))
+    check_tokenizer(model, tokenizer, gsm8k.build_prompt(examples, samples[0]["question"]))
 
     dataset = {"id": "gsm8k/test", "sha256": records_sha256(questions)}
     protocol = {

@@ -23,7 +23,7 @@ from rotatekv.evals.generation import complete, decoding
 from rotatekv.evals.longbench import Task
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
-from rotatekv.evals.tokens import context_length
+from rotatekv.evals.tokens import check_tokenizer, context_length
 from rotatekv.external import use_method
 
 
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         for task, records in data
         for number, record in enumerate(records[: args.limit])
     ]
+    check_tokenizer(model, tokenizer, longbench.prompt_of(samples[0]["task"], samples[0]["record"]))
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "longbench", name, handle, dataset, **protocol)
         if not score_samples(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from rotatekv import load_model
 from rotatekv.cli import (
     add_switch,
@@ -37,6 +39,7 @@ from rotatekv.evals.needle import (
 )
 from rotatekv.evals.needle_figure import read_grid, write_heat_maps, write_report
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
+from rotatekv.evals.tokens import check_token_ids
 from rotatekv.external import use_method
 
 
@@ -82,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = NEEDLE_TYPES[args.needle_type]
     chat = use_chat(args.chat_template, tokenizer)
     prompts = Prompts(tokenizer, kind, haystack, question, chat)
-    prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # the shortest, before a run opens
+    shortest = prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # before a run opens
+    check_token_ids(model, torch.tensor(shortest.ids, dtype=torch.int64, device="cpu"))
 
     dataset = {"id": haystack.name, "sha256": haystack.sha256}
     protocol = {

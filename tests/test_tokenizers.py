@@ -142,6 +142,7 @@ def script_flags(place, model: str) -> dict:
 def test_a_tokenizer_of_another_model_is_one_line(place, capsys, script):
     error = refused(capsys, script, *script_flags(place, "foreign")[script])
     assert "token 298, but the model has embeddings for 128" in error
+    assert not (place / "runs of foreign").exists()
 
 
 def test_windows_longer_than_the_context_are_one_line_that_names_the_flag(place, capsys):

@@ -71,6 +71,11 @@ def context_length(model) -> int:
     return model.config.get_text_config().max_position_embeddings
 
 
+def check_tokenizer(model, tokenizer, prompt: str) -> None:
+    """``check_token_ids`` of a run's first prompt, before its folder is made."""
+    check_token_ids(model, torch.tensor(encode(tokenizer, prompt), dtype=torch.int64, device="cpu"))
+
+
 def check_windows(model, windows: Iterable[torch.Tensor], flag: str) -> None:
     """Raises UserError where the windows, (1, T) each and as long as ``flag`` says, do not suit the model."""
     limit = context_length(model)
