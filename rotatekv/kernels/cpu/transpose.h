@@ -5,28 +5,30 @@
 
 #include "simd.h"
 
-// Where the lanes of a transposed pair come from: kLanes … are the second vector's lanes.
-template <int Step, int... Lanes>
-static ROTATEKV_INLINE IntVec first_of_pair(std::integer_sequence<int, Lanes...>) {
-    return IntVec{(Lanes & Step ? kLanes + (Lanes ^ Step) : Lanes)...};
+// Lane i is lane From[i] of a; kLanes … are b's.
+template <int... From>
+static ROTATEKV_INLINE Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, From...);
+#else  // GCC has the other since version 12
+    return __builtin_shuffle(a, b, IntVec{From...});
+#endif
 }
 
 template <int Step, int... Lanes>
-static ROTATEKV_INLINE IntVec second_of_pair(std::integer_sequence<int, Lanes...>) {
-    return IntVec{(Lanes & Step ? kLanes + Lanes : Lanes ^ Step)...};
+static ROTATEKV_INLINE void swap_squares(Vec& x, Vec& y, std::integer_sequence<int, Lanes...>) {
+    const Vec a = x, b = y;
+    x = shuffle<(Lanes & Step ? kLanes + (Lanes ^ Step) : Lanes)...>(a, b);
+    y = shuffle<(Lanes & Step ? kLanes + Lanes : Lanes ^ Step)...>(a, b);
 }
 
 // Swaps the off-diagonal squares of Step × Step numbers, then the smaller ones within each square.
 template <int Step = kLanes / 2>
 static ROTATEKV_INLINE void transpose(Vec* x) {
     if constexpr (Step > 0) {
-        const auto lanes = std::make_integer_sequence<int, kLanes>{};
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-            if (i & Step) continue;
-            const Vec a = x[i], b = x[i + Step];
-            x[i] = __builtin_shuffle(a, b, first_of_pair<Step>(lanes));
-            x[i + Step] = __builtin_shuffle(a, b, second_of_pair<Step>(lanes));
+            if (!(i & Step)) swap_squares<Step>(x[i], x[i + Step], std::make_integer_sequence<int, kLanes>{});
         }
         transpose<Step / 2>(x);
     }
