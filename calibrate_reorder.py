@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from rotatekv import QuantConfig, load_model
-from rotatekv.calibration import KINDS, collect_key_sums, file_name, indices_from_key_sums, save_statistics
+from rotatekv.calibration import KINDS, file_name, save_statistics
 from rotatekv.calibration_kvquant import collect_key_ranges, collect_levels
 from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.calibration_reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import check_windows, context_length
+from rotatekv.families import check_supported, find_text_model
 from rotatekv.models import ALIASES, model_revision
-from rotatekv.patch import check_supported, find_text_model, resolved_head_group
+from rotatekv.patch import resolved_head_group
 from rotatekv.score_errors import check_presets
 from rotatekv.weights import calibration_digests
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rotatekv import QuantConfig, patch_model
 from rotatekv.calibration import KINDS, save_statistics
 from rotatekv.config import resolve_config
+from rotatekv.families import find_text_model, layer_geometry
 from rotatekv.methods import method_class
-from rotatekv.patch import PatchHandle, find_text_model, layer_geometry
+from rotatekv.patch import PatchHandle
 
 
 def random_llama(

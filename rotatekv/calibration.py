@@ -1,4 +1,4 @@
-"""What methods take from a calibration text: reorder indices made; all kinds stored and checked.
+"""What methods take from a calibration text: all kinds of statistics stored, found and checked.
 
 Each kind of statistics has a file of its own per model, ``reorder_indices/<model><suffix>.safetensors``. A method names
 its kind (``KVMethod.statistics_kind``) and gets the tensors of its layer by name. To add tensors to a kind: name them
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,13 +17,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
-from rotatekv.attention import project_qkv
 from rotatekv.config import SUPPORTED_BITS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.files import write_output
-from rotatekv.transforms import heads_to_channels, rotate_channels
 
 _ROOT = Path(__file__).resolve().parent.parent
 # The working folder, a checkout (or editable install), an installed wheel.
@@ -111,83 +108,6 @@ def model_slug(model_id: str) -> str:
     """A model's name as a file name: the last part of its id or path, in lower case."""
     name = re.sub(r"[^a-z0-9._-]+", "-", model_id.rstrip("/").rsplit("/", 1)[-1].lower())
     return name.strip(".") or "model"
-
-
-def collect_key_sums(model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum the pre-RoPE keys over all tokens, per layer and channel, in one streamed pass.
-
-    Memory does not grow with the text: rotation is linear, so the sum of rotated keys is the rotated sum.
-
-    Args:
-        model: not patched.
-        windows: token ids, (1, T) each.
-
-    Returns:
-        (num_hidden_layers, H_kv·D) float64.
-    """
-    sums: list[torch.Tensor | None] = [None] * len(text_model.layers)
-
-    def add_keys(number: int, keys: torch.Tensor) -> None:
-        total = keys.double().sum(dim=(0, 1))
-        sums[number] = total if sums[number] is None else sums[number] + total
-
-    stream_keys(model, text_model, windows, add_keys)
-    if sums[0] is None:
-        raise UserError("the calibration text has no window to read")
-    return torch.stack([total.cpu() for total in sums])
-
-
-def stream_keys(
-    model: nn.Module,
-    text_model: nn.Module,
-    windows: Iterable[torch.Tensor],
-    take: Callable[[int, torch.Tensor], None],
-) -> None:
-    """Run an unpatched model over windows (1, T) of token ids; no gradients, nothing is kept.
-
-    Args:
-        take: gets the layer's number and its pre-RoPE keys, (B, T, H_kv·D), for every window.
-    """
-
-    def take_keys(attention: nn.Module, hidden_states: torch.Tensor) -> None:
-        take(attention.layer_idx, heads_to_channels(project_qkv(attention, hidden_states)[1]))
-
-    stream_modules(model, text_model, windows, [layer.self_attn for layer in text_model.layers], take_keys)
-
-
-def stream_modules(
-    model: nn.Module,
-    text_model: nn.Module,
-    windows: Iterable[torch.Tensor],
-    modules: Iterable[nn.Module],
-    take: Callable[[nn.Module, torch.Tensor], None],
-) -> None:
-    """The same with what comes into some modules: ``take`` gets the module and its (B, T, hidden_size)."""
-
-    def give(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        take(module, args[0] if args else kwargs["hidden_states"])
-
-    hooks = [module.register_forward_pre_hook(give, with_kwargs=True) for module in modules]
-    try:
-        with torch.no_grad():
-            for window in windows:
-                text_model(input_ids=window.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def indices_from_key_sums(key_sums: torch.Tensor, width: int) -> torch.Tensor:
-    """argsort over channels of the signed sum of the rotated keys (ascending, ties in channel order).
-
-    Args:
-        key_sums: (num_hidden_layers, H_kv·D).
-        width: channels per rotation group, G·D.
-
-    Returns:
-        (num_hidden_layers, H_kv·D) int64.
-    """
-    return torch.argsort(rotate_channels(key_sums.double(), width), dim=-1, stable=True)
 
 
 def save_reorder_indices(path: str | Path, indices: torch.Tensor, metadata: dict[str, str]) -> Path:

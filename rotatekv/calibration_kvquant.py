@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from rotatekv.calibration import stream_keys
+from rotatekv.calibration_reorder import stream_keys
 from rotatekv.config import SUPPORTED_BITS
 from rotatekv.errors import UserError
 from rotatekv.methods.kvquant import OUTLIER_SHARE, outliers_per_token

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from rotatekv.attention import project_qkv
-from rotatekv.calibration import stream_keys, stream_modules
+from rotatekv.calibration_reorder import stream_keys, stream_modules
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
+from rotatekv.families import find_text_model, layer_geometry
 from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
 from rotatekv.methods.rotatekv_plus import RotateKVPlus
-from rotatekv.patch import find_text_model, layer_geometry, patch_with_methods
+from rotatekv.patch import patch_with_methods
 from rotatekv.sinks import largest_magnitude
 from rotatekv.stores import TokenStore
 from rotatekv.transforms import heads_to_channels, rotate_channels

@@ -15,9 +15,9 @@ from torch import nn
 from rotatekv.attention import project_qkv, rope_function
 from rotatekv.cache_layer import RotateKVLayer, rope_from
 from rotatekv.config import PRESETS
+from rotatekv.families import layer_geometry
 from rotatekv.methods import KVMethod
 from rotatekv.methods.rotatekv import RotateKV
-from rotatekv.patch import layer_geometry
 from rotatekv.sinks import detect_sinks, give_sinks
 from rotatekv.transforms import heads_to_channels
 

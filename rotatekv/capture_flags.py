@@ -16,8 +16,9 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, cut_windows, load_text
 from rotatekv.evals.tokens import check_windows
+from rotatekv.families import check_supported, find_text_model, layer_geometry
 from rotatekv.models import load_model
-from rotatekv.patch import build_methods, check_supported, find_text_model, layer_geometry
+from rotatekv.patch import build_methods
 
 _COMPARED = ("rtn", "rotatekv")  # the methods of ``quantization_error``
 _LARGEST = 2 * 10**9  # bytes written without --force

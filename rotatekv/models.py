@@ -19,8 +19,8 @@ from transformers import (
 from rotatekv.compat import check_versions
 from rotatekv.distributed import local_rank, world_size
 from rotatekv.errors import UserError
+from rotatekv.families import SUPPORTED_ATTENTION, find_text_model
 from rotatekv.hub import hub_is_offline
-from rotatekv.patch import SUPPORTED_ATTENTION, find_text_model
 from rotatekv.weights import files_digest, weights_digest
 
 EMBEDDED_MODEL = "smollm2-135m"

@@ -10,11 +10,13 @@ from torch import nn
 
 from rotatekv.attention import project_qkv, rope_function
 from rotatekv.cache_layer import RotateKVLayer, rope_from
-from rotatekv.calibration import has_statistics, stream_modules
+from rotatekv.calibration import has_statistics
+from rotatekv.calibration_reorder import stream_modules
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
+from rotatekv.families import find_text_model
 from rotatekv.methods import KVMethod, method_class
-from rotatekv.patch import build_methods, find_text_model
+from rotatekv.patch import build_methods
 from rotatekv.sinks import give_sinks
 
 LARGE_ERROR = 0.5  # of a layer's scores: the noise is then half of what they say about a token

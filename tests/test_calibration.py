@@ -16,14 +16,9 @@ from safetensors.torch import load_file, save_file
 import calibrate_reorder
 from rotatekv import UserError, load_model, patch_model
 from rotatekv import calibration as calibration_module
-from rotatekv.calibration import (
-    collect_key_sums,
-    indices_from_key_sums,
-    load_reorder_indices,
-    model_slug,
-    save_reorder_indices,
-)
-from rotatekv.patch import find_text_model
+from rotatekv.calibration import load_reorder_indices, model_slug, save_reorder_indices
+from rotatekv.calibration_reorder import collect_key_sums, indices_from_key_sums
+from rotatekv.families import find_text_model
 
 LAYERS, CHANNELS, GROUP = 2, 48, 3
 METADATA = {

@@ -17,7 +17,8 @@ from rotatekv.capture import KINDS, CaptureRequest, capture_bytes, capture_windo
 from rotatekv.capture_files import CaptureInfo, read_capture, write_capture
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
-from rotatekv.patch import build_methods, find_text_model
+from rotatekv.families import find_text_model
+from rotatekv.patch import build_methods
 
 TOKENS = 40
 NO_ORDER = ("--Outlier_Aware_Key_Rotation", "False")

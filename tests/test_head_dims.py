@@ -66,8 +66,9 @@ def shaped(head_dim: int, heads: int) -> torch.nn.Module:
 def calibrated(model, preset: str, folder):
     """The preset, and a file of made-up statistics where it needs one."""
     from rotatekv.calibration import KINDS, save_statistics
+    from rotatekv.families import find_text_model
     from rotatekv.methods import method_class
-    from rotatekv.patch import find_text_model, resolved_head_group
+    from rotatekv.patch import resolved_head_group
 
     kind, text_model = method_class(PRESETS[preset]).statistics_kind(PRESETS[preset]), find_text_model(model)
     if kind is None:

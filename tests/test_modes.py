@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_model
 
 from benchmarks.random_models import patch_random, random_llama
-from rotatekv import PRESETS, RotateKVCache, calibration, calibration_kvquant, calibration_plus, transforms
+from rotatekv import PRESETS, RotateKVCache, calibration_kvquant, calibration_plus, calibration_reorder, transforms
+from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
 from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.triton import plan
-from rotatekv.patch import find_text_model
 
 ONE_OF_EACH = [name for name in PRESETS if name.rstrip("+").endswith("2") or name == "FP16"]
 BEFORE, BETWEEN, AFTER = "prefill inside", "prefill and operations inside", "all but the prefill inside"
@@ -104,8 +104,8 @@ def test_default_dtype_and_device_change_no_number(preset, backend, monkeypatch)
 def calibrated(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All that calibration gives for a model."""
     text_model, windows = find_text_model(model), [ids(1, 40, seed) for seed in range(2)]
-    sums = calibration.collect_key_sums(model, text_model, windows)
-    found = {"indices": calibration.indices_from_key_sums(sums, 96)}
+    sums = calibration_reorder.collect_key_sums(model, text_model, windows)
+    found = {"indices": calibration_reorder.indices_from_key_sums(sums, 96)}
     offset, scale = calibration_kvquant.collect_key_ranges(model, text_model, windows, 78)
     found |= {"offset": offset, **calibration_kvquant.collect_levels(model, text_model, windows, offset, scale)}
     mean, scale = calibration_plus.collect_key_factors(model, text_model, windows)

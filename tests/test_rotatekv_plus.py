@@ -15,9 +15,9 @@ from rotatekv.attention import project_qkv
 from rotatekv.calibration import CalibrationTarget, load_statistics, save_statistics
 from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
 from rotatekv.evals.efficiency import _originals_beside
+from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
 from rotatekv.methods import LayerGeometry, build_method
-from rotatekv.patch import find_text_model
 from rotatekv.transforms import hadamard_matrix
 from rotatekv.window import RecentWindow
 

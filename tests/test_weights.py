@@ -17,8 +17,8 @@ import PPL_evaluation
 import reproduce
 from rotatekv import RotateKVCache, UserError, load_model, patch_model, unpatch_model
 from rotatekv.evals import reproduce_runs
+from rotatekv.families import find_text_model
 from rotatekv.models import known_weights, load_skeleton
-from rotatekv.patch import find_text_model
 from rotatekv.results import config_hash
 from rotatekv.weights import calibration_digests, files_digest, weights_digest
 

@@ -9,8 +9,8 @@ import torch
 
 from rotatekv.evals.reproduce_plan import Cell
 from rotatekv.evals.reproduce_runs import Runs, preset_bits, shown
+from rotatekv.families import find_text_model, layer_geometry
 from rotatekv.models import DTYPES, EMBEDDED_MODEL
-from rotatekv.patch import find_text_model, layer_geometry
 from rotatekv.vision_models import RANDOM_LLAVA
 
 # Without a finished run: 2 operations per parameter and token, at what a small CPU and a data-centre GPU sustain.

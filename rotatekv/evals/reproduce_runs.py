@@ -20,9 +20,10 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.reproduce_plan import Calibration, Cell
 from rotatekv.external import EXTERNAL
+from rotatekv.families import find_text_model, layer_geometry
 from rotatekv.methods import LayerGeometry, method_class
 from rotatekv.models import ALIASES, EMBEDDED_MODEL, known_weights, load_skeleton
-from rotatekv.patch import find_text_model, layer_geometry, plan_fingerprint
+from rotatekv.patch import plan_fingerprint
 from rotatekv.results import config_hash
 from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES
 
