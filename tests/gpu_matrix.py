@@ -12,16 +12,15 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from rotatekv import PRESETS, QuantConfig, RotateKVCache, patch_model
-from rotatekv.calibration import save_statistics
+import torch
+
+from benchmarks.random_models import patch_random, random_llama
+from rotatekv import PRESETS, RotateKVCache
 from rotatekv.kernels.triton.dry_run import DryRun
-from rotatekv.methods import method_class
 
 HEADS = {"9/3x64": (9, 3, 64), "32/8x128": (32, 8, 128), "32/32x128": (32, 32, 128), "14/2x64": (14, 2, 64),
          "8/1x256": (8, 1, 256)}  # fmt: skip
@@ -31,45 +30,23 @@ _MOST_NUMBERS = 52_000_000  # of one layer's keys
 _KERNELS = {"quantize_kernel", "dequantize_kernel", "split_kernel", "merge_kernel"}  # and exact_kernel, with sinks
 
 
-def model_of(heads: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """One random layer of these heads, with little beside them."""
-    query, kv, dim = HEADS[heads]
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=64, hidden_size=4 * query, intermediate_size=16, num_hidden_layers=1, num_attention_heads=query,
-        num_key_value_heads=kv, head_dim=dim, max_position_embeddings=8192, attn_implementation="sdpa",
-    )).to(dtype).eval()  # fmt: skip
-
-
-def statistics_of(model: LlamaForCausalLM, config: QuantConfig, folder: str | Path) -> Path | None:
-    """A file of statistics that mean nothing, where the method needs one."""
-    if (kind := method_class(config).statistics_kind(config)) is None:
-        return None
-    channels = model.config.num_key_value_heads * model.config.head_dim
-    order = torch.randperm(channels).repeat(model.config.num_hidden_layers, 1)
-    tensors = {
-        "indices": order, "reorder_index": order, "key_mean": 0 * order, "key_scale": 0 * order + 1,
-        "extra_bit_rank": torch.tensor([[0.25, 0.75]]).expand(len(order), 2), "sink_threshold": 0 * order[:, :1] + 9,
-    }  # fmt: skip
-    return save_statistics(Path(folder) / f"{kind}.safetensors", kind, tensors, {})
-
-
 def run_case(heads: str, preset: str) -> None:
     """Prefill, 1 to 16 new tokens at once and 300 decode steps; attention in torch is left out: no number is read."""
-    model, config = model_of(heads), PRESETS[preset]
-    channels = model.config.num_key_value_heads * model.config.head_dim
+    query_heads, kv_heads, head_dim = HEADS[heads]
+    little = {"vocab_size": 64, "hidden_size": 4 * query_heads, "intermediate_size": 16}
+    model = random_llama(query_heads, kv_heads, head_dim, layers=1, dtype=torch.bfloat16, **little)
     no_attention = patch("torch.nn.functional.scaled_dot_product_attention", lambda q, *_, **__: torch.zeros_like(q))
-    with TemporaryDirectory() as folder, torch.no_grad(), no_attention:
-        patch_model(model, config, statistics_of(model, config, folder))
+    with torch.no_grad(), no_attention:
+        patch_random(model, preset)
         for prompt in PROMPTS:
             for batch in BATCHES:
-                if batch * prompt * channels <= _MOST_NUMBERS:
+                if batch * prompt * kv_heads * head_dim <= _MOST_NUMBERS:
                     steps = NEW_TOKENS if (prompt, batch) == (17, 1) else (1,)
                     _run(model, batch, [prompt, *steps])
         _run(model, 1, [1] * DECODE_STEPS)
 
 
-def _run(model: LlamaForCausalLM, batch: int, calls: list[int]) -> None:
+def _run(model: torch.nn.Module, batch: int, calls: list[int]) -> None:
     cache = RotateKVCache.for_model(model)
     for tokens in calls:
         model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache, logits_to_keep=1)

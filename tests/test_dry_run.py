@@ -14,9 +14,10 @@ from kernel_cases import Shape, random_step
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 
-from gpu_matrix import failures, run_case, statistics_of
+from gpu_matrix import failures, run_case
 
-from rotatekv import PRESETS, RotateKVCache, patch_model
+from benchmarks.random_models import patch_random
+from rotatekv import RotateKVCache
 from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.layout import allocate_blocks
 from rotatekv.kernels.triton import dry_run
@@ -127,15 +128,14 @@ def test_a_refused_kernel_is_named_once_and_never_tried_again():
 
 
 @pytest.mark.parametrize("preset", ["RotateKV2", "RotateKV3+"])
-def test_torch_does_what_a_gpu_too_small_cannot(preset, monkeypatch, tmp_path):
+def test_torch_does_what_a_gpu_too_small_cannot(preset, monkeypatch):
     """Every kernel refused for its shared memory, in the middle of a forward: the numbers of the reference path."""
     monkeypatch.setitem(dry_run.SHARED_MEMORY, 86, -1)
-    model, results, config = tiny_model(), {}, PRESETS[preset]
-    statistics = statistics_of(model, config, tmp_path)
+    model, results = tiny_model(), {}
     ids = torch.randint(8, 128, (2, 40), generator=torch.Generator().manual_seed(1))
 
     def logits() -> torch.Tensor:
-        with patch_model(model, config, statistics), torch.no_grad():
+        with patch_random(model, preset), torch.no_grad():
             cache = RotateKVCache.for_model(model)
             calls = (ids[:, :36], ids[:, 36:37], ids[:, 37:38], ids[:, 38:])
             return torch.cat([model(call, past_key_values=cache).logits for call in calls], dim=1)
