@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -298,6 +299,13 @@ def test_the_environment_switches_kernels_off(monkeypatch):
             cpu.dequantize_blocks(step["keys"], 20, 2, step["group_of_channel"], 64)
     finally:
         build.chosen_instruction_set.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+def test_clang_compiles_them_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path))
+    assert build._load.__wrapped__("dequantize", "portable") is not None  # it has the lanes' shuffles
 
 
 def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
