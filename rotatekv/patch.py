@@ -286,6 +286,8 @@ def _enter_forward(handle: PatchHandle, text_model: nn.Module, args: tuple, kwar
     kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
     tokens = embeds if embeds is not None else ids
+    if tokens is None or not tokens.numel():
+        raise UserError("the call has no tokens: pass input_ids or inputs_embeds with at least one token")
     batch_size, length = tokens.shape[:2]
     position_ids, documents = kwargs.get("position_ids"), None
     if position_ids is not None and kwargs.get("attention_mask") is None and given is None:

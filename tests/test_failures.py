@@ -247,3 +247,16 @@ def test_a_cache_is_copied_whole(patched):
         before = cache.nbytes()
         patched(token_ids(5), past_key_values=copied)
         assert cache.nbytes() == before and copied.get_seq_length() == 45
+
+
+def test_a_call_without_tokens_is_one_line_and_leaves_the_cache_alone(patched):
+    cache, nothing = RotateKVCache.for_model(patched), torch.empty(1, 0, dtype=torch.long)
+    calls = [{"input_ids": nothing}, {"inputs_embeds": torch.empty(1, 0, 96)}, {"input_ids": token_ids(5)[:0]}, {}]
+    for length in (0, 7):
+        for call in calls:
+            with pytest.raises(UserError, match="no tokens: pass input_ids"):
+                patched(**call, past_key_values=cache)
+        assert cache.get_seq_length() == length
+        patched(token_ids(7), past_key_values=cache)
+    with pytest.raises(UserError, match="no tokens: pass input_ids"):
+        patched.generate(nothing)
