@@ -31,10 +31,21 @@ from rotatekv.speculation import prompt_first
 from rotatekv.weights import calibration_digests, weights_digest
 
 _HANDLE = "_rotatekv_handle"
+_MARK = "_rotatekv_not_pickled"
+
+
+class NotPickled:
+    """Stands in a patched model and in every module that it changed: no part of it is pickled."""
+
+    def __deepcopy__(self, memo: dict) -> NotPickled:
+        return self
+
+    def __reduce_ex__(self, protocol):
+        raise UserError("a patched model cannot be pickled: call unpatch_model(model) first, and patch what is loaded")
 
 
 @dataclass
-class PatchHandle:
+class PatchHandle(NotPickled):
     """What ``patch_model`` did to a model. ``with patch_model(...) as handle:`` undoes it at the end."""
 
     model: nn.Module
@@ -56,8 +67,9 @@ class PatchHandle:
     def bind(self, module: nn.Module, name: str, function) -> None:
         """Shadow ``module.name`` for this instance alone."""
         name = _forward_name(module) if name == "forward" else name
-        self.rebound.append((module, name, vars(module).get(name)))
-        setattr(module, name, MethodType(function, module))
+        for key, value in ((name, MethodType(function, module)), (_MARK, NotPickled())):
+            self.rebound.append((module, key, vars(module).get(key)))
+            setattr(module, key, value)
 
     def guard(self, text_model: nn.Module) -> None:
         """Have a call that does not come to its end, by Ctrl-C too, take back what it has stored."""
@@ -76,9 +88,6 @@ class PatchHandle:
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
-
-    def __reduce_ex__(self, protocol):
-        raise UserError("a patched model cannot be pickled: call unpatch_model(model) first, and patch what is loaded")
 
     def __enter__(self) -> PatchHandle:
         return self

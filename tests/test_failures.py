@@ -231,6 +231,7 @@ def test_pickling_a_patched_model_is_refused_in_one_line(name):
         process = multiprocessing.get_context("spawn").Process(target=work, args=(model,))
         for give_away in (
             lambda: pickle.dumps(model), lambda: pickle.dumps({"a": model.model}),
+            lambda: pickle.dumps(model.model.layers[0]), lambda: pickle.dumps(model.model.layers[0].self_attn),
             lambda: torch.save(model, io.BytesIO()), process.start,
         ):  # fmt: skip
             with pytest.raises(UserError, match="cannot be pickled: call unpatch_model") as caught:
