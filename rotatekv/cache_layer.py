@@ -242,7 +242,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             self.sink_values = self.packed_values.to_stored_order(self._to_storage(values[where]))
             if self._sinks_until is not None:
                 self._put_aside_spare_sinks(self._sinks_until.to(keys.device), keys.shape[1])
-        start, new = self.packed_keys.length, keys.shape[1]
+        start = self.packed_keys.length
         if self._window().keeps_tokens:
             keys, values = self._to_storage(keys), self._to_storage(values)
         keys, self.window_keys = self._split_window(self.window_keys, keys)
@@ -252,8 +252,9 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             self._new_massive = None
             if massive.shape[1]:
                 self._add_sinks(massive, keys, values)
-        if self.record_past and new <= MOST_CROPPED and self._window().keeps_tokens and keys.shape[1]:
-            self._recent = RecentTokens(start, keys.clone(), values.clone())
+        if self.record_past and self._window().keeps_tokens and keys.shape[1]:
+            first = self._window().packed_of(self.get_seq_length() + keys.shape[1] - MOST_CROPPED)
+            self._recent = RecentTokens(first, keys[:, first - start :].clone(), values[:, first - start :].clone())
         if keys.shape[1]:
             self.packed_keys.add(keys, self.method.encode_keys, kernels)
             self.packed_values.add(values, self.method.encode_values, kernels)

@@ -29,7 +29,7 @@ class SpareSinks(NamedTuple):
 
 
 class RecentTokens(NamedTuple):
-    """Tokens that the last call has packed, (B, T_flushed, H_kv·D) as the window had them, from token ``start`` on."""
+    """Tokens that the last call has packed, (B, T_kept, H_kv·D) as the window had them, from token ``start`` on."""
 
     start: int
     keys: torch.Tensor

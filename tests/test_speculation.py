@@ -109,5 +109,24 @@ def test_a_crop_into_the_first_call_has_the_sinks_of_the_tokens_that_stayed(toke
     assert came_back, "no token was crowded out of the sinks"
 
 
+@pytest.mark.parametrize("preset", ["KIVI2", "RotateKV2+"])
+def test_a_crop_into_a_long_call_gives_its_window_back(preset, tmp_path):
+    model, ids = tiny_model().double(), prompt()
+    with patched_with_statistics(model, preset, tmp_path, residual_length=16), torch.no_grad():
+        for before, removed in ((0, 1), (0, MOST_CROPPED), (2, 48), (70, MOST_CROPPED), (151, 1)):
+            cropped, short = RotateKVCache.for_model(model), RotateKVCache.for_model(model)
+            for cache, end in ((cropped, PROMPT), (short, PROMPT - removed)):
+                if before:
+                    model(ids[:, :before], past_key_values=cache)
+                cache.activate_past_recording()
+                if before < end:
+                    model(ids[:, before:end], past_key_values=cache)
+            cropped.crop(-removed)
+            for ours, theirs in zip(cropped.layers, short.layers, strict=True):
+                assert ours.packed_keys.length == theirs.packed_keys.length
+                torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(ours.values, theirs.values, rtol=1e-6, atol=1e-6)
+
+
 def sinks(layer) -> list[tuple[int, int]]:
     return list(zip(layer.sink_rows.tolist(), layer.sink_columns.tolist(), strict=True))
