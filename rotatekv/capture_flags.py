@@ -15,7 +15,7 @@ from rotatekv.cli import add_switch, method_from_args, model_flags
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, cut_windows, load_text
-from rotatekv.evals.tokens import check_windows
+from rotatekv.evals.tokens import check_windows, context_length
 from rotatekv.families import check_supported, find_text_model, layer_geometry
 from rotatekv.models import load_model
 from rotatekv.patch import build_methods
@@ -63,7 +63,7 @@ def save_captures(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(**model_flags(args))
     text_model = find_text_model(model)
     check_supported(text_model)
-    ids = _window(tokenizer, text, args)
+    ids = _window(model, tokenizer, text, args)
     check_windows(model, [ids], "--PPL_seq_length")
     request = _request(args, model, text_model)
     _check_size(capture_bytes(text_model, ids.shape[1], request), args.force)
@@ -88,8 +88,8 @@ def _text_within_reach(args: argparse.Namespace) -> Text:
         return text
 
 
-def _window(tokenizer, text: Text, args: argparse.Namespace) -> torch.Tensor:
-    windows = cut_windows(tokenizer, text, args.PPL_seq_length)
+def _window(model, tokenizer, text: Text, args: argparse.Namespace) -> torch.Tensor:
+    windows = cut_windows(tokenizer, text, args.PPL_seq_length, context_length(model))
     if args.save_sample >= len(windows):
         raise UserError(
             f"{text.name} has {len(windows)} windows of {args.PPL_seq_length} tokens: "

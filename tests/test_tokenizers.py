@@ -149,6 +149,8 @@ def test_windows_longer_than_the_context_are_one_line_that_names_the_flag(place,
     flags = script_flags(place, "tiny")
     for script, flag in ((PPL_evaluation, "--PPL_seq_length"), (calibrate_reorder, "--seq_length")):
         assert f"context of 512: pass {flag} 512 or less" in refused(capsys, script, *flags[script])
+    too_long = refused(capsys, PPL_evaluation, *flags[PPL_evaluation], "--PPL_seq_length", 6000)
+    assert "less than one window: pass --PPL_seq_length 512" in too_long
     capture = ("--save_k_pre_rope", "--save_dir", place / "saved", "--method", "FP16")
     assert "pass --PPL_seq_length 512" in refused(capsys, PPL_evaluation, *flags[PPL_evaluation], *capture)
     for script in (needle_evaluation, efficiency_evaluation):

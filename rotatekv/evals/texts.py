@@ -70,8 +70,8 @@ def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
         yield ids[:, start : start + length]
 
 
-def cut_windows(tokenizer, text: Text, length: int) -> list[torch.Tensor]:
-    """The windows of a text.
+def cut_windows(tokenizer, text: Text, length: int, context: int) -> list[torch.Tensor]:
+    """The windows of a text, for a model of ``context`` tokens.
 
     Raises:
         UserError: it has fewer tokens than one.
@@ -80,7 +80,7 @@ def cut_windows(tokenizer, text: Text, length: int) -> list[torch.Tensor]:
     windows = list(windows_of(ids, length))
     if not windows:
         have = ids.shape[1]
-        mend = f"pass --PPL_seq_length {have} or less" if have > 1 else "pass a longer text"
+        mend = f"pass --PPL_seq_length {min(have, context)} or less" if have > 1 else "pass a longer text"
         raise UserError(f"{text.name} has {have} tokens, less than one window: {mend}")
     return windows
 
