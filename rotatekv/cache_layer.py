@@ -60,15 +60,16 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self._sinks_until = self._recent = self._spare = None
         self.is_initialized = False
 
-    @storing
     def end_call(self, failed: bool = False) -> None:
         """The running call is done; ``failed``: take back what it has stored here."""
         before, self._before, self._new_massive = self._before, None, None
         if self.sink_keys is None:
             self.sink_rows = self.sink_columns = None  # named, not stored
-        if before is None or not failed:
-            return
-        packed, beside = before
+        if before is not None and failed:
+            self._take_back(*before)
+
+    @storing
+    def _take_back(self, packed: int, beside: dict[str, torch.Tensor | None]) -> None:
         if not packed and beside["window_keys"] is None:
             return self._clear()
         self._keep_packed(packed)

@@ -7,6 +7,7 @@ keeps all keys and values exact and hands out what the paper's method would make
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -234,15 +235,22 @@ def test_turboquant_rotates_and_one_channel_alone_is_its_worst_case():
 
 
 class ExactCache(DynamicCache):
-    """Keeps everything exact and hands out what ``expected`` makes of it."""
+    """Keeps everything exact and hands out what ``expected`` makes of it, of each row after its ``padding`` tokens."""
 
-    def __init__(self, name: str, config):
+    def __init__(self, name: str, config, padding: Sequence[int] = (0,)):
         super().__init__(config=config)
-        self.name = name
+        self.name, self.padding = name, padding
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return expected(self.name, keys, values, WINDOW, GROUP, 16)
+        both = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not any(self.padding):
+            return expected(self.name, *both, WINDOW, GROUP, 16)
+        keys, values = (x.clone() for x in both)
+        for row, first in enumerate(self.padding):
+            here = slice(row, row + 1), slice(None), slice(first, None)
+            if first < keys.shape[2]:
+                keys[here], values[here] = expected(self.name, keys[here], values[here], WINDOW, GROUP, 16)
+        return keys, values
 
 
 def small(name: str) -> QuantConfig:
@@ -284,13 +292,13 @@ def assert_equal_but_for_ties(got, want, stock) -> None:
 def test_prefill_chunks_and_decoding_equal_hugging_faces_own_forward(name, family, padded):
     ours, other = double_model(family), double_model(family)
     ids, mask = token_ids(), torch.ones(2, 40, dtype=torch.long)
-    if padded:
-        mask[0, :11] = 0
+    padding = (11, 0) if padded else (0,)
+    mask[0, : padding[0]] = 0
     chunks = (19, 7, 1, 1, 1, 1, 1, 1, 1, 1, 4, 1, 1)
     with patch_model(ours, small(name)):
         got = logits_in_chunks(ours, ids, chunks, RotateKVCache.for_model(ours), mask)
     # One by one, so that each query sees its own recent window.
-    want = logits_in_chunks(other, ids, [1] * 40, ExactCache(name, other.config), mask)
+    want = logits_in_chunks(other, ids, [1] * 40, ExactCache(name, other.config, padding), mask)
     stock = logits_in_chunks(other, ids, chunks, DynamicCache(config=other.config), mask)
     assert_equal_but_for_ties(got[mask.bool()], want[mask.bool()], stock[mask.bool()])
 
