@@ -1,4 +1,8 @@
-"""The fused kernel generates what the reference path generates: 200 greedy tokens of the embedded model."""
+"""The fused kernel decodes the embedded model as the reference path does, to what 16 bits cost.
+
+Which token is the likeliest is no measure: the layers amplify a rounding of 1e-4 until codes are other ones, in the
+reference path alone too, so that tokens part after some steps, at other steps on another CPU.
+"""
 
 from __future__ import annotations
 
@@ -13,51 +17,35 @@ from rotatekv.kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
 
-PROMPT, STEPS = 64, 200
+PROMPT, STEPS = 64, 30
 
 
-@pytest.fixture(scope="module")
-def prompt(embedded) -> torch.Tensor:
-    return tokenize(embedded[1], load_text("essays", None))[:, :PROMPT]
+def round_to_bfloat16(module: torch.nn.Module, args: tuple) -> tuple:
+    return (args[0].bfloat16().to(args[0].dtype),)
 
 
-def decode(model, start: RotateKVCache, logits: torch.Tensor, backend: str, monkeypatch, tokens=None) -> torch.Tensor:
-    """(STEPS + 1, vocabulary) logits; each token is the likeliest one, or the given one."""
-    monkeypatch.setenv("ROTATEKV_BACKEND", backend)
-    cache, found = copy.deepcopy(start), [logits]
-    for step in range(STEPS):
-        token = found[-1].argmax() if tokens is None else tokens[step]
-        found.append(model(token.view(1, 1), past_key_values=cache).logits[0, -1])
-    return torch.stack(found)
+def decode(model, start: RotateKVCache, tokens: torch.Tensor) -> torch.Tensor:
+    """(STEPS, vocabulary) logits of the tokens, each after the ones before it."""
+    cache = copy.deepcopy(start)
+    return torch.stack([model(token.view(1, 1), past_key_values=cache).logits[0, -1] for token in tokens])
 
 
-def begin(model, prompt: torch.Tensor, monkeypatch) -> tuple[RotateKVCache, torch.Tensor]:
-    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
-    cache = RotateKVCache.for_model(model)
-    return cache, model(prompt, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-
-
-def test_200_greedy_tokens_are_those_of_the_reference_path(embedded, prompt, monkeypatch):
-    model = embedded[0]
-    with patch_model(model, "RotateKV4"), torch.no_grad():
-        start = begin(model, prompt, monkeypatch)
-        general = decode(model, *start, "reference", monkeypatch).argmax(-1)
-        fused = decode(model, *start, "cpu", monkeypatch).argmax(-1)
-    assert fused.tolist() == general.tolist()
-
-
-def test_at_2_bits_the_first_other_token_is_a_tie(embedded, prompt, monkeypatch):
-    """At 2 bits the layers amplify rounding, in the reference path alone too: where the two part, the two likeliest
-    tokens lie closer together than the logits of that step, of the same tokens, lie apart."""
-    model = embedded[0]
-    with patch_model(model, "RotateKV2"), torch.no_grad():
-        start = begin(model, prompt, monkeypatch)
-        general = decode(model, *start, "reference", monkeypatch)
-        tokens = general.argmax(-1)
-        fused = decode(model, *start, "cpu", monkeypatch, tokens)
-    differs = (fused.argmax(-1) != tokens).nonzero()[:, 0]
-    if len(differs):
-        first, second = general[differs[0]].topk(2).values
-        assert first - second < (fused - general)[differs[0]].abs().max()
-        assert first - second < 0.1 * (general.topk(2).values @ torch.tensor([1.0, -1.0])).median()
-    assert len(differs) < STEPS / 4
+@pytest.mark.parametrize("method", ["RotateKV4", "RotateKV2", "RotateKV2+"])
+def test_the_fused_kernel_costs_less_than_attention_in_bfloat16(embedded, method, monkeypatch):
+    model, tokenizer = embedded
+    text = tokenize(tokenizer, load_text("essays", None))
+    prompt, tokens = text[:, :PROMPT], text[0, PROMPT : PROMPT + STEPS]
+    with patch_model(model, method), torch.no_grad():
+        monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+        start = RotateKVCache.for_model(model)
+        model(prompt, past_key_values=start)
+        reference = decode(model, start, tokens)
+        hooks = [x.self_attn.o_proj.register_forward_pre_hook(round_to_bfloat16) for x in model.model.layers]
+        rounded = decode(model, start, tokens)
+        for hook in hooks:
+            hook.remove()
+        monkeypatch.setenv("ROTATEKV_BACKEND", "cpu")
+        fused = decode(model, start, tokens)
+    error, allowed = ((x - reference).abs().mean(-1) for x in (fused, rounded))  # (STEPS,)
+    assert 0 < error[0] < allowed[0]  # no code is another one yet
+    assert error.mean() < 1.5 * allowed.mean()
