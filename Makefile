@@ -8,6 +8,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 DATA_DIR ?= ../shared/data
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -28,7 +29,7 @@ demo: install
 
 test: install
 	$(BIN)/python -m ruff check .
-	HF_HUB_OFFLINE=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest tests -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest tests -q -n $(TEST_PROCESSES) --dist loadfile
 
 FIGURES := keys_2d keys_3d massive_activations attention_sinks quantization_error outlier_spread
 CAPTURES := k_pre_rope k_post_rope k_rotated massive_activations attention_scores quantization_error
