@@ -30,7 +30,6 @@ MODELS = {
     (86, "9/3x64", "RotateKV2"): 7, (86, "14/2x64", "RotateKV3+"): 7, (86, "32/8x128", "QuaRot4"): 5,
     (86, "8/1x256", "RotateKV4"): 7, (80, "32/32x128", "RTN2"): 4, (90, "32/8x128", "RotateKV2"): 7,
 }  # fmt: skip
-MOST_SPILLS = 200  # bytes a thread
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,7 +46,7 @@ def test_a_models_launches_compile_and_fit(capability, heads, preset):
     """Prompts of 1 to 4097 tokens, batches of 1 to 160, 1 to 16 new tokens, 300 decode steps."""
     with DryRun(capability, resources=True) as dry:
         run_case(heads, preset)
-    assert failures(dry, MOST_SPILLS) == []
+    assert failures(dry) == []
     assert len(dry.compiled) == MODELS[capability, heads, preset]
     assert max(kernel.shared for kernel in dry.compiled) <= 99 * 1024  # sm_86 and sm_89, whatever this one is
 
