@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from rotatekv import load_model
 from rotatekv.cli import (
     add_switch,
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     chat = use_chat(args.chat_template, tokenizer)
     prompts = Prompts(tokenizer, kind, haystack, question, chat)
     shortest = prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # before a run opens
-    check_token_ids(model, torch.tensor(shortest.ids, dtype=torch.int64, device="cpu"))
+    check_token_ids(model, shortest.ids)
 
     dataset = {"id": haystack.name, "sha256": haystack.sha256}
     protocol = {

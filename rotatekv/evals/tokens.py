@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -55,8 +55,10 @@ def embedding_rows(model) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def check_token_ids(model, ids: torch.Tensor) -> None:
+def check_token_ids(model, ids: torch.Tensor | Sequence[int]) -> None:
     """Raises UserError where a token has no embedding: the tokenizer is of another model."""
+    if not isinstance(ids, torch.Tensor):
+        ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
     image = getattr(model.config, "image_token_id", None)  # a picture takes its place
     words = ids if image is None else ids[ids != image]
     if words.numel() and (highest := int(words.max())) >= (rows := embedding_rows(model)):
@@ -73,7 +75,7 @@ def context_length(model) -> int:
 
 def check_tokenizer(model, tokenizer, prompt: str) -> None:
     """``check_token_ids`` of a run's first prompt, before its folder is made."""
-    check_token_ids(model, torch.tensor(encode(tokenizer, prompt), dtype=torch.int64, device="cpu"))
+    check_token_ids(model, encode(tokenizer, prompt))
 
 
 def check_windows(model, windows: Iterable[torch.Tensor], flag: str) -> None:
