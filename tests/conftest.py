@@ -121,3 +121,11 @@ def statistics(tmp_path_factory):
         "rotatekv_plus": save_statistics(folder / "plus.safetensors", "plus", plus_statistics(8.0), {}),
     }
     return lambda config: files.get(config.method)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+    yield
+    torch.set_num_threads(before)
