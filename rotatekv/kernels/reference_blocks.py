@@ -9,14 +9,36 @@ from rotatekv.kernels.layout import unpack_blocks, write_blocks
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.quantize import FINE_SCALE, quantize_groups, wide_scale, wide_zero
-from rotatekv.transforms import channels_to_heads, rotate_channels
+from rotatekv.transforms import channels_to_heads, heads_to_channels, rotate_channels
 
 
 def quantize_into_blocks_reference(
-    x: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float = 1.0,
-    order: torch.Tensor | None = None,
+    heads: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float = 1.0,
+    order: torch.Tensor | None = None, rotation_width: int = 0, affine: Affine | None = None,
+    unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """``rotatekv.kernels.triton.quantize_into_blocks``, bit for bit."""
+    """Write T tokens, (B, H_kv, T, D), in place into blocks from token ``start`` on: all that comes before rounding too.
+
+    In this order, each where it is there:
+
+    1. ``unrope``: cos and sin (B, T, rotary_dim / 2) float32 that undo RoPE: channel i and i + rotary_dim / 2 of a head
+       become ``low·cos + high·sin`` and ``high·cos − low·sin`` (YaRN's factor is divided out of them already).
+    2. ``affine``: ``(x − offset) / factor``, the inverse of what a read does.
+    3. ``rotation_width`` W: each W consecutive channels of a token times the Hadamard matrix of order W.
+    4. ``order`` (C,) int32: quantized channel j is channel ``order[j]`` so far, and is stored there.
+    """
+    heads = heads.float()
+    if unrope is not None:
+        cos, sin = (table.unsqueeze(1) for table in unrope)  # (B, 1, T, rotary_dim / 2)
+        low, high, rest = heads.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+        heads = torch.cat([low * cos + high * sin, high * cos - low * sin, rest], dim=-1)
+    x = heads_to_channels(heads)  # (B, T, C)
+    if affine is not None:
+        x = (x - affine.offset) / affine.factor
+    if rotation_width:
+        x = rotate_channels(x, rotation_width)
+    if order is not None:
+        x = x[..., order.long()]
     codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio, packed["scale"].dtype == FINE_SCALE)
     write_blocks(packed, start, codes if order is None else codes[..., torch.argsort(order)], scale, zero, bits)
 
