@@ -1,4 +1,4 @@
-"""Random packed caches for the tests of the CPU kernels."""
+"""Random packed caches, decode steps and writes for the tests of the kernels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from rotatekv.kernels.affine import Affine
-from rotatekv.kernels.layout import BLOCK, allocate_planes, pack_blocks, write_codes
+from rotatekv.kernels.layout import BLOCK, allocate_blocks, allocate_planes, pack_blocks, unpack_blocks, write_codes
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.quantize import dequantize_groups, wide_scale
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Shape:
     rotary_dim: int = 0  # 0: keys are stored after RoPE
     unrotate_values: bool = False
     padding: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()  # tokens of each sequence that are gone before column 0
+    sliding_window: int = 0
     exact_dtype: torch.dtype = torch.float16
     seed: int = 0
 
@@ -44,14 +47,17 @@ def random_step(shape: Shape) -> dict:
     rope = None
     if shape.rotary_dim:
         frequencies = 10000.0 ** (-torch.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)
-        rope = RopeTables.build(frequencies, shape.tokens, attention_scaling=1.2)
+        rope = RopeTables.build(frequencies, shape.tokens + max(shape.dropped, default=0), attention_scaling=1.2)
     options = DecodeOptions(
         shape.head_dim, shape.key_bits, shape.value_bits, shape.head_dim**-0.5,
         shape.heads_per_group * shape.head_dim, rope, shape.unrotate_values, shape.tokens_per_scale,
-        random_affine(channels, generator) if shape.plus else None,
+        random_affine(channels, generator) if shape.plus else None, shape.sliding_window,
     )  # fmt: skip
     heads = shape.repeat * shape.kv_heads
-    padding = [*shape.padding, *[0] * shape.batch][: shape.batch]
+    first, dropped = (
+        torch.tensor([*given, *[0] * shape.batch][: shape.batch], dtype=torch.int32)
+        for given in (shape.padding, shape.dropped)
+    )
     value_groups = channels // (shape.value_group or shape.head_dim)
     if shape.tokens_per_scale:
         keys = random_planes(shape.batch, packed_tokens, channels, shape.key_bits, shape.tokens_per_scale, generator)
@@ -65,7 +71,8 @@ def random_step(shape: Shape) -> dict:
         "keys": keys,
         "values": values,
         "group_of_channel": group_of_channel,
-        "first": torch.tensor(padding, dtype=torch.int32),
+        "first": first,
+        "origin": dropped - first,
         "packed_tokens": packed_tokens,
         "total_tokens": shape.tokens,
         "options": options,
@@ -112,9 +119,91 @@ def _random_exact(shape: Shape, generator: torch.Generator) -> ExactTokens | Non
         columns += chosen
     if not rows:
         return None
-    size = (len(rows), shape.kv_heads * shape.head_dim)
+    size = (len(rows), shape.kv_heads, shape.head_dim)
     keys, values = (torch.randn(size, generator=generator).to(shape.exact_dtype) for _ in range(2))
     return ExactTokens(*(torch.tensor(x, dtype=torch.int32) for x in (rows, columns)), keys, values)
+
+
+@dataclass(frozen=True)
+class Write:
+    """A call of ``quantize_into_blocks``; ``heads_per_group`` 0: not rotated, ``rotary_dim`` 0: RoPE stays."""
+
+    batch: int = 1
+    kv_heads: int = 3
+    head_dim: int = 64
+    tokens: int = 1
+    start: int = 0
+    bits: int = 2
+    group_size: int = 64
+    clip_ratio: float = 1.0
+    fine: bool = False
+    reorder: bool = False
+    heads_per_group: int = 0
+    affine: bool = False
+    rotary_dim: int = 0
+    dtype: torch.dtype = torch.float32
+    layout: str = "heads"  # as they lie in memory; "tokens": (B, T, H_kv, D), "slice": a part of wider tokens
+    magnitude: float = 1.0
+    seed: int = 0
+
+
+def random_write(write: Write) -> dict:
+    """The arguments of ``quantize_into_blocks`` and of its reference; the blocks hold other numbers before."""
+    generator = torch.Generator().manual_seed(write.seed)
+    channels, rows = write.kv_heads * write.head_dim, (write.batch, write.tokens)
+    heads = torch.randn(*rows, write.kv_heads, write.head_dim, generator=generator).mul(write.magnitude)
+    heads = heads.to(write.dtype)
+    if write.layout == "slice":
+        heads = torch.nn.functional.pad(heads, (0, 0, 1, 2))[:, :, 1:-2]
+    heads = heads.transpose(1, 2)
+    packed = allocate_blocks(
+        write.batch, -(-(write.start + write.tokens) // BLOCK) + 1, channels, channels // write.group_size, write.bits,
+        fine=write.fine,
+    )  # fmt: skip
+    for plane in packed.values():
+        plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
+    unrope = None
+    if write.rotary_dim:
+        angles = torch.rand(*rows, write.rotary_dim // 2, generator=generator) * 100
+        unrope = angles.cos() / 1.2, angles.sin() / 1.2
+    return {
+        "heads": heads.contiguous() if write.layout == "heads" else heads,
+        "packed": packed,
+        "start": write.start,
+        "bits": write.bits,
+        "group_size": write.group_size,
+        "clip_ratio": write.clip_ratio,
+        "order": torch.randperm(channels, generator=generator).int() if write.reorder else None,
+        "rotation_width": write.heads_per_group * write.head_dim,
+        "affine": random_affine(channels, generator) if write.affine else None,
+        "unrope": unrope,
+    }
+
+
+def assert_written(made, expected, arguments: dict, exactly: bool) -> None:
+    """The blocks that a kernel ``made`` of a call's arguments against those of the reference.
+
+    Unless ``exactly``: a number that lies within float32's rounding of the middle between two steps may fall to either
+    one, and so may a scale or a zero point. 999 codes of 1000 are the same, the others differ by one, and no number
+    that is read back is off by more than a step.
+    """
+    if exactly:
+        assert all(torch.equal(made[name], expected[name]) for name in expected)
+        return
+    tokens = expected["low"].shape[1] * BLOCK
+    new = torch.zeros(tokens, dtype=torch.bool)
+    new[arguments["start"] :][: arguments["heads"].shape[2]] = True
+    mine, truth = (unpack_blocks(x, tokens, arguments["bits"]) for x in (made, expected))
+    assert all(torch.equal(x[:, ~new], y[:, ~new]) for x, y in zip(mine, truth, strict=True))
+    codes, scale, zero = (x[:, new] for x in mine)
+    true_codes, true_scale, true_zero = (x[:, new] for x in truth)
+    off = (codes.int() - true_codes.int()).abs()
+    assert off.count_nonzero() <= 2 + off.numel() / 1000 and (off <= 1).all()
+    assert ((zero.int() - true_zero.int()).abs() <= 1).all()
+    step = wide_scale(true_scale)  # (B, T, groups)
+    torch.testing.assert_close(wide_scale(scale), step, rtol=0.13 if scale.dtype == torch.uint8 else 1e-3, atol=6e-8)
+    difference = dequantize_groups(codes, scale, zero) - dequantize_groups(true_codes, true_scale, true_zero)
+    assert (difference.abs().unflatten(-1, (step.shape[-1], -1)) <= 1.02 * step.unsqueeze(-1)).all()
 
 
 def error(out: torch.Tensor, exact: torch.Tensor) -> float:
