@@ -17,7 +17,7 @@ def quantize_into_blocks_reference(
     order: torch.Tensor | None = None, rotation_width: int = 0, affine: Affine | None = None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Write T tokens, (B, H_kv, T, D), in place into blocks from token ``start`` on: all that comes before rounding too.
+    """T tokens (B, H_kv, T, D) into blocks in place from token ``start`` on, with all that comes before rounding.
 
     In this order, each where it is there:
 
