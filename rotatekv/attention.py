@@ -1,11 +1,15 @@
-"""The one patched attention forward, for every supported family. Start reading here.
+"""The attention of a patched model, for every family. Start reading here.
 
-    keys     k_proj → rotate groups of heads → reorder channels → 2-bit codes        (write, before RoPE)
-             codes → inverse reorder → inverse rotation → RoPE at its own position   (read)
-    values   v_proj → rotate each head → 2-bit codes → inverse rotation
-    queries  as usual
+Hugging Face's own forwards run: projections, norms and RoPE are theirs. Two things are ours. Their ``cache.update``
+stores the new tokens (rotatekv/cache_layer.py), by a codec of ``rotatekv/methods/``:
 
-The write and the read are ``cache.update``; which codec they use is ``rotatekv/methods/``.
+    keys     undo RoPE → rotate groups of heads → reorder channels → 2-bit codes     (write)
+             codes → inverse reorder → inverse rotation → RoPE again                 (read)
+    values   rotate each head → 2-bit codes → inverse rotation
+
+It returns the new keys with their layer's cache as an attribute, so that no token is decoded before it is needed. Their
+attention function is ``attention`` below: a few new tokens attend in one kernel that reads the codes as they lie and
+un-rotates values once, in its output; a prefill decodes the layer's cache, and Hugging Face's function does the rest.
 """
 
 from __future__ import annotations
@@ -18,94 +22,49 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rotatekv.cache import RotateKVCache
-from rotatekv.compat import CACHE_NAMES, disable_compiler, find_cache
+from rotatekv.cache import RotateKVCache, handed_over
+from rotatekv.compat import find_cache, outside_compiled_graphs
 from rotatekv.sinks import give_sinks
 from rotatekv.window import attend_with_own_windows
 
-# Lengths that change at each call, in-place writes and kernels of our own are no compiler's business. A layer of a
-# compiled model has two graphs, before its attention and after it, and the kernels stay in use.
-outside_compiled_graphs = disable_compiler(
-    "a patched model's attention runs outside of compiled graphs: leave out fullgraph=True"
-)
+NAME = "rotatekv"  # of the attention function
+STOCK_CONFIG = "_rotatekv_stock_config"  # on the config of a patched attention module: the one it had
+_CHANGES_SCORES = ("position_bias", "softcap", "s_aux")  # what a fused kernel knows nothing of
+
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @outside_compiled_graphs
-def attention_forward(
-    self: nn.Module,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over the quantized cache; takes and returns what Hugging Face's own forward does.
-
-    Args:
-        hidden_states: (B, T, hidden_size).
-        position_embeddings: cos and sin of the new tokens, (B, T, rotary_dim) each.
-        kwargs: the cache among them, and what the attention interface takes.
-
-    Raises:
-        RuntimeError: called with no cache, as gradient checkpointing does.
-    """
-    cache: RotateKVCache | None = find_cache(kwargs)
-    if cache is None:
-        raise RuntimeError(
-            "RotateKV's attention was called without a cache: call the whole model, and switch gradient "
-            "checkpointing off or unpatch_model(model) before training"
-        )
-    query, key, value = project_qkv(self, hidden_states)  # (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D)
-    options = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-    attend = _attend if cache.parts is None else _attend_to_parts
-    output, weights = attend(self, cache, query, key, value, position_embeddings, attention_mask, options)
-    return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
-
-
-def _attend(
-    self: nn.Module,
-    cache: RotateKVCache,
+def attention(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
-    options: dict,
+    **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Store the new tokens' (B, H_kv, T, D) keys and values and let their queries, (B, H, T, D), attend.
+    """A Hugging Face attention function, over the quantized cache where the keys come from one.
+
+    Args:
+        query: (B, H, T, D), after RoPE.
+        key, value: (B, H_kv, T, D), what ``cache.update`` returned.
+        attention_mask: (B or 1, H or 1, T or 1, T_cached), bool or to be added; None: causal.
+        options: dropout, scaling and whatever else the family hands its attention function.
 
     Returns:
-        (B, T, H, D), and the weights (B, H, T, T_cached) if the attention interface gives them.
+        (B, T, H, D), and the weights (B, H, T, T_cached) if Hugging Face's function gives them.
     """
-    rope = rope_function(self)
-    dropout = self.attention_dropout if self.training else 0.0
-    if self.config._attn_implementation == "sdpa" and not dropout and cache.attends(self.layer_idx, query):
-        # A few new tokens: one kernel reads the packed cache (rotatekv/kernels/).
-        output = cache.attend(
-            query, key, value, self.layer_idx, self.scaling, lambda x: rope(x, *position_embeddings)
-        )  # (B, H, T, D)
-        return output.transpose(1, 2), None
-    query = rope(query, *position_embeddings)
-    key, value, flushed = cache.update(key, value, self.layer_idx, rope=rope)  # (B, H_kv, T_cached, D)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        self.config._attn_implementation, _modeling_module(self).eager_attention_forward
-    )
-    if flushed is not None:  # packed by now, but the call's first queries have them in their recent window
-        is_causal = cache.mask_is_causal and options.get("is_causal") is not False
-        attend = partial(attend_with_own_windows, attend, flushed, is_causal)
-    return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options)
-
-
-def _attend_to_parts(
-    self: nn.Module, cache: RotateKVCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor], attention_mask: torch.Tensor | None, options: dict,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """``_attend`` for each sequence in its own cache; zeros for padding."""
+    stock, handed = stock_attention(module), handed_over(key)
+    if handed is None:
+        return stock(module, query, key, value, attention_mask, **options)
+    cache, layer = handed
+    if cache.parts is None:
+        return _attend(cache, layer, stock, module, query, key, value, attention_mask, options)
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
-    for part in cache.parts.running():
+    for part in cache.parts.running():  # each sequence in its own cache; zeros for padding
         heads = (part.of(x, 2) for x in (query, key, value))
-        tables = tuple(part.of(x, 1) for x in position_embeddings)
         mask = part.attention_mask(attention_mask)
-        of_part, weights = _attend(self, part.cache, *heads, tables, mask, options)
+        of_part, weights = _attend(part.cache, layer, stock, module, *heads, mask, options)
         output[part.row, part.new] = of_part[0]
         if weights is not None:
             if all_weights is None:
@@ -114,60 +73,65 @@ def _attend_to_parts(
     return output, all_weights
 
 
-def project_qkv(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value heads of any supported family, before RoPE.
+def _attend(
+    cache: RotateKVCache, number: int, stock: Attention, module: nn.Module, query: torch.Tensor, key: torch.Tensor,
+    value: torch.Tensor, attention_mask: torch.Tensor | None, options: dict,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """``attention`` over one cache, whose layer ``number`` has stored the call's keys and values by now."""
+    layer = cache.layers[number]
+    if cache.first_call_is_exact:
+        return stock(module, query, key, value, attention_mask, **options)
+    if _is_plain(stock, options) and cache.attends(number, query):
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return layer.attend(query, scaling, cache.fused_call).transpose(1, 2), None
+    flushed, (keys, values) = layer.flushed, layer.read()  # (B, H_kv, T_kept, D)
+    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        keys, values = _NoGradient.apply(keys, key), _NoGradient.apply(values, value)
+    if flushed is not None:  # packed by now, but the call's first queries have them in their recent window
+        is_causal = cache.mask_is_causal and options.get("is_causal") is not False
+        stock = partial(attend_with_own_windows, stock, flushed, is_causal)
+    return stock(module, query, keys, values, attention_mask, **options)
 
-    Handles separate and fused (phi3) projections, and query/key normalisation per head (qwen3) or over all heads
-    (olmo2).
 
-    Returns:
-        (B, H, T, D), (B, H_kv, T, D), (B, H_kv, T, D).
-    """
-    if hasattr(attention, "qkv_proj"):
-        config, head_dim = attention.config, attention.head_dim
-        kv_width = config.num_key_value_heads * head_dim
-        query, key, value = attention.qkv_proj(x).split(
-            (config.num_attention_heads * head_dim, kv_width, kv_width), dim=-1
-        )
-    else:
-        query, key, value = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-    query = _normed_heads(query, attention.head_dim, getattr(attention, "q_norm", None))
-    key = _normed_heads(key, attention.head_dim, getattr(attention, "k_norm", None))
-    return query, key, _normed_heads(value, attention.head_dim, None)
+def stock_attention(module: nn.Module) -> Attention:
+    """What would attend in the unpatched model."""
+    config = getattr(module.config, STOCK_CONFIG, module.config)
+    family = sys.modules[type(module).__module__]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(
+        config._attn_implementation, getattr(family, "eager_attention_forward", None)
+    )
 
 
-def rope_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The family's own rotary embedding, for one tensor: ``rope(x (B, heads, T, D), cos, sin) -> x``."""
-    apply_to_pair = _modeling_module(attention).apply_rotary_pos_emb
-
-    def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return apply_to_pair(x, x[:, :1], cos, sin)[0]
-
-    return rope
+def _is_plain(stock: Attention, options: dict) -> bool:
+    """Whether softmax(scaling·q·k)·v is all that happens."""
+    is_sdpa = stock is ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return is_sdpa and not options.get("dropout") and all(options.get(name) is None for name in _CHANGES_SCORES)
 
 
 @outside_compiled_graphs
-def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> None:
+def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
     """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
     cache = find_cache(kwargs)
     if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
         return
-    hidden_states, layer = args[0] if args else kwargs["hidden_states"], decoder_layer.self_attn.layer_idx
+    hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, hidden_size)
     if cache.parts is None:
         return give_sinks(cache.layers[layer], hidden_states, cache.token_mask)
     for part in cache.parts.running():
         give_sinks(part.cache.layers[layer], part.of(hidden_states, 1))
 
 
-def _normed_heads(x: torch.Tensor, head_dim: int, norm: nn.Module | None) -> torch.Tensor:
-    norm_is_per_head = norm is not None and norm.weight.shape[-1] == head_dim
-    if norm is not None and not norm_is_per_head:
-        x = norm(x)
-    x = x.unflatten(-1, (-1, head_dim))  # (B, T, heads, D)
-    if norm_is_per_head:
-        x = norm(x)
-    return x.transpose(1, 2)  # (B, heads, T, D)
+class _NoGradient(torch.autograd.Function):
+    """Identity whose backward says that gradients stop here, instead of silently training half a model."""
+
+    @staticmethod
+    def forward(ctx, cached: torch.Tensor, _projected: torch.Tensor) -> torch.Tensor:
+        return cached.view_as(cached)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        raise RuntimeError("no gradients through a quantized KV cache: call unpatch_model(model) before training")
 
 
-def _modeling_module(attention: nn.Module):
-    return sys.modules[type(attention).__module__]
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache
 
-from rotatekv.cache_layer import RotateKVLayer, rope_from
+from rotatekv.cache_layer import RotateKVLayer
+from rotatekv.compat import outside_compiled_graphs
 from rotatekv.config import QuantConfig
 from rotatekv.decode import FusedCall
 from rotatekv.errors import UserError
 from rotatekv.methods import KVMethod
-from rotatekv.parts import Parts
-from rotatekv.window import FlushedTokens
+from rotatekv.parts import Parts, SplitLayer
+from rotatekv.rope import LayerRope, Positions
+
+_HANDED = "_rotatekv_handed"  # on the keys that ``update`` returns
 
 
 @dataclass(frozen=True)
@@ -23,37 +26,61 @@ class CacheSpec:
     """What a patched model and its caches must agree on.
 
     Args:
-        methods: one codec per layer.
+        methods: one codec per layer; None for a layer that keeps transformers' own cache (linear attention).
         fingerprint: of the config, the model's shape and weights, and the calibrated statistics.
+        ropes: how each layer's keys are turned; None: they are not.
+        text_config: of the text model: its sliding windows and linear-attention layers.
     """
 
     config: QuantConfig
-    methods: tuple[KVMethod, ...]
+    methods: tuple[KVMethod | None, ...]
     fingerprint: str
+    ropes: tuple[LayerRope | None, ...] = field(repr=False)
+    text_config: PretrainedConfig = field(repr=False)
+
+    def __deepcopy__(self, memo: dict) -> CacheSpec:
+        return self
+
+    def new_layers(self, positions: Positions) -> list:
+        """Empty layers of a cache: ours where tokens are stored, transformers' own elsewhere."""
+        stock = DynamicCache(config=self.text_config).layers
+        return [
+            layer if method is None
+            else RotateKVLayer(method, rope, positions, getattr(layer, "sliding_window", None))
+            for layer, method, rope in zip(stock, self.methods, self.ropes, strict=True)
+        ]  # fmt: skip
 
 
 class RotateKVCache(Cache):
     """The cache of a patched model; make one with ``RotateKVCache.for_model(model)`` or let ``generate`` do it.
 
     Attributes:
-        positions: (B, T) int32, the position of every cached token, kept once for all layers.
         token_mask: (B, T) bool of the running call's tokens, False at padding; None when there is none.
         mask_is_causal: whether no token of the running call sees a later one; a caller's own 4-D mask may show them.
         fused_call: what a fused kernel needs for the running call; None where the general path is taken.
         parts: the sequences, each in a cache of its own, where padding or packing asks for it; None: all in the layers.
+        first_call_is_exact: the running call's queries see its keys and values as they are.
     """
 
     def __init__(self, spec: CacheSpec):
-        super().__init__(layers=[RotateKVLayer(method) for method in spec.methods])
+        self._positions = Positions()
+        super().__init__(layers=spec.new_layers(self._positions))
         self._spec = spec
         self.config, self.fingerprint = spec.config, spec.fingerprint
-        self.positions: torch.Tensor | None = None
         self.token_mask: torch.Tensor | None = None
-        self.mask_is_causal = True
+        self.mask_is_causal, self.first_call_is_exact = True, False
         self.fused_call: FusedCall | None = None
         self.parts: Parts | None = None
-        self._running = False
-        self._rope_table: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._tokens = 0  # that are stored, but for a running call's
+        self._running, self._awaited = False, set()
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """(B, T) int32, the position of every cached token, kept once for all layers."""
+        return self._positions.values
+
+    def _own_layers(self) -> list[RotateKVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RotateKVLayer)]
 
     @classmethod
     def for_model(cls, model) -> RotateKVCache:
@@ -87,9 +114,10 @@ class RotateKVCache(Cache):
         if self._running:  # an earlier call never came to its end
             self.end_forward(failed=True)
         self._running = True
-        cached = self.get_seq_length()
-        if not cached:
-            self.parts = None
+        cached = self._tokens
+        self.first_call_is_exact = not cached and not self.config.quantize_prefill
+        if not cached and self.parts is not None:
+            self.parts, self.layers = None, self._spec.new_layers(self._positions)
         elif self.parts is not None and self.parts.is_packed:
             raise UserError(
                 "a packed batch (position_ids that restart) filled this cache, it cannot go on: "
@@ -98,19 +126,19 @@ class RotateKVCache(Cache):
         new = position_ids.to(torch.int32).expand(batch_size, -1)
         self.mask_is_causal = attention_mask is None or attention_mask.dim() == 2
         self.token_mask = _token_mask(attention_mask, cached, (batch_size, cached + new.shape[1]))
-        if self.parts is None and self._padding_matters(cached, attention_mask):
-            self.parts = Parts.of_rows(self, batch_size)
-            for layer in self.layers:
-                layer.reset()
-        if cached == 0:
-            self.positions = new.clone()
-        elif self.positions.shape[0] != batch_size:
+        if cached and self.positions.shape[0] != batch_size:
             raise ValueError(f"the cache holds {self.positions.shape[0]} sequences, the call has {batch_size}")
+        if self.parts is None and self._padding_matters(cached, attention_mask):
+            self._split(Parts.of_rows(self, batch_size))
+        if cached:
+            new = new.to(self.positions.device)
+            self._positions.set(torch.cat([self.positions, new], dim=1))
         else:
-            self.positions = torch.cat([self.positions, new.to(self.positions.device)], dim=1)
+            self._positions.set(new.clone())
         if documents is not None:
             documents = documents.expand(batch_size, -1)
-            self.parts, owned = Parts.of_documents(documents, lambda: RotateKVCache(self._spec))
+            parts, owned = Parts.of_documents(documents, lambda: RotateKVCache(self._spec))
+            self._split(parts)
             self.parts.begin_forward(new, owned)
         elif self.parts is not None:
             real = torch.ones_like(new, dtype=torch.bool) if self.token_mask is None else self.token_mask
@@ -118,87 +146,123 @@ class RotateKVCache(Cache):
             for cache in self.parts.caches():
                 cache.mask_is_causal = self.mask_is_causal
 
-    def set_rope_table(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """How to make cos and sin at all positions, (B, T_cached + T, rotary_dim), if the call needs them."""
-        self._rope_table = functools.cache(make)
+    def _split(self, parts: Parts) -> None:
+        """Keep each sequence's attention layers in its own cache from now on."""
+        self.parts = parts
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, RotateKVLayer):
+                self.layers[number] = SplitLayer(parts, number, layer)
 
     def _padding_matters(self, cached: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether a row would be another one than alone if its padding were stored with it."""
         if attention_mask is None or attention_mask.dim() != 2:
             return False
-        if any(layer.method.tokens_per_flush > 1 for layer in self.layers):
+        if any(layer.method.tokens_per_flush > 1 for layer in self._own_layers()):
             return not bool(self.token_mask.all())
         return self.config.Attention_Sink_Aware and cached == 0 and not bool(self.token_mask.any(1).all())
 
     def end_forward(self, failed: bool = False) -> None:
-        """The running call is done; ``failed``: take back what it has stored, so that it may be made again."""
-        self._rope_table = self.token_mask = self.fused_call = None
-        for layer in self.layers:
+        """The running call is done; ``failed``: take back what it has stored, so that it may be made again.
+
+        Raises:
+            RuntimeError: some layer of the model has stored nothing, or attended without what it has stored.
+        """
+        tokens = 0 if self.positions is None else self.positions.shape[1]
+        missing = sorted({*self._awaited, *self._without(tokens)}) if self._running and not failed else []
+        failed = failed or bool(missing)
+        self.token_mask = self.fused_call = None
+        self.first_call_is_exact, self._running, self._awaited = False, False, set()
+        for layer in self._own_layers():
             layer.end_call(failed)
         if self.parts is not None:
             self.parts.end_forward(failed)
+        self._positions.forget()
         if failed:
             self._cut_positions()
-        self._running = False
+        else:
+            self._tokens = tokens
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} attended without the cache, in full precision: switch gradient checkpointing off, "
+                "or unpatch_model(model) before training"
+            )
+
+    def _without(self, tokens: int) -> list[int]:
+        """The attention layers that do not hold so many tokens."""
+        if self.parts is not None:
+            return []
+        own = ((number, layer) for number, layer in enumerate(self.layers) if isinstance(layer, RotateKVLayer))
+        return [number for number, layer in own if layer.get_seq_length() != tokens]
+
+    def settle(self) -> None:
+        """Take back what a call has stored that never came to its end (Ctrl-C)."""
+        if self._running:
+            self.end_forward(failed=True)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx) if self.parts is None else self.parts.tokens
+        """Tokens a row, padding included; a running call's count once it is done."""
+        return self._tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.get_seq_length(layer_idx) + query_length, 0
+        if layer_idx == 0 and not isinstance(self.layers[0], RotateKVLayer | SplitLayer):  # transformers' default
+            layer_idx = next(i for i, method in enumerate(self._spec.methods) if method is not None)
+        return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def activate_past_recording(self) -> None:
         for cache in self._holders():
             for layer in cache.layers:
-                layer.activate_past_recording()
+                if hasattr(layer, "activate_past_recording"):
+                    layer.activate_past_recording()
 
     def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
-        needs_gradient = torch.is_grad_enabled() and query.requires_grad
         call = self.fused_call
-        if call is None or needs_gradient:
+        if call is None or (torch.is_grad_enabled() and query.requires_grad):
             return False
-        return self.layers[layer_idx].can_attend(call.kernels(query.device), query.shape[2])
+        return self.layers[layer_idx].can_attend(call.kernels(query.device))
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer_idx: int, scaling: float, rope_new
-    ) -> torch.Tensor:
-        """Store the new tokens and attend to all, without ever unpacking the cache; see ``RotateKVLayer.attend``."""
-        return self.layers[layer_idx].attend(query, key, value, scaling, rope_new, self.fused_call)
-
+    @outside_compiled_graphs
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, rope=None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor, FlushedTokens | None]:
-        """See ``RotateKVLayer.update``; ``rope`` is the family's function of a tensor, cos and sin."""
-        if rope is None or self._rope_table is None:
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the call's (B, H_kv, T, D) keys, after RoPE, and values; return them for ``attention.attention``,
+        which finds this cache by them."""
+        if not self._running:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
-        cos, sin = (table.to(key_states.device) for table in self._rope_table())
-        layer = self.layers[layer_idx]
-        keys, values, flushed = layer.update(key_states, value_states, rope_from(rope, cos, sin))
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys = _NoGradient.apply(keys, key_states)
-            values = _NoGradient.apply(values, value_states)
-        return keys, values, flushed
+        if self.parts is None:
+            self.layers[layer_idx].write(key_states, value_states)
+        else:
+            for part in self.parts.running():
+                part.cache.layers[layer_idx].write(part.of(key_states, 2), part.of(value_states, 2))
+        setattr(key_states, _HANDED, (self, layer_idx))
+        self._awaited.add(layer_idx)
+        return key_states, value_states
+
+    def take(self, layer_idx: int) -> None:
+        """The attention function has what ``update`` returned for this layer."""
+        self._awaited.discard(layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        self.settle()
         super().crop(tokens_to_remove)
         if self.parts is not None:
             self.parts.crop(tokens_to_remove)
+        self._tokens = max(self._tokens + int(tokens_to_remove), 0)
         self._cut_positions()
 
     def _cut_positions(self) -> None:
-        length = self.get_seq_length()
-        if self.positions is not None and self.positions.shape[1] > length:
-            self.positions = self.positions[:, :length].clone() if length else None
+        if self.positions is not None and self.positions.shape[1] > self._tokens:
+            self._positions.set(self.positions[:, : self._tokens].clone() if self._tokens else None)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row ``i`` of the batch what row ``rows[i]`` was, in every layer."""
+        self.settle()
         for layer in self.layers:
-            layer.select_rows(rows)
+            layer.reorder_cache(rows)
         if self.parts is not None:
             self.parts.select_rows(rows)
         if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+            self._positions.set(self.positions.index_select(0, rows.to(self.positions.device)))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select_rows(beam_idx)
@@ -214,13 +278,17 @@ class RotateKVCache(Cache):
             self.select_rows(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
+        self.settle()
+        if self.parts is not None:
+            self.parts, self.layers = None, self._spec.new_layers(self._positions)
         super().reset()
-        self.positions = self.parts = None
-        self.end_forward()
+        self._positions.set(None)
+        self._tokens = 0
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
-        """Each layer's keys, values and sliding window (none), as of a ``DynamicCache``; see ``RotateKVLayer.keys``."""
-        return ((layer.keys, layer.values, None) for layer in self.layers)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, int | None]]:
+        """Each layer's keys, values and sliding window, as of a ``DynamicCache``; see ``RotateKVLayer.keys``."""
+        names = "keys", "values", "sliding_window"
+        return (tuple(getattr(layer, name, None) for name in names) for layer in self.layers)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor the cache holds between calls."""
@@ -229,7 +297,7 @@ class RotateKVCache(Cache):
         yield from self._tensors_of("values")
 
     def _tensors_of(self, kind: str) -> Iterator[torch.Tensor]:
-        return (tensor for cache in self._holders() for layer in cache.layers for tensor in layer.tensors(kind))
+        return (tensor for cache in self._holders() for layer in cache._own_layers() for tensor in layer.tensors(kind))
 
     def _holders(self) -> list[RotateKVCache]:
         return [self, *(self.parts.caches() if self.parts is not None else ())]
@@ -239,10 +307,16 @@ class RotateKVCache(Cache):
         return sum(_bytes(tensor) for tensor in self.tensors())
 
     def numbers(self) -> int:
-        """How many key and value numbers the cache stands for: 2·B·T·H_kv·D, summed over layers."""
+        """How many key and value numbers the cache holds: 2·B·T·H_kv·D, summed over layers; T counts what sliding
+        windows have kept."""
         if self.positions is None:
             return 0
-        return 2 * self.positions.numel() * sum(layer.method.layer.channels for layer in self.layers)
+        if self.parts is not None:
+            layers = [(layer.method, self.positions.numel()) for layer in self.layers if isinstance(layer, SplitLayer)]
+        else:
+            rows = self.positions.shape[0]
+            layers = [(x.method, rows * (x.get_seq_length() - x.dropped)) for x in self._own_layers()]
+        return 2 * sum(method.layer.channels * tokens for method, tokens in layers)
 
     def avg_bits(self) -> dict[str, float]:
         """Measured bits per number for keys (``k``), values (``v``) and both (``total``, positions included)."""
@@ -256,16 +330,12 @@ class RotateKVCache(Cache):
 _HIDDEN = -1000.0  # or less, added to a score, leaves no weight; a bias such as ALiBi's is nearer to 0 for some query
 
 
-class _NoGradient(torch.autograd.Function):
-    """Identity whose backward says that gradients stop here, instead of silently training half a model."""
-
-    @staticmethod
-    def forward(ctx, cached: torch.Tensor, _projected: torch.Tensor) -> torch.Tensor:
-        return cached.view_as(cached)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        raise RuntimeError("no gradients through a quantized KV cache: call unpatch_model(model) before training")
+def handed_over(keys: torch.Tensor) -> tuple[RotateKVCache, int] | None:
+    """The cache whose ``update`` returned these keys, and its layer's number; None: no RotateKVCache did."""
+    handed = getattr(keys, _HANDED, None)
+    if handed is not None:
+        handed[0].take(handed[1])
+    return handed
 
 
 def _token_mask(attention_mask: torch.Tensor | None, cached: int, shape: tuple[int, int]) -> torch.Tensor | None:

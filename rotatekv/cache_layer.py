@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -12,8 +13,10 @@ from rotatekv.cropping import MOST_CROPPED, Croppable, RecentTokens, storing
 from rotatekv.decode import FusedCall
 from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
+from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
+from rotatekv.rope import LayerRope, Positions
 from rotatekv.stores import CodeStore, HeadForm, Store
 from rotatekv.window import FlushedTokens, RecentWindow
 
@@ -22,34 +25,42 @@ _BESIDE = (  # the tensors beside the packed stores
 )  # fmt: skip
 
 
-def rope_from(rope: Callable, cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """What ``RotateKVLayer.update`` takes: a family's ``rope(x, cos, sin)`` with tables of all tokens, cut to x's."""
-
-    def turn(x: torch.Tensor, start: int) -> torch.Tensor:
-        tokens = slice(start, start + x.shape[2])
-        return rope(x, cos[:, tokens], sin[:, tokens])
-
-    return turn
-
-
 class RotateKVLayer(Croppable, CacheLayerMixin):
     """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
 
     Tensors, each cut and joined along B and T by the cache's operations:
         packed_keys, packed_values: the stores of what the method's ``encode_*`` made of the first tokens.
-        window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, T_window, H_kv·D), and up to
+        window_keys, window_values: the last ``residual_length`` tokens in 16 bits, (B, H_kv, T_window, D), and up to
             ``tokens_per_flush`` − 1 before them: tokens are packed in whole groups, counted from the first one.
         sink_rows, sink_columns: (S,) int32, the sequence and the token of each attention sink.
         window_massive: (B, T_window) bool, the window's tokens that will be sinks; None unless ``set_massive`` says.
-        sink_keys, sink_values: (S, H_kv·D) in 16 bits, in the stores' order; they replace the decoded tokens.
+        sink_keys, sink_values: (S, H_kv, D) in 16 bits; they replace the decoded tokens.
+    Windows and sinks are as attention sees them: keys after RoPE, values not rotated.
+
+    Args:
+        rope: how the model turns this layer's keys; None: it does not.
+        positions: of all tokens, shared by a cache's layers.
+        sliding_window: a query sees that many tokens, its own included; those before are dropped in whole blocks. All
+            tokens are counted from the first that is kept, ``dropped``. None: all tokens are seen.
     """
 
     is_croppable = True
-    is_sliding = False
 
-    def __init__(self, method: KVMethod):  # the base class's own would set keys and values
-        self.method = method
+    def __init__(
+        self,
+        method: KVMethod,
+        rope: LayerRope | None = None,
+        positions: Positions | None = None,
+        sliding_window: int | None = None,
+    ):  # the base class's own would set keys and values
+        self.method, self.positions = method, Positions() if positions is None else positions
+        self.rope = rope if method.keys_before_rope else None
+        self.sliding_window = sliding_window
         self._clear()
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.sliding_window is not None
 
     def _clear(self) -> None:
         self.packed_keys, self.packed_values = self.method.key_store(), self.method.value_store()
@@ -57,39 +68,65 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self._sinks_in_window = True  # maybe; once none is there, only a crop brings one back
         self._before: tuple[int, dict[str, torch.Tensor | None]] | None = None
-        self._sinks_until = self._recent = self._spare = None
+        self._sinks_until = self._recent = self._spare = self.flushed = None
+        self.dropped = 0
         self.is_initialized = False
 
     def end_call(self, failed: bool = False) -> None:
         """The running call is done; ``failed``: take back what it has stored here."""
-        before, self._before, self._new_massive = self._before, None, None
+        before, self._before, self._new_massive, self.flushed = self._before, None, None, None
         if self.sink_keys is None:
             self.sink_rows = self.sink_columns = None  # named, not stored
         if before is not None and failed:
             self._take_back(*before)
+        elif self.sliding_window is not None:
+            self._drop_unseen()
 
     @storing
     def _take_back(self, packed: int, beside: dict[str, torch.Tensor | None]) -> None:
-        if not packed and beside["window_keys"] is None:
+        if not packed and beside["window_keys"] is None and not self.dropped:
             return self._clear()
         self._keep_packed(packed)
         for name, tensor in beside.items():
             setattr(self, name, tensor)
         self._recent, self._spare, self._sinks_in_window = None, None, True
 
+    @storing
+    def _drop_unseen(self) -> None:
+        """Drop the whole blocks of tokens that no later query sees, a crop's own included."""
+        unseen = self._kept() - self.sliding_window + 1 - (MOST_CROPPED if self.record_past else 0)
+        step = math.lcm(BLOCK, self.method.tokens_per_flush)
+        count = min(unseen, self.packed_keys.length) // step * step
+        if count <= 0:
+            return
+        self.packed_keys.drop(count)
+        self.packed_values.drop(count)
+        self.dropped += count
+        if self.sink_keys is not None:
+            self._keep_sinks(self.sink_rows, (self.sink_columns >= count).nonzero()[:, 0])
+            self.sink_columns = self.sink_columns - count
+        if self._recent is not None:
+            self._recent = self._recent._replace(start=self._recent.start - count)
+        if self._spare is not None:
+            self._spare = self._spare.dropped(count)
+
     @property
     def keys(self) -> torch.Tensor | None:
-        """(B, H_kv, T, D), decoded at each call, in the model's dtype: after RoPE, but for a method that quantizes keys
-        before it (``keys_before_rope``); None: there are none."""
+        """(B, H_kv, T, D) of the tokens that are kept, after RoPE, decoded at each call, in the model's dtype; None:
+        there are none."""
         return self._decoded(0)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """(B, H_kv, T, D), decoded at each call, in the model's dtype (folded weights: still rotated)."""
+        """(B, H_kv, T, D) of the tokens that are kept, decoded at each call, in the model's dtype."""
         return self._decoded(1)
 
     def _decoded(self, which: int) -> torch.Tensor | None:
-        return self._read(None)[which].to(self.dtype) if self.get_seq_length() else None
+        if not self._kept():
+            return None
+        decoded = self.read()[which]
+        self.positions.forget()
+        return decoded
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -109,55 +146,83 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         """Name those of the coming update's tokens, (B, T) bool, that become sinks when they are packed."""
         self._new_massive = is_massive
 
-    @storing
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        rope: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, FlushedTokens | None]:
-        """Store T new tokens and return all of them as attention is to see them, their own quantization included.
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store T new tokens and return all that are kept as attention sees them, their own quantization included.
 
         Args:
-            key_states: (B, H_kv, T, D), before RoPE (folded weights: already rotated).
+            key_states: (B, H_kv, T, D), after RoPE, their positions the last T of ``positions``.
             value_states: (B, H_kv, T, D).
-            rope: ``rope(keys, start)`` applies RoPE to consecutive keys, those of the tokens from ``start`` on.
 
         Returns:
-            post-RoPE keys and values, (B, H_kv, T_cached, D), in the dtype of the inputs, and the tokens this call has
-            packed that some of its own queries still see in their recent window; None: there are none.
+            post-RoPE keys and values, (B, H_kv, T_kept, D), in the dtype of the inputs.
         """
-        if rope is None:
-            raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
+        self.write(key_states, value_states)
+        return self.read()
+
+    @storing
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Store T new tokens, (B, H_kv, T, D) each, as ``update`` takes them; ``flushed`` are then those this call has
+        packed that some of its own queries still see in their recent window, None where there are none."""
         # Autocast would round the rotations to its dtype, and cannot join float16 scales.
         with torch.autocast(key_states.device.type, enabled=False):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self.dtype = key_states.dtype  # the model's, which may be another one by now
-            keys, values = key_states.detach(), value_states.detach()
-            kernels, window, length = kernels_on(keys.device), self._window(), self.get_seq_length()
-            windows_differ = window.differs(length, keys.shape[2])
-            flushed = self._write(keys if self.method.keys_before_rope else rope(keys, length), values, kernels)
-            read = self._as_attended(*self._read(kernels), rope, 0)
-            if not windows_differ:
-                return *read, None
-            keys, values = flushed  # (B, T_flushed, H_kv·D)
-            heads = self.method.keys_out(keys.float()), self.method.values_out(values.float())
-            return *read, FlushedTokens(window, *self._as_attended(*heads, rope, window.packed))
+            window = self._window()
+            differ = window.differs(self._kept(), key_states.shape[2])
+            flushed = self._write(key_states.detach(), value_states.detach(), kernels_on(key_states.device))
+            self.flushed = FlushedTokens(window, *(x.to(self.dtype) for x in flushed)) if differ else None
 
-    def _as_attended(self, keys: torch.Tensor, values: torch.Tensor, rope, start: int) -> tuple[torch.Tensor, ...]:
-        """Heads of the tokens from ``start`` on, as they were written → post-RoPE, in the dtype of the model."""
-        keys, values = keys.to(self.dtype), values.to(self.dtype)
-        return (rope(keys, start) if self.method.keys_before_rope else keys), values
+    @storing
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens that are kept as attention sees them, (B, H_kv, T, D) each, in the model's dtype."""
+        with torch.autocast(self.device.type, enabled=False):
+            kernels, method = kernels_on(self.packed_keys.device or self.device), self.method
+            keys = self._decode(self.packed_keys, kernels, method.key_form, method.decode_keys, method.keys_out)
+            values = self._decode(
+                self.packed_values, kernels, method.value_form, method.decode_values, method.values_out
+            )
+            if self.rope is not None:
+                span = self.dropped, self.get_seq_length()
+                keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
+            return self._with_exact(keys, "keys"), self._with_exact(values, "values")
+
+    def _decode(
+        self, packed: Store, kernels: ModuleType | None, form: HeadForm | None,
+        decode: Callable[[Packed], torch.Tensor], to_heads: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """(B, H_kv, T, D) in the model's dtype with room for all tokens, of which the packed ones are set."""
+        tokens = self._kept()
+        if form is not None and isinstance(packed, CodeStore) and self._are_read_by(kernels):
+            return packed.heads(form, tokens, kernels).to(self.dtype)
+        if packed.length == tokens and self.sink_keys is None:
+            return to_heads(decode(packed.tokens())).to(self.dtype)
+        batch, heads, dim = self._shape
+        room = torch.empty(batch, heads, tokens, dim, dtype=self.dtype, device=self.device)
+        if packed.length:
+            room[:, :, : packed.length] = to_heads(decode(packed.tokens()))
+        return room
+
+    def _with_exact(self, heads: torch.Tensor, kind: str) -> torch.Tensor:
+        """The window's and the sinks' own in place of what the packed ones decode to."""
+        window, sinks = getattr(self, f"window_{kind}"), getattr(self, f"sink_{kind}")
+        if window is not None:
+            heads[:, :, self.packed_keys.length :] = window
+        if sinks is not None:
+            heads[self.sink_rows.long(), :, self.sink_columns.long()] = sinks.to(heads.dtype)
+        return heads
 
     def _window(self, packed: int | None = None) -> RecentWindow:
         packed = self.packed_keys.length if packed is None else packed
         return RecentWindow(self.method.config.residual_length, self.method.tokens_per_flush, packed)
 
-    def can_attend(self, kernels: ModuleType | None, new_tokens: int) -> bool:
-        """Whether ``attend`` is right: the method has a kernel, codes are packed, all queries have one window."""
-        one_window = not self._window().differs(self.get_seq_length(), new_tokens)
-        return one_window and self.method.can_fuse and self._are_read_by(kernels)
+    def can_attend(self, kernels: ModuleType | None) -> bool:
+        """Whether ``attend`` is right for the tokens just written: the method has a kernel, codes are packed, all
+        queries have one window."""
+        turns = self.rope is None or self.rope.is_half_split
+        return self.flushed is None and turns and self.method.can_fuse and self._are_read_by(kernels)
 
     def _are_read_by(self, kernels: ModuleType | None) -> bool:
         if kernels is None or not self.packed_keys.length:
@@ -165,45 +230,33 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         return kernels.READS_TOKEN_GROUPS or not self.method.key_tokens_per_scale
 
     @storing
-    def attend(
-        self,
-        query: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        scaling: float,
-        rope_new: Callable[[torch.Tensor], torch.Tensor],
-        call: FusedCall,
-    ) -> torch.Tensor:
-        """Store T new tokens and attend to all of them in one kernel; what ``update`` and attention give together.
+    def attend(self, query: torch.Tensor, scaling: float, call: FusedCall) -> torch.Tensor:
+        """Attention of the T tokens just written to all that are kept, in one kernel that reads the packed cache.
 
         Args:
-            query: (B, H, T, D), before RoPE. key_states, value_states: as in ``update``.
-            scaling: factor on the scores.
+            query: (B, H, T, D), after RoPE. scaling: factor on the scores.
 
         Returns:
-            (B, H, T, D) in the dtype of the inputs; folded weights: still in the values' rotated space.
+            (B, H, T, D) in the dtype of the query.
         """
-        with torch.autocast(key_states.device.type, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             device = query.device
-            kernels = call.kernels(device)
-            if not self.method.keys_before_rope:  # otherwise the kernel turns queries and keys
-                query, key_states = rope_new(query), rope_new(key_states)
-            self._write(key_states, value_states, kernels)
-            output = kernels.decode_attention(
+            rope = None if self.rope is None else self.rope.model.kernel_tables(self.rope.kind, call.length, device)
+            output = call.kernels(device).decode_attention(
                 query.float().contiguous(),
                 self.packed_keys.tensors,
                 self.packed_values.tensors,
                 self.method.key_form.groups_on(device),
-                call.first.to(device),
+                *call.rows(self.dropped, device),
                 self.packed_keys.length,
-                self.get_seq_length(),
-                self.method.decode_options(scaling, call.rope(device), device),
+                self._kept(),
+                self.method.decode_options(scaling, rope, device, self.sliding_window),
                 self._exact_tokens(),
             )
             return output.to(query.dtype)
 
     def _exact_tokens(self) -> ExactTokens | None:
-        """Sinks and recent window, sorted by sequence, their keys in the order the blocks have."""
+        """Sinks and recent window, sorted by sequence."""
         parts = []
         if self.sink_keys is not None:
             sinks = (self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values)
@@ -212,17 +265,17 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
                 self._sinks_in_window = not bool(packed.all())
                 sinks = tuple(tensor[packed] for tensor in sinks)
             parts.append(sinks)
-        if self.window_keys is not None and self.window_keys.shape[1]:
-            batch, tokens = self.window_keys.shape[:2]
+        if self.window_keys is not None and self.window_keys.shape[2]:
+            batch, _, tokens, _ = self.window_keys.shape
             counted = {"dtype": torch.int32, "device": self.window_keys.device}
-            columns = torch.arange(self.packed_keys.length, self.get_seq_length(), **counted)
+            columns = torch.arange(self.packed_keys.length, self._kept(), **counted)
             rows = torch.zeros(tokens, **counted)
             if batch > 1:
                 rows, columns = torch.arange(batch, **counted).repeat_interleave(tokens), columns.repeat(batch)
-            keys, values = self.window_keys.flatten(0, 1), self.window_values.flatten(0, 1)  # (B·T_window, H_kv·D)
-            parts.append((rows, columns, self.packed_keys.to_stored_order(keys), values))
+            heads = (x.transpose(1, 2).flatten(0, 1) for x in (self.window_keys, self.window_values))
+            parts.append((rows, columns, *heads))  # (B·T_window, H_kv, D)
         if len(parts) < 2:
-            return ExactTokens(*parts[0]) if parts else None
+            return ExactTokens(*(x.contiguous() for x in parts[0])) if parts else None
         rows, columns, keys, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if self.window_keys.shape[0] > 1:
             order = torch.argsort(rows, stable=True)
@@ -232,44 +285,56 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
     def _write(
         self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store T new tokens; what was packed by that, (B, T_flushed, H_kv·D) before it was."""
+        """Store T new tokens; what was packed by that, (B, H_kv, T_flushed, D) before it was."""
         self._before = self.packed_keys.length, {name: getattr(self, name) for name in _BESIDE}
         self._recent = self._spare = None
-        keys, values = self.method.keys_in(keys), self.method.values_in(values)  # (B, T, H_kv·D)
+        self._shape = keys.shape[0], keys.shape[1], keys.shape[3]
         if self.sink_rows is not None and self.sink_keys is None:
             self.sink_rows, self.sink_columns = self.sink_rows.to(keys.device), self.sink_columns.to(keys.device)
-            where = (self.sink_rows.long(), self.sink_columns.long())
-            self.sink_keys = self.packed_keys.to_stored_order(self._to_storage(keys[where]))
-            self.sink_values = self.packed_values.to_stored_order(self._to_storage(values[where]))
+            where = self.sink_rows.long(), slice(None), self.sink_columns.long()
+            self.sink_keys, self.sink_values = self._to_storage(keys[where]), self._to_storage(values[where])
             if self._sinks_until is not None:
-                self._put_aside_spare_sinks(self._sinks_until.to(keys.device), keys.shape[1])
+                self._put_aside_spare_sinks(self._sinks_until.to(keys.device), keys.shape[2])
         start = self.packed_keys.length
         if self._window().keeps_tokens:
             keys, values = self._to_storage(keys), self._to_storage(values)
-        keys, self.window_keys = self._split_window(self.window_keys, keys)
-        values, self.window_values = self._split_window(self.window_values, values)
+        keys, self.window_keys = self._split_window(self.window_keys, keys, 2)
+        values, self.window_values = self._split_window(self.window_values, values, 2)
         if self._new_massive is not None:
-            massive, self.window_massive = self._split_window(self.window_massive, self._new_massive.to(keys.device))
+            massive, self.window_massive = self._split_window(self.window_massive, self._new_massive.to(keys.device), 1)
             self._new_massive = None
             if massive.shape[1]:
                 self._add_sinks(massive, keys, values)
-        if self.record_past and self._window().keeps_tokens and keys.shape[1]:
-            first = self._window().packed_of(self.get_seq_length() + keys.shape[1] - MOST_CROPPED)
-            self._recent = RecentTokens(first, keys[:, first - start :].clone(), values[:, first - start :].clone())
-        if keys.shape[1]:
-            self.packed_keys.add(keys, self.method.encode_keys, kernels)
-            self.packed_values.add(values, self.method.encode_values, kernels)
+        if self.record_past and self._window().keeps_tokens and keys.shape[2]:
+            first = self._window().packed_of(start + self._window_tokens() + keys.shape[2] - MOST_CROPPED)
+            recent = (x[:, :, first - start :].clone() for x in (keys, values))
+            self._recent = RecentTokens(first, *recent)
+        if keys.shape[2]:
+            self._pack(keys, values, kernels)
         return keys, values
 
+    def _pack(self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None) -> None:
+        """Quantize (B, H_kv, T, D) tokens that follow the packed ones."""
+        method, start, unrope = self.method, self.packed_keys.length, None
+        if self.rope is not None:
+            first = self.dropped + start
+            span = self.rope, first, first + keys.shape[2], self.dtype, keys.device
+            if kernels is not None and self.packed_keys.is_written_by_kernels and self.rope.is_half_split:
+                unrope = self.positions.kernel_unrope(*span)
+            else:
+                keys = self.rope.unturn(keys, self.positions.tables(*span))
+        self.packed_keys.add(keys, lambda x: method.encode_keys(method.keys_in(x)), kernels, method.key_form, unrope)
+        self.packed_values.add(values, lambda x: method.encode_values(method.values_in(x)), kernels, method.value_form)
+
     def _add_sinks(self, massive: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Make sinks of the ``massive`` (B, T_packed) tokens about to be packed; keys, values (B, T_packed, H_kv·D)."""
+        """Make sinks of the ``massive`` (B, T) tokens about to be packed; keys, values (B, H_kv, T, D)."""
         rows, columns = massive.nonzero(as_tuple=True)
         if not len(rows):
             return
         new = {
             "sink_rows": rows.int(), "sink_columns": (columns + self.packed_keys.length).int(),
-            "sink_keys": self.packed_keys.to_stored_order(self._to_storage(keys[rows, columns])),
-            "sink_values": self.packed_values.to_stored_order(self._to_storage(values[rows, columns])),
+            "sink_keys": self._to_storage(keys[rows, :, columns]),
+            "sink_values": self._to_storage(values[rows, :, columns]),
         }  # fmt: skip
         if self.sink_rows is not None:
             new = {name: torch.cat([getattr(self, name), x]) for name, x in new.items()}
@@ -278,60 +343,38 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         for name, x in new.items():
             setattr(self, name, x)
 
-    def _split_window(self, window: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens to quantize now, and those that stay in the recent window; (B, ·, ...) each."""
+    def _split_window(
+        self, window: torch.Tensor | None, new: torch.Tensor, dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens to quantize now, and those that stay in the recent window; tokens along ``dim``."""
         if not self._window().keeps_tokens:
             return new, None
-        recent = new if window is None else torch.cat([window, new], dim=1)
+        recent = new if window is None else torch.cat([window, new], dim=dim)
         packed = self.packed_keys.length
-        cut = self._window().packed_of(packed + recent.shape[1]) - packed
-        return recent[:, :cut], recent[:, cut:].clone() if cut or window is None else recent
-
-    def _read(self, kernels: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor]:
-        method, key_form, value_form = self.method, self.method.key_form, self.method.value_form
-        if key_form and value_form and self._are_read_by(kernels):
-            keys = (self.packed_keys, self.window_keys, self.sink_keys, key_form, method.keys_out)
-            values = (self.packed_values, self.window_values, self.sink_values, value_form, method.values_out)
-            return self._read_blocks(kernels, *keys), self._read_blocks(kernels, *values)  # (B, H_kv, T, D)
-        keys = self._restore(self.packed_keys, self.window_keys, self.sink_keys, self.method.decode_keys)
-        values = self._restore(self.packed_values, self.window_values, self.sink_values, self.method.decode_values)
-        return self.method.keys_out(keys), self.method.values_out(values)  # (B, H_kv, T, D)
-
-    def _read_blocks(
-        self, kernels: ModuleType, packed: CodeStore, window, sinks, form: HeadForm,
-        to_heads: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:  # fmt: skip
-        """What ``_restore`` and ``to_heads`` give, with the packed tokens straight from a kernel."""
-        heads = packed.heads(form, self.get_seq_length(), kernels)  # (B, H_kv, T, D)
-        if window is not None:
-            heads[:, :, packed.length :] = to_heads(window.float())
-        if sinks is not None:
-            of_sinks = to_heads(packed.from_stored_order(sinks).float().unsqueeze(0))[0].transpose(0, 1)  # (S, H_kv, D)
-            heads[self.sink_rows.long(), :, self.sink_columns.long()] = of_sinks
-        return heads
-
-    def _restore(self, packed: Store, window, sinks, decode: Callable[[Packed], torch.Tensor]) -> torch.Tensor:
-        parts = [decode(packed.tokens())] if packed.length else []
-        if window is not None:
-            parts.append(window.to(parts[0].dtype) if parts else window.float())
-        channels = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (B, T, H_kv·D)
-        if sinks is not None:
-            exact = packed.from_stored_order(sinks).to(channels.dtype)
-            channels[self.sink_rows.long(), self.sink_columns.long()] = exact
-        return channels
+        cut = self._window().packed_of(packed + recent.shape[dim]) - packed
+        if not cut and window is not None:
+            return recent.narrow(dim, 0, 0), recent
+        return recent.narrow(dim, 0, cut), recent.narrow(dim, cut, recent.shape[dim] - cut).clone()
 
     def _to_storage(self, x: torch.Tensor) -> torch.Tensor:
         limit = torch.finfo(self.storage_dtype).max
         return x.clamp(-limit, limit).to(self.storage_dtype)
 
+    def _kept(self) -> int:
+        """Tokens that are here: all but the dropped ones."""
+        return self.packed_keys.length + self._window_tokens()
+
+    def _window_tokens(self) -> int:
+        return 0 if self.window_keys is None else self.window_keys.shape[2]
+
     def get_seq_length(self) -> int:
-        return self.packed_keys.length + (0 if self.window_keys is None else self.window_keys.shape[1])
+        return self.dropped + self._kept()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self._kept() + query_length, self.dropped
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.sliding_window is None else self.sliding_window
 
     def reset(self) -> None:
         self._clear()
@@ -345,6 +388,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self._recent, self._spare, rows = None, None, rows.to(self.device)
         self.packed_keys.select_rows(rows)
         self.packed_values.select_rows(rows)
+        self._shape = len(rows), *self._shape[1:]
         if self.window_keys is not None:
             self.window_keys = self.window_keys.index_select(0, rows)
             self.window_values = self.window_values.index_select(0, rows)

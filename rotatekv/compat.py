@@ -54,6 +54,13 @@ def disable_compiler(reason: str):
     return torch.compiler.disable(**({"reason": reason} if takes_reason else {}))
 
 
+# Lengths that change at each call, in-place writes and kernels of our own are no compiler's business. A layer of a
+# compiled model has graphs before, between and after them, and the kernels stay in use.
+outside_compiled_graphs = disable_compiler(
+    "a patched model's attention runs outside of compiled graphs: leave out fullgraph=True"
+)
+
+
 def check_versions() -> None:
     """Raises UserError, naming the version, for a torch or transformers that does not do; warns of an untested one."""
     check_version("torch", str(torch.__version__))

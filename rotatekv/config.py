@@ -37,7 +37,8 @@ class QuantConfig:
             k_groupsize − 1 more, since tokens leave in whole groups, and ``rotatekv_plus`` up to 15.
         extra_bit_share: share of all layers' keys and values, the most sensitive of them, in [0, 1], that take a bit
             more than k_bits or v_bits (``rotatekv_plus``).
-        fuse_weights: fold the rotations into the projection weights; ``False`` applies them online.
+        quantize_prefill: the first call's queries see keys and values as they decode (paper). ``False`` gives them the
+            exact ones, as KIVI and transformers do; what is stored is the same.
 
     Raises:
         UserError: a value outside its range.
@@ -58,7 +59,7 @@ class QuantConfig:
     sink_selection: str = "detected"
     residual_length: int = 0
     extra_bit_share: float = 0.0
-    fuse_weights: bool = True
+    quantize_prefill: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -94,13 +95,14 @@ class QuantConfig:
 
     def to_dict(self) -> dict:
         """By name; without what later versions added where it means nothing, so that earlier runs are found again."""
-        return {name: value for name, value in asdict(self).items() if name != "extra_bit_share" or value}
+        neutral = {"extra_bit_share": 0.0, "quantize_prefill": True}
+        return {name: value for name, value in asdict(self).items() if value != neutral.get(name)}
 
 
 def _plain_rounding(bits: int) -> QuantConfig:
     return QuantConfig(
         method="rtn", k_bits=bits, v_bits=bits, head_group_num=1, Grouped_Head_Key_Rotation=False,
-        Outlier_Aware_Key_Rotation=False, Attention_Sink_Aware=False, fuse_weights=False,
+        Outlier_Aware_Key_Rotation=False, Attention_Sink_Aware=False,
     )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def _kivi(bits: int) -> QuantConfig:
 
 def _quarot(bits: int) -> QuantConfig:
     # QuaRot (arXiv 2404.00456, experimental setup): the cache's clip ratio is 0.95.
-    return replace(_plain_rounding(bits), method="quarot", k_clip_ratio=0.95, v_clip_ratio=0.95, fuse_weights=True)
+    return replace(_plain_rounding(bits), method="quarot", k_clip_ratio=0.95, v_clip_ratio=0.95)
 
 
 def _rotatekv(bits: int) -> QuantConfig:

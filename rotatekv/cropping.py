@@ -27,9 +27,15 @@ class SpareSinks(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
 
+    def dropped(self, count: int) -> SpareSinks:
+        """The same, counted from the token ``count`` on, which is the first that is left."""
+        left = self.columns >= count
+        _, until, rows, columns, keys, values = (x if isinstance(x, int) else x[left] for x in self)
+        return SpareSinks(self.shortest - count, until - count, rows, columns - count, keys, values)
+
 
 class RecentTokens(NamedTuple):
-    """Tokens that the last call has packed, (B, T_kept, H_kv·D) as the window had them, from token ``start`` on."""
+    """Tokens that the last call has packed, (B, H_kv, T_kept, D) as the window had them, from token ``start`` on."""
 
     start: int
     keys: torch.Tensor
@@ -78,7 +84,12 @@ class Croppable:
         recent, self._recent, spare, self._spare = self._recent, None, self._spare, None
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        length = self.get_seq_length() + tokens_to_remove
+        length = self._kept() + tokens_to_remove
+        if self.dropped and length < self.sliding_window - 1:
+            raise RuntimeError(
+                f"{-tokens_to_remove} tokens cannot be cropped: the layer has dropped what a window of "
+                f"{self.sliding_window} tokens would see then; call activate_past_recording() before the calls to crop"
+            )
         if length <= 0:
             return self._clear()
         if recent is not None and recent.start <= length:
@@ -86,14 +97,13 @@ class Croppable:
         if spare is not None and spare.shortest <= length:
             left = spare.until >= length
             self.sink_rows, self.sink_columns, self.sink_keys, self.sink_values = (x[left] for x in spare[2:])
-        window = 0 if self.window_keys is None else self.window_keys.shape[1]
-        packed = self.get_seq_length() - window
+        window, packed = self._window_tokens(), self.packed_keys.length
         if self.sink_keys is not None:
             self._keep_sinks(self.sink_rows, (self.sink_columns < length).nonzero()[:, 0])
         if window:  # a clone, not a view: a view would keep the dropped tokens' bytes alive
             left = max(length - packed, 0)
-            self.window_keys = self.window_keys[:, :left].clone()
-            self.window_values = self.window_values[:, :left].clone()
+            self.window_keys = self.window_keys[:, :, :left].clone()
+            self.window_values = self.window_values[:, :, :left].clone()
             if self.window_massive is not None:
                 self.window_massive = self.window_massive[:, :left].clone()
         self._sinks_in_window = True
@@ -110,10 +120,10 @@ class Croppable:
         """Give the window back what a sequence of ``length`` tokens has there."""
         packed = self.packed_keys.length
         whole = self._window(recent.start).packed_of(length)
-        self.window_keys = torch.cat([recent.keys[:, whole - recent.start :], self.window_keys], dim=1)
-        self.window_values = torch.cat([recent.values[:, whole - recent.start :], self.window_values], dim=1)
+        self.window_keys = torch.cat([recent.keys[:, :, whole - recent.start :], self.window_keys], dim=2)
+        self.window_values = torch.cat([recent.values[:, :, whole - recent.start :], self.window_values], dim=2)
         if self.window_massive is not None:
-            massive = self.window_massive.new_zeros(self.window_keys.shape[:2])
+            massive = self.window_massive.new_zeros(self.window_keys.shape[0], self.window_keys.shape[2])
             massive[:, packed - whole :] = self.window_massive
             if self.sink_keys is not None:
                 back = self.sink_columns >= whole
@@ -126,16 +136,15 @@ class Croppable:
         """Keep the first ``length`` packed tokens: whole groups packed, the rest of them in the (empty) window."""
         whole = length // self.method.tokens_per_flush * self.method.tokens_per_flush
         if whole < length:
-            keys = self._restore(self.packed_keys, None, self.sink_keys, self.method.decode_keys)
-            values = self._restore(self.packed_values, None, self.sink_values, self.method.decode_values)
-            self.window_keys, self.window_values = (self._to_storage(x[:, whole:length]) for x in (keys, values))
+            keys, values = (self._to_storage(x[:, :, whole:length]) for x in self.read())
+            self.window_keys, self.window_values = keys, values
             if self.window_massive is not None:  # sinks among them are sinks already
                 self.window_massive = self.window_massive.new_zeros(keys.shape[0], length - whole)
         self.packed_keys.crop(whole)
         self.packed_values.crop(whole)
 
     def _keep_packed(self, length: int) -> None:
-        if length:
+        if length or self.dropped:
             self.packed_keys.crop(length)
             self.packed_values.crop(length)
         else:

@@ -1,4 +1,4 @@
-"""What a model must be to be patched: its family, attention, RoPE and the shapes of its layers."""
+"""What differs between model families and must be known before a run: the decoder, its attention, its shapes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from torch import nn
 
 from rotatekv.errors import UserError
 from rotatekv.methods import LayerGeometry
+from rotatekv.rope import ModelRope
 
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SUPPORTED_ATTENTION = ("eager", "sdpa")
-_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+_LAYER_TYPES = ("full_attention", "sliding_attention")  # whose keys and values are cached
+_OWN_CACHE = ("linear_attention", "conv")  # keep transformers' own
+_ATTENTION_NAMES = ("self_attn", "attention")
 
 
 def find_text_model(model: nn.Module) -> nn.Module:
@@ -17,40 +19,34 @@ def find_text_model(model: nn.Module) -> nn.Module:
     for module in model.modules() if isinstance(model, nn.Module) else ():
         layers = getattr(module, "layers", None)
         is_decoder = isinstance(layers, nn.ModuleList) and len(layers) and hasattr(module, "rotary_emb")
-        if is_decoder and hasattr(layers[0], "self_attn"):
+        if is_decoder and any(attention_of(layer) is not None for layer in layers):
             return module
-    raise UserError(f"{type(model).__name__} has no decoder with rotary attention: supported are {_families()}")
+    raise UserError(
+        f"{type(model).__name__} has no decoder with rotary attention (layers, a rotary_emb, and self_attn in a layer)"
+    )
+
+
+def attention_of(decoder_layer: nn.Module) -> nn.Module | None:
+    """A decoder layer's attention module; None for linear attention, convolutions and the like."""
+    found = (getattr(decoder_layer, name, None) for name in _ATTENTION_NAMES)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def attention_modules(text_model: nn.Module) -> list[nn.Module | None]:
+    """Of every layer; see ``attention_of``."""
+    return [attention_of(layer) for layer in text_model.layers]
 
 
 def check_supported(text_model: nn.Module) -> None:
-    """Raises UserError for a family, attention, sliding window or RoPE that would be silently wrong."""
+    """Raises UserError for a RoPE, an attention or a kind of layer that would be silently wrong; see proof.py."""
     config = text_model.config
-    if config.model_type not in SUPPORTED_FAMILIES:
-        raise UserError(f"model type {config.model_type!r} is not supported: supported are {_families()}")
-    window = getattr(config, "sliding_window", None)
-    # layer_types decides where a config has it: qwen2 keeps a sliding_window it does not use.
-    layer_types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
-    if any(kind != "full_attention" for kind in layer_types):
-        named = getattr(config, "layer_types", None)
-        every_layer = f", layer_types=['full_attention'] * {len(named)}" if named else ""
-        raise UserError(
-            f"sliding-window layers (window {window}) are not supported: use a model without, or, if no text exceeds "
-            f"the window, from_pretrained(..., sliding_window=None{every_layer})"
-        )
-    _check_rope(text_model)
+    for number, kind in enumerate(getattr(config, "layer_types", None) or []):
+        if kind not in (*_LAYER_TYPES, *_OWN_CACHE):
+            raise UserError(f"layer {number} is of type {kind!r}, which is not supported: take another model")
+        if (kind in _LAYER_TYPES) != (attention_of(text_model.layers[number]) is not None):
+            raise UserError(f"layer {number} is of type {kind!r} but its modules are not: take another model")
+    ModelRope(text_model).check_type()
     check_attention(config)
-
-
-def _check_rope(text_model: nn.Module) -> None:
-    """Raises UserError where keys would have to be turned by other frequencies as the text grows."""
-    rope_type = getattr(text_model.rotary_emb, "rope_type", "default")
-    if rope_type in _FIXED_ROPE_TYPES:
-        return
-    cure = f"use a model whose RoPE type is one of {', '.join(_FIXED_ROPE_TYPES)}"
-    if rope_type == "dynamic":  # up to that length it is the default
-        length = text_model.config.max_position_embeddings
-        cure += f", or set config.rope_parameters['rope_type'] = 'default' before loading if no text exceeds {length}"
-    raise UserError(f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: {cure}")
 
 
 def check_attention(config) -> None:
@@ -62,10 +58,8 @@ def check_attention(config) -> None:
         )
 
 
-def layer_geometry(attention: nn.Module, **folded: bool) -> LayerGeometry:
-    heads = attention.config.num_key_value_heads
-    return LayerGeometry(attention.layer_idx, heads, attention.head_dim, **folded)
-
-
-def _families() -> str:
-    return ", ".join(SUPPORTED_FAMILIES)
+def layer_geometry(attention: nn.Module) -> LayerGeometry:
+    config = attention.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(attention, "head_dim", None) or attention.head_size
+    return LayerGeometry(attention.layer_idx, heads, head_dim)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
+from transformers.cache_utils import CacheLayerMixin
 
 if TYPE_CHECKING:
     from rotatekv.cache import RotateKVCache
+    from rotatekv.cache_layer import RotateKVLayer
     from rotatekv.patch import PatchHandle
 
 
@@ -134,6 +136,62 @@ class Parts:
             replace(part, row=i, cache=copy.deepcopy(part.cache))
             for i, row in enumerate(rows.tolist()) for part in self.parts if part.row == row
         ]  # fmt: skip
+
+
+class SplitLayer(CacheLayerMixin):
+    """Stands in a cache for a layer whose sequences each lie in a cache of their own."""
+
+    is_croppable = True
+
+    def __init__(self, parts: Parts, number: int, layer: RotateKVLayer):  # the base class's would set keys and values
+        self.parts, self.number, self.method = parts, number, layer.method
+        self.sliding_window, self.is_sliding = layer.sliding_window, layer.is_sliding
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.parts.tokens > 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """(B, H_kv, T, D) as ``RotateKVLayer.keys``; zeros for padding and for what a sliding window has dropped."""
+        return self._decoded("keys")
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._decoded("values")
+
+    def _decoded(self, kind: str) -> torch.Tensor | None:
+        whole = None
+        for part in self.parts.parts:
+            heads = getattr(part.cache.layers[self.number], kind)
+            if heads is None:
+                continue
+            if whole is None:
+                rows = 1 + max(one.row for one in self.parts.parts)
+                whole = heads.new_zeros(rows, heads.shape[1], self.parts.tokens, heads.shape[3])
+            whole[part.row, :, part.columns[-heads.shape[2] :].to(heads.device)] = heads[0]
+        return whole
+
+    def get_seq_length(self) -> int:
+        return self.parts.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.parts.tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """The parts' layers are what is initialized."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """The parts do it."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """The parts do it."""
 
 
 def find_documents(position_ids: torch.Tensor, use_cache: bool) -> torch.Tensor | None:

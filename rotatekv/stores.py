@@ -35,26 +35,35 @@ class Store(ABC):
         """Add tokens, per-token tensors (B, T, ...)."""
 
     def add(
-        self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None
-    ) -> None:
-        """Encode (B, T, C) channels with the codec's ``encode`` and append them, in one of ``kernels`` if it can."""
-        self.append(encode(channels))
+        self, heads: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None,
+        form: HeadForm | None = None, unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Encode (B, H_kv, T, D) heads with the codec's ``encode`` and append them.
+
+        Args:
+            kernels, form: do all that ``encode`` does in one kernel, where the store is one it writes.
+            unrope: what the kernel undoes RoPE with first; see ``quantize_into_blocks_reference``.
+        """
+        self.append(encode(heads))
+
+    is_written_by_kernels = False
 
     @abstractmethod
     def tokens(self) -> Packed:
         """All tokens, as they were appended."""
 
-    def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) channels as the codec orders them → as the store does."""
-        return x
-
-    def from_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``to_stored_order``."""
-        return x
-
     @abstractmethod
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens; the others' bytes are freed."""
+
+    @abstractmethod
+    def drop(self, count: int) -> None:
+        """Drop the first ``count`` tokens, whole blocks and groups; their bytes are freed."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the tensors are by now; None: there are none."""
+        return next((x.device for x in self.tensors.values()), None)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         self._each(lambda x: x.index_select(0, rows))
@@ -86,6 +95,10 @@ class TokenStore(Store):
         self.length = length
         # A clone, not a view: a view would keep the dropped tokens' bytes alive.
         self._each(lambda x: x[:, :length].clone())
+
+    def drop(self, count: int) -> None:
+        self.length -= count
+        self._each(lambda x: x[:, count:].clone())
 
 
 class Constant:
@@ -195,30 +208,29 @@ class BlockStore(CodeStore):
         self.tensors = Blocks({})
         self.group_size, self.clip_ratio, self.order, self.fine = group_size, clip_ratio, order, fine
 
+    is_written_by_kernels = True
+
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)
         self.reserve(*codes.shape, codes.device)
-        codes = self.to_stored_order(codes)
+        codes = codes if self.order is None else self.order.stored(codes)
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
         self.length += codes.shape[1]
 
     def add(
-        self, channels: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None
-    ) -> None:
+        self, heads: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None,
+        form: HeadForm | None = None, unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         if kernels is None:
-            return super().add(channels, encode)
-        self.reserve(*channels.shape, channels.device)
-        order = None if self.order is None else self.order.position32.on(channels.device)
+            return super().add(heads, encode)
+        batch, count, tokens, dim = heads.shape
+        self.reserve(batch, tokens, count * dim, heads.device)
+        order = None if self.order is None else self.order.position32.on(heads.device)
         kernels.quantize_into_blocks(
-            channels.float().contiguous(), self.tensors, self.length, self.bits, self.group_size, self.clip_ratio, order
-        )
-        self.length += channels.shape[1]
-
-    def to_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.order is None else self.order.stored(x)
-
-    def from_stored_order(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.order is None else self.order.quantized(x)
+            heads, self.tensors, self.length, self.bits, self.group_size, self.clip_ratio, order, form.rotation_width,
+            form.affine_on(heads.device), unrope,
+        )  # fmt: skip
+        self.length += tokens
 
     def reserve(self, batch: int, tokens: int, channels: int, device: torch.device) -> None:
         """Make room for ``tokens`` more tokens."""
@@ -232,7 +244,7 @@ class BlockStore(CodeStore):
 
     def tokens(self) -> Packed:
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
-        return {"codes": self.from_stored_order(codes), "scale": scale, "zero": zero}
+        return {"codes": codes if self.order is None else self.order.quantized(codes), "scale": scale, "zero": zero}
 
     def crop(self, length: int) -> None:
         blocks = -(-length // BLOCK)
@@ -244,6 +256,10 @@ class BlockStore(CodeStore):
                 tensor[:, length % BLOCK :] = 0
             write_blocks(last, 0, *kept, self.bits)
         self.length = length
+
+    def drop(self, count: int) -> None:
+        self.length -= count
+        self._each(lambda x: x[:, count // BLOCK :].clone())
 
 
 class PlaneStore(CodeStore):
@@ -293,6 +309,13 @@ class PlaneStore(CodeStore):
         if past := -length % BLOCK:  # lanes past the end are zero
             batch, _, channels = self.tensors["low"].shape
             write_codes(self._planes(), length, self.tensors["low"].new_zeros(batch, past, channels).byte(), self.bits)
+
+    def drop(self, count: int) -> None:
+        self._check_whole(count)
+        planes, rows = self._planes(), count // self.tokens_per_row
+        first = {name: count // BLOCK if name in planes else rows for name in self.tensors}
+        self.tensors = {name: x[:, first[name] :].clone() for name, x in self.tensors.items()}
+        self.length -= count
 
     def _planes(self) -> Packed:
         return {name: self.tensors[name] for name in ("low", "high") if name in self.tensors}

@@ -24,17 +24,11 @@ _NEUTRAL = {  # what a flag must be for a method that has no use for it; a switc
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """What a codec must know of its layer.
-
-    Args:
-        keys_folded, values_folded: the write-side transform is already in the projection weights.
-    """
+    """What a codec must know of its layer."""
 
     layer_idx: int
     num_key_value_heads: int
     head_dim: int
-    keys_folded: bool = False
-    values_folded: bool = False
 
     @property
     def channels(self) -> int:
@@ -47,8 +41,8 @@ class KVMethod(ABC):
     Writing: ``keys_in`` moves (B, H_kv, T, D) heads to the space that is quantized, (B, T, H_kv·D) channels;
     ``encode_*`` makes per-token tensors (B, T, ...) of them, and the ``*_store`` keeps those. Reading: ``decode_*``
     takes the per-token tensors, ``keys_out`` moves back. So the cache can cut, join and reorder without knowing the
-    method. Attention sinks and the recent window are kept in the quantized space, in 16 bits. The default space is the
-    keys and values as they are.
+    method. The keys are those before RoPE where ``keys_before_rope`` says so. The default space is the keys and values
+    as they are.
 
     A codec is immutable and shared by all caches of a model; calibrated statistics are the codec's, not the cache's.
 

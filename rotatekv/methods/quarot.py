@@ -8,7 +8,7 @@ from rotatekv.methods.rotatekv import RotateKV
 class QuaRot(RotateKV):
     """Its KV-cache quantization alone: RotateKV without grouped heads, reordering and sinks.
 
-    Keys are rotated head by head after RoPE, values head by head in the weights (stage 2c), then each token
+    Keys are rotated head by head after RoPE, values head by head (stage 2c), then each token
     is quantized asymmetrically in groups of head_dim, 128 in the paper, with a clip ratio of 0.95 (experimental setup).
     """
 

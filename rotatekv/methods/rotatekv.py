@@ -23,11 +23,12 @@ class RotateKV(RTN):
     Keys, Pre-RoPE Grouped-Head Rotation: the heads are cut into groups of G; the G·D channels of a group
     are multiplied by one Hadamard matrix, before RoPE. Outlier-Aware Rotation: the layer's channels are
     then permuted so that channels of like size share a scale. Values: one Hadamard per head.
-    What is folded into the projection weights is skipped on write (values: on read as well, ``o_proj`` undoes it).
     """
 
     rotates = True
     unused_flags = ()
+    # PAPER: the rotations of keys without a bias and of values are folded into the projection weights there. Here they
+    # run as tokens are written, inside the kernel, and once on attention's output: the model's weights stay its own.
 
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
@@ -52,10 +53,8 @@ class RotateKV(RTN):
         return "reorder" if config.Outlier_Aware_Key_Rotation else None
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
-        channels = heads_to_channels(keys)  # (B, T, H_kv·D)
-        if self.layer.keys_folded:
-            return channels
-        return self.transform_key_channels(self.centre_key_channels(channels.float()))
+        rotated = self.rotate_key_channels(self.centre_key_channels(heads_to_channels(keys).float()))
+        return rotated if self.stored_order is None else self.stored_order.quantized(rotated)  # (B, T, H_kv·D)
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
         if self.stored_order is not None:
@@ -64,34 +63,23 @@ class RotateKV(RTN):
         return channels_to_heads(self.uncentre_key_channels(rotated), self.layer.head_dim)  # (B, H_kv, T, D)
 
     def values_in(self, values: torch.Tensor) -> torch.Tensor:
-        channels = heads_to_channels(values)  # (B, T, H_kv·D)
-        return channels if self.layer.values_folded else self.transform_value_channels(channels.float())
+        return rotate_channels(heads_to_channels(values).float(), self.layer.head_dim)  # (B, T, H_kv·D)
 
     def values_out(self, channels: torch.Tensor) -> torch.Tensor:
-        if self.unrotates_values:
-            channels = rotate_channels(channels.float(), self.layer.head_dim, inverse=True)
-        return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
+        unrotated = rotate_channels(channels.float(), self.layer.head_dim, inverse=True)
+        return channels_to_heads(unrotated, self.layer.head_dim)  # (B, H_kv, T, D)
 
     def rotate_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """Pre-RoPE Grouped-Head Rotation of (..., H_kv·D) key channels."""
         return rotate_channels(channels, self.key_width)
 
     def centre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """What comes before ``transform_key_channels`` and is not linear: here nothing."""
+        """What a write does to (..., H_kv·D) key channels before it rotates them: here nothing."""
         return channels
 
     def uncentre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         """What a read does to (..., H_kv·D) un-rotated key channels: here nothing."""
         return channels
-
-    def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """Rotation then reorder of (..., H_kv·D) key channels; what ``fuse_weights`` folds into ``k_proj``."""
-        rotated = self.rotate_key_channels(channels)
-        return rotated if self.stored_order is None else self.stored_order.quantized(rotated)
-
-    def transform_value_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """Per-head rotation of (..., n·D) channels; folded into ``v_proj``'s rows and ``o_proj``'s columns."""
-        return rotate_channels(channels, self.layer.head_dim)
 
 
 def key_heads_per_group(config: QuantConfig, layer: LayerGeometry) -> int:

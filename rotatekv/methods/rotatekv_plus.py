@@ -45,8 +45,7 @@ class RotateKVPlus(RotateKV):
         names = "key_mean", "key_scale", "reorder_index", "extra_bit_rank", "sink_threshold"
         mean, scale, _, rank, threshold = self.use_statistics(statistics, *names)
         self.sink_threshold = threshold.item()
-        self.key_mean, self.key_scale = Constant(mean), Constant(scale)
-        self.key_factor, self.key_offset = Constant(1 / scale), self.key_mean
+        self.key_factor, self.key_offset = Constant(1 / scale), Constant(mean)
         if rank[0] < config.extra_bit_share:
             self.k_bits, self.k_clip_ratio = self._one_more(self.k_bits), _clip_of_one_more(self.k_clip_ratio)
         if rank[1] < config.extra_bit_share:
@@ -57,14 +56,10 @@ class RotateKVPlus(RotateKV):
         return "plus"
 
     def centre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        return channels - self.key_mean.on(channels.device)
+        return (channels - self.key_offset.on(channels.device)) / self.key_factor.on(channels.device)
 
     def uncentre_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
         return self.key_form.affine_on(channels.device)(channels)
-
-    def transform_key_channels(self, channels: torch.Tensor) -> torch.Tensor:
-        """Balance, rotate, reorder (..., H_kv·D) centred key channels; linear, so it folds into ``k_proj``."""
-        return super().transform_key_channels(channels * self.key_scale.on(channels.device))
 
     @staticmethod
     def _one_more(bits: int) -> int:

@@ -13,7 +13,7 @@ from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.stores import BlockStore, Constant, HeadForm, StoredOrder
 
-ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation", "fuse_weights")
+ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")
 
 
 class RTN(KVMethod):
@@ -45,11 +45,6 @@ class RTN(KVMethod):
     def decode_values(self, tokens: Packed) -> torch.Tensor:
         return dequantize(tokens)
 
-    @property
-    def unrotates_values(self) -> bool:
-        """Whether reading undoes the values' rotation; ``o_proj`` does where it is folded."""
-        return self.rotates and not self.layer.values_folded
-
     @cached_property
     def key_form(self) -> HeadForm:
         return HeadForm(
@@ -59,14 +54,16 @@ class RTN(KVMethod):
 
     @cached_property
     def value_form(self) -> HeadForm:
-        width = self.layer.head_dim if self.unrotates_values else 0
+        width = self.layer.head_dim if self.rotates else 0
         return HeadForm(self.layer.head_dim, self.value_group_of_channel, width)
 
     @property
     def can_fuse(self) -> bool:
         return self.layer.head_dim % 16 == 0 and self.v_groupsize % 16 == 0
 
-    def decode_options(self, softmax_scale: float, rope: RopeTables, device: torch.device) -> DecodeOptions:
+    def decode_options(
+        self, softmax_scale: float, rope: RopeTables | None, device: torch.device, sliding_window: int | None = None
+    ) -> DecodeOptions:
         """What the fused decode kernel must know of this layer."""
         return DecodeOptions(
             head_dim=self.layer.head_dim,
@@ -74,10 +71,11 @@ class RTN(KVMethod):
             value_bits=self.v_bits,
             softmax_scale=softmax_scale,
             rotation_width=self.key_width,
-            rope=rope if self.keys_before_rope else None,
-            unrotate_values=self.unrotates_values,
+            rope=rope,
+            unrotate_values=self.rotates,
             key_tokens_per_scale=self.key_tokens_per_scale,
             key_affine=self.key_form.affine_on(device),
+            sliding_window=sliding_window or 0,
         )
 
     def key_store(self) -> BlockStore:

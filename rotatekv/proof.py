@@ -1,0 +1,243 @@
+"""Proof that a model can be patched: a few tokens through it, before and after, with a cache that loses nothing.
+
+Three things could be silently wrong in a family that nobody has tried. A layer's keys may not be what its rotary
+function makes of others; its attention may not get what ``cache.update`` returned; a mask may not fit a sliding window.
+All show in what the layers' attention gives for a padded prompt and a step after it. Each layer gets the inputs it had
+in the unpatched model, so that the first to differ is the one to name, and a router's choice of experts stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from rotatekv.cache import CacheSpec, RotateKVCache
+from rotatekv.compat import CACHE_NAME
+from rotatekv.config import PRESETS
+from rotatekv.errors import UserError
+from rotatekv.families import attention_modules, layer_geometry
+from rotatekv.methods.fp16 import FP16
+from rotatekv.rope import LayerRope
+
+if TYPE_CHECKING:
+    from rotatekv.patch import PatchHandle
+
+_TOKENS, _PADDING = 6, 2  # of the prompt, and at the left of its second row
+_LARGEST_ERROR = {torch.float32: 1e-4, torch.float64: 1e-4}  # root mean square over that of what it should be
+_LARGEST_16_BIT_ERROR = 0.05
+
+
+@dataclass
+class _Run:
+    """What a prompt and a step gave, by (call, layer).
+
+    Attributes:
+        inputs: (B, T, hidden_size) of the decoder layers. outputs: (B, T, ·) of their attention modules.
+        keys: (B, H_kv, T, D) as ``cache.update`` got them.
+    """
+
+    inputs: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+
+
+class _Recorder(DynamicCache):
+    """The stock cache; notes the keys of the running call."""
+
+    def __init__(self, config, keys: dict):
+        super().__init__(config=config)
+        self.noted, self.call = keys, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self.noted[self.call, layer_idx] = key_states, value_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class _Lossless(FP16):
+    """Keys before RoPE and values in float32: all that is done to them, and nothing lost."""
+
+    keys_before_rope = True
+
+    def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
+        return super().keys_in(keys.float())
+
+
+def prove(handle: PatchHandle, put_in: Callable[[], None]) -> None:
+    """Patch by ``put_in`` if the patched model is the stock one up to its codec; ``handle.held_spec`` then knows which
+    layers' keys RoPE does not turn.
+
+    Raises:
+        UserError: it is not; the line names the layer.
+    """
+    text_model, spec = handle.text_model, handle.held_spec
+    with _evaluating(text_model):
+        stock = _Run()
+        _run(text_model, _Recorder(text_model.config, stock.keys), stock)
+        ropes = _find_ropes(text_model, spec.ropes, stock)
+        handle.held_spec = lossless = _lossless(text_model, replace(spec, ropes=ropes))
+        put_in()
+        found = _Run()
+        _run(text_model, RotateKVCache(lossless), found, stock.inputs)
+    _compare(text_model, stock, found)
+    handle.held_spec = replace(spec, ropes=ropes)
+
+
+def _run(text_model: nn.Module, cache, run: _Run, inputs: dict | None = None) -> None:
+    """A left-padded prompt and a step; ``inputs``: what each decoder layer is given in place of its own."""
+    with _watched(text_model, run, inputs) as start:
+        ids = _token_ids(text_model)
+        mask = torch.ones_like(ids)
+        mask[1, :_PADDING] = 0
+        for call, new in enumerate((slice(0, _TOKENS), slice(_TOKENS, _TOKENS + 1))):
+            start(call)
+            cache.call = call
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, new]
+            options = {"attention_mask": mask[:, : new.stop], "position_ids": positions, CACHE_NAME: cache}
+            text_model(input_ids=ids[:, new], use_cache=True, **options)
+
+
+def _find_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...], stock: _Run) -> tuple:
+    """``ropes`` without those of layers that turn nothing, by a prompt whose tokens all have position 0.
+
+    Raises:
+        UserError: a layer hands no keys to the cache, keys of another shape than its config says, or keys that its
+            rotary function does not turn.
+    """
+    level, ids = _Run(), _token_ids(text_model)[:, :_TOKENS]
+    cache = _Recorder(text_model.config, level.keys)
+    mask = torch.ones_like(ids)
+    mask[1, :_PADDING] = 0
+    with _watched(text_model, level, stock.inputs) as start:
+        start(0)
+        options = {"attention_mask": mask, "position_ids": torch.zeros_like(ids), CACHE_NAME: cache}
+        text_model(input_ids=ids, use_cache=True, **options)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = []
+    for number, (attention, rope) in enumerate(zip(attention_modules(text_model), ropes, strict=True)):
+        if rope is None:
+            found.append(None)
+            continue
+        name = _name(text_model, attention)
+        if (0, number) not in stock.keys:
+            raise UserError(f"{name} hands no keys to the cache: this model's cache cannot be quantized")
+        keys, values = stock.keys[0, number]
+        shape = layer_geometry(attention)
+        expected = (len(ids), shape.num_key_value_heads, _TOKENS, shape.head_dim)
+        if keys.shape != expected or values.shape != expected:
+            raise UserError(
+                f"{name} caches keys {tuple(keys.shape)} and values {tuple(values.shape)}, not {expected} as its "
+                "config says: this model's cache cannot be quantized"
+            )
+        flat = level.keys[0, number][0]
+        if torch.equal(flat, keys):
+            found.append(None)
+            continue
+        tables = (rope.model.tables(rope.kind, x, keys.dtype) for x in (positions, torch.zeros_like(positions)))
+        before, expected = (rope.unturn(x, table) for x, table in zip((keys, flat), tables, strict=True))
+        if not _error(before, expected) < _limit(keys.dtype):
+            raise UserError(f"{name} turns its keys in a way that its rotary function does not undo: not supported")
+        found.append(rope)
+    return tuple(found)
+
+
+def _lossless(text_model: nn.Module, spec: CacheSpec) -> CacheSpec:
+    config = PRESETS["FP16"]
+    methods = tuple(
+        None if attention is None else _Lossless(config, layer_geometry(attention))
+        for attention in attention_modules(text_model)
+    )
+    return replace(spec, config=config, methods=methods)
+
+
+def _compare(text_model: nn.Module, stock: _Run, found: _Run) -> None:
+    names = [_name(text_model, attention) for attention in attention_modules(text_model)]
+    for (call, number), expected in stock.outputs.items():
+        what = "a padded prompt" if call == 0 else "the step after a padded prompt"
+        error = _error(found.outputs[call, number], expected)
+        if not error < _limit(expected.dtype):  # not NaN either
+            raise UserError(
+                f"{names[number]} attends otherwise with the cache than without, by {error:.1e} for {what}: this model "
+                "is not supported"
+            )
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of ``expected``, where both are of real tokens."""
+    difference = (found.float() - expected.float()).square().mean()
+    return (difference / expected.float().square().mean().clamp_min(1e-30)).sqrt().item()
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return _LARGEST_ERROR.get(dtype, _LARGEST_16_BIT_ERROR)
+
+
+def _token_ids(text_model: nn.Module) -> torch.Tensor:
+    """(2, T + 1) int64, always the same."""
+    embedding = text_model.get_input_embeddings()
+    count = 2 * (_TOKENS + 1)
+    ids = torch.arange(count, dtype=torch.int64, device=embedding.weight.device) * 7919 + 11
+    return (ids % embedding.weight.shape[0]).view(2, -1)
+
+
+def _name(text_model: nn.Module, attention: nn.Module | None) -> str:
+    return next((name for name, module in text_model.named_modules() if module is attention), "")
+
+
+@contextmanager
+def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[Callable[[int], None]]:
+    """Note what comes into the decoder layers and what their attention gives, or put ``inputs`` in; yields what to call
+    with the number of each call."""
+    call, hooks = [0], []
+
+    def before(number: int, args: tuple, kwargs: dict):
+        if inputs is not None:
+            given = inputs[call[0], number]
+            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+        run.inputs[call[0], number] = args[0] if args else kwargs["hidden_states"]
+        return None
+
+    def after(number: int, output) -> None:
+        run.outputs[call[0], number] = _real(output[0] if isinstance(output, tuple) else output, call[0])
+
+    def start(number: int) -> None:
+        call[0] = number
+
+    try:
+        for number, layer in enumerate(text_model.layers):
+            pre = layer.register_forward_pre_hook(
+                lambda module, args, kwargs, number=number: before(number, args, kwargs), with_kwargs=True, prepend=True
+            )
+            hooks.append(pre)
+            attention = attention_modules(text_model)[number]
+            if attention is not None:
+                hooks.append(attention.register_forward_hook(lambda m, a, output, number=number: after(number, output)))
+        yield start
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _real(x: torch.Tensor, call: int) -> torch.Tensor:
+    """(2, T, ·) → the tokens that are not padding, (·, ·)."""
+    return torch.cat([x[0], x[1, _PADDING:] if call == 0 else x[1]])
+
+
+@contextmanager
+def _evaluating(text_model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, no autocast."""
+    training = [module for module in text_model.modules() if module.training]
+    device = text_model.get_input_embeddings().weight.device.type
+    try:
+        for module in training:
+            module.training = False
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True
