@@ -67,7 +67,7 @@ def fused_step(
     group_of_channel = (torch.randperm(channels, device=device) // dim).int()
     queries, first = draw(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32, device=device)
     size = sum(x.nbytes for blocks in packed for x in blocks.values())
-    return lambda: kernels.decode_attention(queries, *packed, group_of_channel, first, tokens, tokens, options), size
+    return lambda: kernels.decode_attention(queries, *packed, group_of_channel, first, first, tokens, tokens, options), size
 
 
 def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:

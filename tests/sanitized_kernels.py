@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
-from kernel_cases import Shape, random_affine, random_planes, random_step
+from kernel_cases import Shape, Write, random_affine, random_planes, random_step, random_write
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.cpu.build import load_library
@@ -23,7 +23,17 @@ SHAPES = [
     Shape(tokens=70, window=6, key_bits=3, tokens_per_scale=32, heads_per_group=0, padding=(9,)),
     Shape(batch=2, tokens=90, rotary_dim=64, plus=True, sinks=5, window=9, key_bits=3, padding=(0, 40)),
     Shape(tokens=70, kv_heads=2, head_dim=80, heads_per_group=2, repeat=5, rotary_dim=32, plus=True, query_tokens=2),
+    Shape(batch=2, tokens=700, rotary_dim=64, sliding_window=300, query_tokens=3, sinks=9, dropped=(16, 0)),
+    Shape(batch=2, tokens=40, query_tokens=2, sliding_window=1, window=9, dropped=(0, 5), padding=(38, 9)),
     Shape(tokens=40, window=40, kv_heads=4, head_dim=96, heads_per_group=4, rotary_dim=96),
+]  # fmt: skip
+
+
+WRITES = [
+    Write(kv_heads=6, head_dim=8, tokens=17, start=12, group_size=8, layout="slice", rotary_dim=6, affine=True),
+    Write(batch=2, tokens=33, start=5, bits=3, heads_per_group=3, rotary_dim=64, reorder=True, fine=True),
+    Write(kv_heads=20, head_dim=80, group_size=80, bits=4, heads_per_group=1, dtype=torch.bfloat16, affine=True),
+    Write(kv_heads=2, head_dim=112, group_size=56, tokens=2, heads_per_group=2, dtype=torch.float16, rotary_dim=112),
 ]  # fmt: skip
 
 
@@ -36,12 +46,14 @@ def main() -> None:
     for instruction_set in instruction_sets:
         for shape in SHAPES:
             cpu.decode_attention(**random_step(shape), threads=2, instruction_set=instruction_set)
+        for write in WRITES:
+            cpu.quantize_into_blocks(**random_write(write), threads=2, instruction_set=instruction_set)
         for bits in (2, 3, 4):
             for magnitude in (0.0, 1.0, 1e38, float("inf"), float("nan")):
                 for fine in (False, True):
                     blocks = allocate_blocks(2, 2, 48, 3, bits, fine=fine)
-                    x = torch.randn(2, 20, 48) * magnitude
-                    cpu.quantize_into_blocks(x, blocks, 12, bits, 16, instruction_set=instruction_set)
+                    heads = torch.randn(2, 3, 20, 16) * magnitude
+                    cpu.quantize_into_blocks(heads, blocks, 12, bits, 16, instruction_set=instruction_set)
             for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
                 planes = random_planes(2, tokens, 6 * head_dim, bits, 16, generator)
                 cpu.dequantize_blocks(

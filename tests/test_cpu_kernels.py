@@ -13,13 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Shape, error, random_step, with_options
+from kernel_cases import Shape, Write, assert_written, error, random_step, random_write, with_options
 
 from rotatekv.kernels import cpu
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.cpu import build
 from rotatekv.kernels.layout import Blocks, allocate_blocks, pack_blocks, unpack_blocks, write_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
-from rotatekv.quantize import quantize_groups
+from rotatekv.kernels.reference_blocks import quantize_into_blocks_reference
 from rotatekv.transforms import has_hadamard
 
 if build._load("attention", "portable") is None:
@@ -51,6 +52,8 @@ def shapes(draw) -> Shape:
         rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
         unrotate_values=has_hadamard(head_dim) and draw(st.booleans()),
         padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
+        dropped=tuple(draw(st.sampled_from([0, 0, 16, 1000])) for _ in range(batch)),
+        sliding_window=draw(st.sampled_from([0, 0, 1, 17, 256, 300])),
         exact_dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])), seed=draw(st.integers(0, 10**6)),
     )  # fmt: skip
 
@@ -73,7 +76,7 @@ def test_keys_are_exact_to_float32(instruction_set):
     step = {**step, "packed_tokens": 0}
     exact = step["exact"]
     rows, columns = torch.zeros(500, dtype=torch.int32), torch.arange(500, dtype=torch.int32)
-    keys, values = (torch.randn(500, 192).half() for _ in range(2))
+    keys, values = (torch.randn(500, 3, 64).half() for _ in range(2))
     step["exact"] = type(exact)(rows, columns, keys, values)
     truth = decode_attention_reference(**step, dtype=torch.float64)
     eager = decode_attention_reference(**step)
@@ -98,33 +101,73 @@ def test_room_for_more_blocks_changes_nothing(tokens_per_scale):
     assert torch.equal(cpu.decode_attention(**step), out)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("query_tokens", [1, 3])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_a_sliding_window_reads_no_block_that_no_query_sees(instruction_set, query_tokens):
+    """Those blocks hold scales that are no numbers."""
+    shape = Shape(batch=2, tokens=700, query_tokens=query_tokens, rotary_dim=64, sliding_window=300, window=2)
+    step = random_step(shape)
+    out = cpu.decode_attention(**step, instruction_set=instruction_set)
+    unseen = (700 - query_tokens - 300 + 1) // 16
+    for name in ("keys", "values"):
+        step[name]["scale"][:, :unseen] = torch.nan
+    assert torch.equal(cpu.decode_attention(**step, instruction_set=instruction_set), out) and not out.isnan().any()
+    step["keys"]["scale"][:, unseen] *= -1
+    assert not torch.equal(cpu.decode_attention(**step, instruction_set=instruction_set), out)
+
+
+# key/value heads, head_dim, channels that share a scale, heads per rotation group
+WRITES = [
+    (3, 64, 64, 3), (1, 128, 128, 1), (4, 80, 80, 4), (3, 16, 16, 1), (3, 24, 24, 1), (3, 8, 8, 1), (10, 5, 5, 0),
+    (8, 128, 128, 4), (2, 96, 48, 1), (3, 112, 112, 3), (4, 112, 112, 4), (2, 144, 72, 1), (20, 80, 80, 1),
+    (6, 4, 8, 3),
+]  # fmt: skip
+
+
+def written(step: dict, write, **options):
+    """The blocks after ``write``, and what they are written over: a copy."""
+    packed = Blocks({name: plane.clone() for name, plane in step["packed"].items()})
+    write(**{**step, "packed": packed}, **options)
+    return packed
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     bits=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(0, 70), start=st.integers(0, 40),
-    geometry=st.sampled_from([(192, 64), (128, 128), (320, 80), (48, 16), (72, 24), (24, 8), (50, 5)]),
-    magnitude=st.sampled_from([1e-7, 1, 3e4]),
-    clip=st.sampled_from([0.8, 1.0]), fine=st.booleans(), reorder=st.booleans(), threads=st.integers(1, 3),
+    geometry=st.sampled_from(WRITES), magnitude=st.sampled_from([1e-3, 1, 3e4]), clip=st.sampled_from([0.8, 1.0]),
+    fine=st.booleans(), reorder=st.booleans(), rotate=st.booleans(), affine=st.booleans(),
+    rotary=st.sampled_from([0, 1, 2]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(["heads", "tokens", "slice"]), threads=st.integers(1, 3),
     instruction_set=st.sampled_from(INSTRUCTION_SETS), seed=st.integers(0, 10**6),
 )  # fmt: skip
-def test_quantize_equals_torch_bit_for_bit(
-    bits, batch, tokens, start, geometry, magnitude, clip, fine, reorder, threads, instruction_set, seed
-):
-    channels, group = geometry
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, tokens, channels, generator=generator) * magnitude
-    if tokens > 4:
-        x[:, 0], x[:, 1], x[0, 2], x[:, 3] = 0.0, 5.0, 1e6, torch.arange(channels) * 0.5 * magnitude
-    order = torch.randperm(channels, generator=generator) if reorder else torch.arange(channels)
-    codes, scale, zero = quantize_groups(x, bits, group, clip, fine)
-    expected = allocate_blocks(batch, 8, channels, channels // group, bits, fine=fine)
-    for plane in expected.values():
-        plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
-    made = {name: plane.clone() for name, plane in expected.items()}
-    write_blocks(expected, start, codes[..., torch.argsort(order)], scale, zero, bits)
-    cpu.quantize_into_blocks(
-        x, made, start, bits, group, clip, order.int() if reorder else None, threads, instruction_set
-    )
-    assert all(torch.equal(made[name], expected[name]) for name in expected)
+def test_writes_are_those_of_torch(
+    bits, batch, tokens, start, geometry, magnitude, clip, fine, reorder, rotate, affine, rotary, dtype, layout,
+    threads, instruction_set, seed,
+):  # fmt: skip
+    """Bit for bit where nothing is rotated: the order of a Hadamard transform's additions is not torch's."""
+    kv_heads, head_dim, group_size, heads_per_group = geometry
+    step = random_write(
+        Write(
+            batch=batch, kv_heads=kv_heads, head_dim=head_dim, tokens=tokens, start=start, bits=bits,
+            group_size=group_size, clip_ratio=clip, fine=fine, reorder=reorder,
+            heads_per_group=heads_per_group * rotate, affine=affine,
+            rotary_dim=head_dim // 4 * 2 * rotary, dtype=dtype,
+            layout=layout, magnitude=magnitude, seed=seed,
+        )
+    )  # fmt: skip
+    made = written(step, cpu.quantize_into_blocks, threads=threads, instruction_set=instruction_set)
+    assert_written(made, written(step, quantize_into_blocks_reference), step, exactly=not step["rotation_width"])
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("magnitude", [1e-7, 1, 3e4])
+def test_odd_numbers_are_quantized_bit_for_bit_as_by_torch(magnitude, instruction_set, fine):
+    step = random_write(Write(batch=2, tokens=20, bits=3, fine=fine, clip_ratio=0.8, magnitude=magnitude, reorder=True))
+    heads = step["heads"]
+    heads[:, :, 0], heads[:, :, 1], heads[0, :, 2], heads[:, 1, 3] = 0.0, 5.0, 1e6, torch.arange(64) * 0.5 * magnitude
+    made = written(step, cpu.quantize_into_blocks, instruction_set=instruction_set)
+    assert_written(made, written(step, quantize_into_blocks_reference), step, exactly=True)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -152,7 +195,7 @@ TOKEN_GROUPS = replace(GOOD, tokens_per_scale=32)
 def _damaged_tensors(step: dict) -> list:
     """Every tensor of the call, each with a wrong dtype, a wrong shape and wrong strides."""
     cases = []
-    for name in ("queries", "group_of_channel", "first"):
+    for name in ("queries", "group_of_channel", "first", "origin"):
         if step[name] is None:
             continue
         cases += [({**step, name: bad}, name) for bad in _damage(step[name])]
@@ -202,6 +245,8 @@ def _set(tensor: torch.Tensor, value: int) -> torch.Tensor:
         ("group is not there", lambda s: {**s, "group_of_channel": _set(s["group_of_channel"], -1)}),
         ("first", lambda s: {**s, "first": _set(s["first"], 71)}),
         ("first", lambda s: {**s, "first": _set(s["first"], -1)}),
+        ("too short", lambda s: {**s, "origin": _set(s["origin"], 2**31 - 1)}),
+        ("sliding_window", lambda s: with_options(s, sliding_window=-1)),
         ("threads", lambda s: {**s, "threads": -1}),
         ("rotation_width", lambda s: with_options(s, rotation_width=100)),
         ("rotation_width", lambda s: with_options(s, rotation_width=-64)),
@@ -264,16 +309,23 @@ def _exact(step: dict, **last):
 @pytest.mark.parametrize(
     "change",
     [
-        {"x": torch.zeros(2, 5, 48, dtype=torch.float64)}, {"x": torch.zeros(2, 5, 47)}, {"x": torch.zeros(1, 5, 48)},
-        {"x": torch.zeros(2, 48, 5).transpose(1, 2)}, {"start": 28}, {"start": -1}, {"bits": 2}, {"bits": 1},
+        {"heads": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, {"heads": torch.zeros(2, 3, 5, 15)},
+        {"heads": torch.zeros(1, 3, 5, 16)}, {"heads": torch.zeros(2, 3, 16, 5).transpose(2, 3)},
+        {"heads": torch.zeros(2, 5, 48)}, {"heads": None}, {"start": 28}, {"start": -1}, {"bits": 2}, {"bits": 1},
         {"group_size": 24}, {"clip_ratio": 0.0}, {"clip_ratio": float("nan")}, {"threads": -2},
         {"order": torch.zeros(48, dtype=torch.int32)}, {"order": torch.arange(48)},
         {"order": torch.arange(1, 49, dtype=torch.int32)}, {"order": torch.arange(-1, 47, dtype=torch.int32)},
+        {"rotation_width": 24}, {"rotation_width": -48}, {"rotation_width": 32}, {"rotation_width": 2**40},
+        {"affine": Affine(torch.ones(48), torch.ones(47))}, {"affine": Affine(torch.ones(48).double(), torch.ones(48))},
+        {"unrope": (torch.ones(2, 5, 9),) * 2}, {"unrope": (torch.ones(2, 5, 8).double(),) * 2},
+        {"unrope": (torch.ones(2, 5, 8), torch.ones(2, 5, 4))}, {"unrope": (torch.ones(2, 4, 8),) * 2},
+        {"unrope": (torch.ones(2, 5, 16)[..., ::2],) * 2}, {"unrope": (torch.ones(5, 8),) * 2},
+        {"unrope": (torch.ones(2, 5, 8), torch.ones(1, 5, 8).expand(2, 5, 8))}, {"unrope": (torch.ones(2, 5, 8), None)},
     ],
 )  # fmt: skip
 def test_wrong_quantize_arguments_are_refused_and_nothing_is_written(change):
     packed = allocate_blocks(2, 2, 48, 3, 3)
-    arguments = {"x": torch.ones(2, 5, 48), "packed": packed, "start": 0, "bits": 3, "group_size": 16}
+    arguments = {"heads": torch.ones(2, 3, 5, 16), "packed": packed, "start": 0, "bits": 3, "group_size": 16}
     with pytest.raises(ValueError):
         cpu.quantize_into_blocks(**{**arguments, **change})
     assert not any(plane.any() for plane in packed.values())

@@ -1,8 +1,8 @@
 """Fused CPU kernels in C++: decode attention over the packed cache, quantize-and-pack into it, and reading it back.
 
 ``decode_attention`` equals ``rotatekv.kernels.reference_attention``; ``quantize_into_blocks`` equals
-``rotatekv.quantize.quantize_groups`` followed by ``rotatekv.kernels.layout.write_blocks``, bit for bit;
-``dequantize_blocks`` equals ``rotatekv.kernels.layout.unpack_blocks``, ``x̂ = (code − zero)·scale`` and
+``rotatekv.kernels.reference_blocks``, bit for bit where nothing is rotated; ``dequantize_blocks`` equals
+``rotatekv.kernels.layout.unpack_blocks``, ``x̂ = (code − zero)·scale`` and
 ``rotatekv.transforms.rotate_channels`` with ``inverse``.
 """
 
@@ -16,7 +16,7 @@ from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
-from rotatekv.kernels.cpu.checks import hadamard_base_pointer, packed_pointers, pointer, rope_pointers
+from rotatekv.kernels.cpu.checks import hadamard_base_pointer, packed_pointers, pointer, rope_pointers, strided_pointer
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
@@ -27,6 +27,7 @@ __all__ = [
 
 READS_TOKEN_GROUPS = True
 _LIBRARIES = ("attention", "quantize", "dequantize")
+_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what C++ calls them
 
 
 def available(instruction_set: str | None = None) -> bool:
@@ -41,6 +42,7 @@ def decode_attention(
     values: Packed,
     group_of_channel: torch.Tensor | None,
     first: torch.Tensor,
+    origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
     options: DecodeOptions,
@@ -54,13 +56,13 @@ def decode_attention(
     ceil(packed_tokens / 16)). All tensors are contiguous, on the CPU.
 
     Args:
-        queries: (B, H, T_q, D) float32, before RoPE if ``options.rope`` is there. Query i sees the tokens up to
-            total_tokens − T_q + i.
+        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
             rotated per head, quantization groups of consecutive channels, a multiple of 16 of them.
         group_of_channel: (C,) int32, the quantization group of each key channel; None where keys have scales per
             channel, ``options.key_tokens_per_scale``.
-        first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
+        first: (B,) int32, the first token of each sequence that any query sees.
+        origin: (B,) int32, the position of token 0 for RoPE; below 0, tokens at positions below 0 must not be seen.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
         threads: default ``torch.get_num_threads()``.
 
@@ -88,10 +90,11 @@ def decode_attention(
         queries=pointer(queries, torch.float32, (batch, heads, query_tokens, dim), "queries"),
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
         **_affine_pointers(options.key_affine, channels, "key_"),
-        first=pointer(first, torch.int32, (batch,), "first"),
+        first=pointer(first, torch.int32, (batch,), "first"), origin=pointer(origin, torch.int32, (batch,), "origin"),
+        sliding_window=options.sliding_window,
     )  # fmt: skip
     _set_rope(arguments, options)
-    _set_exact(arguments, exact, channels)
+    _set_exact(arguments, exact, (channels // dim, dim))
     output = torch.empty(batch, heads, query_tokens, dim, dtype=torch.float32, device="cpu")
     arguments.output = output.data_ptr()
     _call("attention", arguments, instruction_set)
@@ -99,37 +102,51 @@ def decode_attention(
 
 
 def quantize_into_blocks(
-    x: torch.Tensor,
+    heads: torch.Tensor,
     packed: Packed,
     start: int,
     bits: int,
     group_size: int,
     clip_ratio: float = 1.0,
     order: torch.Tensor | None = None,
+    rotation_width: int = 0,
+    affine: Affine | None = None,
+    unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
     threads: int | None = None,
     instruction_set: str | None = None,
 ) -> None:
     """Quantize T tokens and write them in place into blocks, from token ``start`` on.
 
     Args:
-        x: (B, T, C) float32, contiguous, in the space where ``group_size`` consecutive channels share a scale.
-        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; start + T ≤ 16·N.
-        order: (C,) int32, a permutation: channel j of ``x`` is stored as channel ``order[j]``. None: the same place.
+        heads: (B, H_kv, T, D) float32, float16 or bfloat16; a view whose last dimension is dense.
+        packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; start + T ≤ 16·N. C = H_kv·D.
+        group_size: channels that share a scale: consecutive ones once they are in ``order``.
+        unrope: cos and sin (B, T, rotary_dim / 2) float32 that undo RoPE; views alike, whose last dimension is dense.
+        affine: keys are stored as ``(x − offset) / factor``.
+        rotation_width: order of the Hadamard matrix that each run of so many channels, whole heads, is multiplied by;
+            0: none.
+        order: (C,) int32, a permutation: channel ``order[j]`` is quantized as the j-th. None: the j-th.
 
     Raises:
         ValueError: a shape, dtype, stride or index is wrong.
         RuntimeError: the kernel is not available, see ``available``.
     """
-    batch, tokens, channels = shape_of(x, 3, "x")
+    batch, kv_heads, tokens, dim = shape_of(heads, 4, "heads")
+    channels = kv_heads * dim
     blocks = packed_pointers(packed, bits, batch, channels, "packed")
     if group_size * blocks.groups != channels:
         raise ValueError(f"groups of {group_size} do not cut {channels} channels into {blocks.groups}")
+    strides, address = strided_pointer(heads, tuple(_NUMBERS), "heads")
     arguments = QuantizeArguments(
         structure_bytes=ctypes.sizeof(QuantizeArguments),
-        batch=batch, tokens=tokens, channels=channels, start=start, threads=threads or torch.get_num_threads(),
-        clip_ratio=clip_ratio, blocks=blocks, x=pointer(x, torch.float32, (batch, tokens, channels), "x"),
-        order=_optional_indices(order, channels, "order"),
+        batch=batch, kv_heads=kv_heads, tokens=tokens, head_dim=dim,
+        batch_stride=strides[0], head_stride=strides[1], token_stride=strides[2], number=_NUMBERS[heads.dtype],
+        start=start, rotation_width=rotation_width, threads=threads or torch.get_num_threads(),
+        clip_ratio=clip_ratio, blocks=blocks, base=hadamard_base_pointer(rotation_width), heads=address,
+        order=_optional_indices(order, channels, "order"), **_affine_pointers(affine, channels),
     )  # fmt: skip
+    if unrope is not None:
+        _set_unrope(arguments, *unrope)
     _call("quantize", arguments, instruction_set)
 
 
@@ -197,6 +214,16 @@ def _affine_pointers(affine: Affine | None, channels: int, prefix: str = "") -> 
     return {f"{prefix}{name}": pointer(getattr(affine, name), torch.float32, (channels,), name) for name in names}
 
 
+def _set_unrope(arguments: QuantizeArguments, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    shape = arguments.batch, arguments.tokens, shape_of(cos, 3, "cos")[2]
+    (batch_stride, token_stride, _), arguments.cos = strided_pointer(cos, (torch.float32,), "cos")
+    strides, arguments.sin = strided_pointer(sin, (torch.float32,), "sin")
+    if not cos.shape == sin.shape == shape or strides[:2] != (batch_stride, token_stride):
+        raise ValueError(f"cos and sin: two tensors {shape} with the same strides are needed")
+    arguments.rotary_dim, arguments.unrope_batch_stride = 2 * shape[2], batch_stride
+    arguments.unrope_token_stride = token_stride
+
+
 def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
     if options.rope is None:
         return
@@ -205,7 +232,7 @@ def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
         setattr(arguments, name, value)
 
 
-def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, channels: int) -> None:
+def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, heads: tuple[int, int]) -> None:
     if exact is None:
         return
     count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
@@ -215,7 +242,7 @@ def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, channels: 
     for name in ("rows", "columns"):
         setattr(arguments, f"exact_{name}", pointer(getattr(exact, name), torch.int32, (count,), f"exact {name}"))
     for name in ("keys", "values"):
-        tensor = pointer(getattr(exact, name), dtype, (count, channels), f"exact {name}")
+        tensor = pointer(getattr(exact, name), dtype, (count, *heads), f"exact {name}")
         setattr(arguments, f"exact_{name}", tensor)
 
 

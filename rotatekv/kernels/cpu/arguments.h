@@ -30,11 +30,12 @@ struct DecodeArguments {
     int64_t packed_tokens;   // tokens 0 … packed_tokens − 1 are read from the blocks
     int64_t total_tokens;    // length of the sequence, exact tokens included
     int64_t rotation_width;  // W of the keys' grouped-head Hadamard; 0 = not rotated
-    int64_t rotary_dim;      // channels of a head that RoPE turns; 0 = queries and keys come after RoPE
+    int64_t rotary_dim;      // channels of a head that RoPE turns in packed keys; 0 = these are after RoPE too
     int64_t coarse_rows;     // rows of the coarse tables
     int64_t exact_tokens;    // S
     int64_t exact_is_bfloat16;
-    int64_t unrotate_values;  // 1: multiply the output heads by the inverse Hadamard of order D
+    int64_t unrotate_values;  // 1: packed values are rotated by the Hadamard matrix of order D
+    int64_t sliding_window;   // a query of token c sees the tokens after c − sliding_window; 0 = all
     int64_t threads;
     float softmax_scale, attention_scaling;
     PackedPointers keys, values;
@@ -42,28 +43,39 @@ struct DecodeArguments {
     const int32_t* group_of_channel;  // (C,) quantization group of each key channel; null: scales are per channel
     const float* key_factor;          // (C,) with key_offset, what un-rotated keys are multiplied by; null: nothing
     const float* key_offset;          // (C,) and what is added then, before RoPE
-    const float* queries;             // (B, H, query_tokens, D)
-    const int32_t* first;             // (B,) first token that is not padding: position 0
+    const float* queries;             // (B, H, query_tokens, D), after RoPE
+    const int32_t* first;             // (B,) first token that any query sees
+    const int32_t* origin;            // (B,) position of token 0; below 0: the first tokens are not seen
     const float* coarse_cos;          // (coarse_rows, rotary_dim / 2), row q is position 16·q
     const float* coarse_sin;
     const float* fine_cos;  // (rotary_dim / 2, 32), column p is position p
     const float* fine_sin;
     const int32_t* exact_rows;     // (S,) ascending: sequence of each exact token
     const int32_t* exact_columns;  // (S,) its index in the sequence
-    const uint16_t* exact_keys;    // (S, C) float16 or bfloat16
-    const uint16_t* exact_values;
+    const uint16_t* exact_keys;    // (S, H_kv, D) float16 or bfloat16, after RoPE
+    const uint16_t* exact_values;  // (S, H_kv, D), not rotated
     float* output;  // (B, H, query_tokens, D)
 };
 
 struct QuantizeArguments {
     int64_t structure_bytes;
-    int64_t batch, tokens, channels;
-    int64_t start;  // token index of the first written token
+    int64_t batch, kv_heads, tokens, head_dim;
+    int64_t batch_stride, head_stride, token_stride;   // of `heads`, in numbers
+    int64_t unrope_batch_stride, unrope_token_stride;  // of `cos` and `sin`
+    int64_t number;          // 0: `heads` are float32, 1: float16, 2: bfloat16
+    int64_t start;           // token index of the first written token
+    int64_t rotation_width;  // W of the Hadamard matrix; 0 = not rotated
+    int64_t rotary_dim;      // channels of a head whose RoPE is undone; 0 = none
     int64_t threads;
     float clip_ratio;
     PackedPointers blocks;  // written in place
-    const float* x;         // (B, tokens, C)
-    const int32_t* order;   // (C,) destination channel of each channel of x
+    HadamardBase base;      // of the order W
+    const void* heads;      // (B, H_kv, tokens, D); a head of a token is dense
+    const int32_t* order;   // (C,) which channel is quantized as the j-th, and where its codes go; null: the j-th
+    const float* factor;    // (C,) with offset, what the channels are divided by before they are rotated; null: nothing
+    const float* offset;    // (C,) and what is taken away before that
+    const float* cos;       // (B, tokens, rotary_dim / 2) with sin, to undo RoPE by; null: nothing
+    const float* sin;
 };
 
 struct DequantizeArguments {

@@ -17,13 +17,17 @@ class HadamardBase(ctypes.Structure):
 
 _DECODE_SIZES = [
     "structure_bytes", "batch", "query_heads", "kv_heads", "head_dim", "query_tokens", "packed_tokens", "total_tokens",
-    "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values", "threads",
+    "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values",
+    "sliding_window", "threads",
 ]  # fmt: skip
 _DECODE_POINTERS = [
-    "group_of_channel", "key_factor", "key_offset", "queries", "first", "coarse_cos", "coarse_sin", "fine_cos",
-    "fine_sin", "exact_rows", "exact_columns", "exact_keys", "exact_values", "output",
+    "group_of_channel", "key_factor", "key_offset", "queries", "first", "origin", "coarse_cos", "coarse_sin",
+    "fine_cos", "fine_sin", "exact_rows", "exact_columns", "exact_keys", "exact_values", "output",
 ]  # fmt: skip
-_QUANTIZE_SIZES = ["structure_bytes", "batch", "tokens", "channels", "start", "threads"]
+_QUANTIZE_SIZES = [
+    "structure_bytes", "batch", "kv_heads", "tokens", "head_dim", "batch_stride", "head_stride", "token_stride",
+    "unrope_batch_stride", "unrope_token_stride", "number", "start", "rotation_width", "rotary_dim", "threads",
+]  # fmt: skip
 _DEQUANTIZE_SIZES = [
     "structure_bytes", "batch", "kv_heads", "head_dim", "tokens", "output_tokens", "rotation_width", "threads",
 ]  # fmt: skip
@@ -47,8 +51,8 @@ class QuantizeArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _QUANTIZE_SIZES),
         ("clip_ratio", ctypes.c_float),
         ("blocks", PackedPointers),
-        ("x", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
+        ("base", HadamardBase),
+        *((name, ctypes.c_void_p) for name in ("heads", "order", "factor", "offset", "cos", "sin")),
     ]
 
 

@@ -9,58 +9,31 @@
 
 #include "checks.h"
 #include "exact.h"
+#include "hadamard_rows.h"
 
-// RoPE at the query's own position, in place; attention_scaling twice, once for the keys.
-static void turn_query(const DecodeArguments& a, int64_t position, float* query) {
-    const float factor = a.attention_scaling * a.attention_scaling;
-    const int64_t half = a.rotary_dim / 2;
-    for (int64_t i = 0; i < half; ++i) {
-        float cos, sin;
-        angle_at(a, position, i, &cos, &sin);
-        const float low = query[i] * factor, high = query[i + half] * factor;
-        query[i] = low * cos - high * sin;
-        query[i + half] = high * cos + low * sin;
-    }
-}
-
-// (B, H, query_tokens, D) after RoPE, times all constant factors of a score: the softmax scale in log2 units and
-// 1/sqrt(W) of the Hadamard matrix.
+// (B, H, query_tokens, D) times all constant factors of a packed token's score: the softmax scale in log2 units, 1/sqrt(W)
+// of the Hadamard matrix, and the factor on the keys' cos and sin.
 static void prepare_queries(const DecodeArguments& a, float* out) {
-    const int64_t rows = a.query_heads * a.query_tokens;
-    const float log2_e = 1.44269504088896341f;
     const float norm = a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f;
-    for (int64_t row = 0; row < a.batch * rows; ++row) {
-        float* query = out + row * a.head_dim;
+    const float factor = a.softmax_scale * kLog2E * norm;
+    for (int64_t row = 0; row < a.batch * a.query_heads * a.query_tokens; ++row) {
+        const float* query = a.queries + row * a.head_dim;
         for (int64_t i = 0; i < a.head_dim; ++i)
-            query[i] = a.queries[row * a.head_dim + i] * (a.softmax_scale * log2_e * norm);
-        const int64_t column = a.total_tokens - a.query_tokens + row % a.query_tokens;
-        turn_query(a, std::max<int64_t>(column - a.first[row / rows], 0), query);
+            out[row * a.head_dim + i] = query[i] * (i < a.rotary_dim ? factor * a.attention_scaling : factor);
     }
 }
 
-// Multiplies kLanes rows of (rows, D) by the inverse Hadamard of order D, in place.
-static void unrotate_rows(float* rows, int64_t count, int64_t dim, const HadamardPlan& plan, float* room) {
-    for (int64_t row = 0; row < kLanes; ++row)
-        for (int64_t i = 0; i < dim; ++i) room[i * kLanes + row] = row < count ? rows[row * dim + i] : 0.0f;
-    inverse_hadamard(plan, int(dim), room, [&](int channel) { return load(room + channel * kLanes); });
-    const float norm = 1.0f / std::sqrt(float(dim));
-    for (int64_t row = 0; row < count; ++row)
-        for (int64_t i = 0; i < dim; ++i) rows[row * dim + i] = room[i * kLanes + row] * norm;
-}
-
-// Joins a row's parts, `step` floats apart; a row that sees no token at all gives zeros.
-static void join_row(const float* partials, int64_t parts, int64_t step, int64_t dim, float* out) {
+// Makes of each part's largest score, `step` floats apart, the part's factor in the row's whole softmax: 0 if the row
+// sees no token at all.
+static void weigh_parts(float* partials, int64_t parts, int64_t step) {
     float top = kNever, total = 0.0f;
     for (int64_t i = 0; i < parts; ++i) top = std::fmax(top, partials[i * step]);
-    std::fill(out, out + dim, 0.0f);
-    if (top == kNever) return;
     for (int64_t i = 0; i < parts; ++i) {
-        const float* part = partials + i * step;
-        const float weight = std::exp2(part[0] - top);
-        total += part[1] * weight;
-        for (int64_t k = 0; k < dim; ++k) out[k] += part[2 + k] * weight;
+        float* part = partials + i * step;
+        part[0] = top == kNever ? 0.0f : std::exp2(part[0] - top);
+        total += part[1] * part[0];
     }
-    for (int64_t k = 0; k < dim; ++k) out[k] /= total;
+    for (int64_t i = 0; i < parts && total > 0.0f; ++i) partials[i * step] /= total;
 }
 
 class Decode {
@@ -104,8 +77,9 @@ class Decode {
         const int64_t pair = task % (a_.batch * g_.groups), split = g_.parts() - 1 - task / (a_.batch * g_.groups);
         const int64_t row = pair / g_.groups, group = pair % g_.groups;
         const int32_t *begin = a_.exact_rows, *end = begin + a_.exact_tokens;
+        const bool exact = split == g_.splits;
         const Part part{a_, g_, memory,
-                        queries_.data() + pair * g_.group_rows * a_.head_dim,
+                        (exact ? a_.queries : queries_.data()) + pair * g_.group_rows * a_.head_dim,
                         ChannelAffine{a_.key_factor, key_offset_.data()}.from(group * g_.group_channels),
                         group_at_.data(),
                         partials_.data() + (pair * g_.parts() + split) * part_floats(), row, group,
@@ -116,24 +90,42 @@ class Decode {
             part.partial(i).total() = 0.0f;
             std::fill(part.partial(i).sums(), part.partial(i).sums() + a_.head_dim, 0.0f);
         }
-        if (split == g_.splits) return attend_exact(part);
+        if (exact) return attend_exact(part);
         const int64_t from = g_.chunks * split / g_.splits, to = g_.chunks * (split + 1) / g_.splits;
         for (int64_t chunk = from; chunk < to; ++chunk) attend_packed_chunk(part, chunk);
     }
 
+    // The packed tokens' sums are in the values' rotated space, those of the exact tokens are not.
     void join() {
-        const int64_t dim = a_.head_dim, rows = a_.batch * g_.groups * g_.group_rows;
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t pair = row / g_.group_rows, inner = row % g_.group_rows;
-            const float* partials = partials_.data() + pair * g_.parts() * part_floats() + inner * g_.row_floats(a_);
-            join_row(partials, g_.parts(), part_floats(), dim, a_.output + row * dim);
+        const int64_t dim = a_.head_dim;
+        std::fill(a_.output, a_.output + rows() * dim, 0.0f);
+        for (int64_t row = 0; row < rows(); ++row) weigh_parts(partials_of(row), g_.parts(), part_floats());
+        add_parts(0, g_.splits);
+        if (a_.unrotate_values) {
+            HadamardPlan plan;
+            plan_hadamard(dim, a_.value_base, &plan);
+            Floats room(dim * kLanes);
+            for (int64_t row = 0; row < rows(); row += kLanes)
+                rotate_lanes<false>(plan, a_.output + row * dim, std::min<int64_t>(kLanes, rows() - row), room.data());
         }
-        if (!a_.unrotate_values) return;
-        HadamardPlan plan;
-        plan_hadamard(dim, a_.value_base, &plan);
-        Floats room(dim * kLanes);
-        for (int64_t row = 0; row < rows; row += kLanes)
-            unrotate_rows(a_.output + row * dim, std::min<int64_t>(kLanes, rows - row), dim, plan, room.data());
+        add_parts(g_.splits, g_.parts());
+    }
+
+    int64_t rows() const { return a_.batch * g_.groups * g_.group_rows; }
+    float* partials_of(int64_t row) const {
+        const int64_t pair = row / g_.group_rows, inner = row % g_.group_rows;
+        return partials_.data() + pair * g_.parts() * part_floats() + inner * g_.row_floats(a_);
+    }
+
+    // Adds the parts from … to − 1 of all rows to the output.
+    void add_parts(int64_t from, int64_t to) {
+        for (int64_t row = 0; row < rows(); ++row) {
+            float* out = a_.output + row * a_.head_dim;
+            for (int64_t i = from; i < to; ++i) {
+                const float* part = partials_of(row) + i * part_floats();
+                for (int64_t k = 0; k < a_.head_dim; ++k) out[k] += part[2 + k] * part[0];
+            }
+        }
     }
 
     const DecodeArguments& a_;

@@ -56,6 +56,7 @@ static const char* check_sizes(const DecodeArguments& a) {
                      "head_dim must be a multiple of 16 up to 1024");
     ROTATEKV_REQUIRE(a.query_tokens >= 1 && a.query_tokens <= 16, "query_tokens must be 1 … 16");
     ROTATEKV_REQUIRE(a.packed_tokens >= 0 && a.packed_tokens <= a.total_tokens, "packed_tokens must be 0 … total");
+    ROTATEKV_REQUIRE(a.sliding_window >= 0, "sliding_window must be 0 or positive");
     ROTATEKV_REQUIRE(a.query_tokens <= a.total_tokens, "more query tokens than tokens");
     ROTATEKV_REQUIRE(a.total_tokens < (int64_t(1) << 31), "total_tokens must be below 2^31");
     ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
@@ -79,7 +80,9 @@ static const char* check_transforms(const DecodeArguments& a) {
                      "rotary_dim must be even and at most head_dim");
     if (a.rotary_dim == 0) return nullptr;
     ROTATEKV_REQUIRE(a.coarse_cos && a.coarse_sin && a.fine_cos && a.fine_sin, "a table of cos or sin is missing");
-    ROTATEKV_REQUIRE(a.coarse_rows * kCoarseStep >= a.total_tokens, "the tables of cos and sin are too short");
+    for (int64_t row = 0; row < a.batch; ++row)
+        ROTATEKV_REQUIRE(a.coarse_rows * kCoarseStep >= a.total_tokens + a.origin[row],
+                         "the tables of cos and sin are too short");
     return nullptr;
 }
 
@@ -104,7 +107,7 @@ static const char* check_decode(const DecodeArguments& a) {
     ROTATEKV_REQUIRE(channels % a.values.groups == 0 && a.head_dim % (channels / a.values.groups) == 0 &&
                          channels / a.values.groups % 16 == 0,
                      "a values' group must be a multiple of 16 channels that divides head_dim");
-    ROTATEKV_REQUIRE(a.queries && a.first && a.output, "a tensor is missing");
+    ROTATEKV_REQUIRE(a.queries && a.first && a.origin && a.output, "a tensor is missing");
     ROTATEKV_REQUIRE(!a.key_factor == !a.key_offset, "key_factor and key_offset come together");
     if (const char* wrong = check_groups(a.keys, a.group_of_channel, channels)) return wrong;
     if (const char* wrong = check_indices(a.first, a.batch, a.total_tokens + 1, "first must be 0 … total_tokens"))

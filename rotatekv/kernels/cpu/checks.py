@@ -32,6 +32,16 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
     return x.data_ptr()
 
 
+def strided_pointer(x: torch.Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> tuple[tuple[int, ...], int]:
+    """Strides and address of a CPU tensor of one of these dtypes with a dense last dimension (ValueError otherwise)."""
+    if not isinstance(x, torch.Tensor) or x.device.type != "cpu" or x.dtype not in dtypes:
+        raise ValueError(f"{name}: a tensor on the CPU of {' or '.join(map(str, dtypes))} is needed")
+    strides = x.stride()
+    if strides[-1] != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name}: the last dimension must be dense")
+    return strides, x.data_ptr()
+
+
 def rope_pointers(rope: RopeTables) -> dict[str, int]:
     """The fields that say where a model's rope tables lie; their shapes are checked once for all calls."""
     rows, half, names = _check_rope(rope)

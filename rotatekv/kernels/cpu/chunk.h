@@ -8,13 +8,14 @@
 #include "workspace.h"
 
 constexpr float kNever = -INFINITY;
+constexpr float kLog2E = 1.44269504088896341f;
 
 // What all chunks of one part share.
 struct Part {
     const DecodeArguments& a;
     const Geometry& g;
     ThreadMemory& memory;
-    const float* queries;      // (group rows, D), times the softmax scale in log2 units
+    const float* queries;      // (group rows, D), for packed tokens times all constant factors of a score
     ChannelAffine affine;      // of the rotation group's keys, times sqrt(W) as they are
     const int32_t* group_at;   // (C,) offset of each key channel's group in the table of scales; null: see read_lanes
     float* partials;           // (group rows, D + 2)
@@ -26,9 +27,12 @@ struct Part {
         return {memory.angles.data() + plane * a.rotary_dim * kLanes, int(a.rotary_dim / 2)};
     }
     float* keys(int plane) const { return memory.keys.data() + plane * g.group_channels * kLanes; }
-    // Tokens the query row sees are first … limit − 1: causal among the last query_tokens tokens.
+    // Tokens the query row sees are lowest … limit − 1: causal among the last query_tokens tokens.
     int64_t limit(int64_t query_row) const {
         return a.total_tokens - a.query_tokens + query_row % a.query_tokens + 1;
+    }
+    int64_t lowest(int64_t query_row) const {
+        return std::max<int64_t>(a.first[row], a.sliding_window ? limit(query_row) - a.sliding_window : 0);
     }
 };
 
@@ -42,7 +46,7 @@ static void read_keys(const Part& part, int64_t token, float* keys, const RopeAn
     const Place place{part.row, token / kBlock, int(token % kBlock), part.group * channels, channels, part.g.channels};
     read_lanes(a.keys, place, part.group_at, part.memory.key_scales.data(),
                [&](const auto& read) { first_pass(part.g.plan, int(channels), keys, read); });
-    if (a.rotary_dim) set_consecutive_angles(a, token - a.first[part.row], angles);
+    if (a.rotary_dim) set_angles(a, token + a.origin[part.row], angles);
 }
 
 // Scores of the two planes of keys against all rows, to column `column` of the chunk.
@@ -100,15 +104,14 @@ static void scale_sums(const Partial& partial, int64_t head_dim, float factor) {
     for (int64_t i = 0; i < head_dim; i += kLanes) store(sums + i, load(sums + i) * factor);
 }
 
-// Scores the rows must not see become −infinity: tokens past the causal limit or the packed ones, padding, and packed
-// tokens that an exact one replaces. `tokens` starts the chunk, `count` is its padded length.
+// Scores the rows must not see become −infinity: tokens past the causal limit or the packed ones, those before the
+// lowest, and packed tokens that an exact one replaces. `tokens` starts the chunk, `count` is its padded length.
 static void mask_packed(const Part& part, int64_t token, int count) {
     const DecodeArguments& a = part.a;
-    const int64_t padding = a.first[part.row] - token;
     for (int64_t row = 0; row < part.g.group_rows; ++row) {
         float* scores = part.memory.scores.data() + row * kChunk;
         const int64_t limit = part.limit(row) < a.packed_tokens ? part.limit(row) : a.packed_tokens;
-        for (int64_t i = 0; i < padding && i < count; ++i) scores[i] = kNever;
+        for (int64_t i = 0; i < part.lowest(row) - token && i < count; ++i) scores[i] = kNever;
         for (int64_t i = limit > token ? limit - token : 0; i < count; ++i) scores[i] = kNever;
         for (int64_t e = part.exact_from; e < part.exact_to; ++e) {
             const int64_t column = a.exact_columns[e] - token;
@@ -149,7 +152,7 @@ static void add_head_values(const Part& part, int64_t head, int64_t first_block,
 
 static void attend_packed_chunk(const Part& part, int64_t chunk) {
     const DecodeArguments& a = part.a;
-    const int64_t token = chunk * kChunk;
+    const int64_t token = part.g.begin + chunk * kChunk;
     const int tokens = int(a.packed_tokens - token < kChunk ? a.packed_tokens - token : kChunk);
     if (token + tokens <= a.first[part.row]) return;
     const int blocks = (tokens + kBlock - 1) / kBlock, count = blocks * kBlock;

@@ -55,7 +55,7 @@ class Dequantize {
     template <class Read>
     void write_lanes(const Place& place, const Read& read, float* x) const {
         for (int64_t from = 0; from < channels_; from += width_) {
-            inverse_hadamard(plan_, int(width_), x, [&](int channel) { return read(int(from) + channel); });
+            hadamard<false>(plan_, int(width_), x, [&](int channel) { return read(int(from) + channel); });
             ChannelAffine{a_.factor, offset_.data()}.from(from).apply(x, width_);
             for (int64_t head = 0; head < width_ / a_.head_dim; ++head)
                 write_head(x + head * a_.head_dim * kLanes, place.row * a_.kv_heads + from / a_.head_dim + head,

@@ -12,6 +12,7 @@ class Floats {
         data_ = reinterpret_cast<float*>((at + 63) / 64 * 64);
     }
     Floats(Floats&&) = default;  // a moved vector keeps its memory; a copied one would not
+    Floats& operator=(Floats&&) = default;
     float* data() const { return data_; }
 
   private:

@@ -28,7 +28,7 @@ struct PaleyColumn {
     }
     template <int Output>
     ROTATEKV_INLINE Vec get() const {
-        return paley_sum<12, Output>(sums, broadcast(1.0f), sums[0][paley_terms<12>()[Output * 3].pattern]);
+        return paley_sum<12, false, Output>(sums, broadcast(1.0f));
     }
 };
 

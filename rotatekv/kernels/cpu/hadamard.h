@@ -1,5 +1,5 @@
-// Inverse Hadamard transforms of vectors of kLanes tokens, un-normalised: y = sqrt(W)·Hᵀ·x with the matrix of
-// rotatekv/transforms.py, which is Sylvester's of order 2^n, or one of Paley's ⊗ Sylvester's.
+// Hadamard transforms of vectors of kLanes tokens, un-normalised: y = sqrt(W)·Hᵀ·x, or sqrt(W)·H·x where Forward, with
+// the matrix of rotatekv/transforms.py, which is Sylvester's of order 2^n, or one of Paley's ⊗ Sylvester's.
 #pragma once
 
 #include <array>
@@ -53,21 +53,22 @@ constexpr int paley_entry(int row, int column) {
     return -1;
 }
 
-// How output `column` of the inverse takes four inputs: the sign of the first, and the signs of the others relative
-// to it as a number of three bits.
+// How an output takes four inputs: the sign of the first, and the signs of the others relative to it as a number of
+// three bits.
 struct PaleyTerm {
     int sign, pattern;
 };
 
-template <int P>
+template <int P, bool Forward>
 constexpr std::array<PaleyTerm, P * P / 4> paley_terms() {
     std::array<PaleyTerm, P * P / 4> terms{};
-    for (int column = 0; column < P; ++column) {
+    for (int output = 0; output < P; ++output) {
         for (int four = 0; four < P / 4; ++four) {
-            const int sign = paley_entry<P>(4 * four, column);
-            int pattern = 0;
-            for (int i = 1; i < 4; ++i) pattern = 2 * pattern + (paley_entry<P>(4 * four + i, column) != sign);
-            terms[column * (P / 4) + four] = {sign, pattern};
+            int signs[4] = {}, pattern = 0;
+            for (int i = 0; i < 4; ++i)
+                signs[i] = Forward ? paley_entry<P>(output, 4 * four + i) : paley_entry<P>(4 * four + i, output);
+            for (int i = 1; i < 4; ++i) pattern = 2 * pattern + (signs[i] != signs[0]);
+            terms[output * (P / 4) + four] = {signs[0], pattern};
         }
     }
     return terms;
@@ -86,30 +87,27 @@ static ROTATEKV_INLINE void signed_sums(Vec a, Vec b, Vec c, Vec d, Vec one, Vec
     sums[7] = minus - sum * one;
 }
 
-template <int P, int Column, int Four = 1>
-static ROTATEKV_INLINE Vec paley_sum(const Vec (*sums)[8], Vec one, Vec partial) {
+template <int P, bool Forward, int Output, int Four = 0>
+static ROTATEKV_INLINE Vec paley_sum(const Vec (*sums)[8], Vec one, Vec partial = Vec{}) {
     if constexpr (Four == P / 4) {
         return partial;
     } else {
-        constexpr PaleyTerm term = paley_terms<P>()[Column * (P / 4) + Four];
+        constexpr PaleyTerm term = paley_terms<P, Forward>()[Output * (P / 4) + Four];
         const Vec next = sums[Four][term.pattern];
-        if constexpr (term.sign > 0) return paley_sum<P, Column, Four + 1>(sums, one, partial + next);
-        return paley_sum<P, Column, Four + 1>(sums, one, partial - next * one);
+        const Vec sum = Four == 0 ? (term.sign > 0 ? next : -next) : term.sign > 0 ? partial + next : partial - next * one;
+        return paley_sum<P, Forward, Output, Four + 1>(sums, one, sum);
     }
 }
 
-template <int P, int... Columns>
+template <int P, bool Forward, int... Outputs>
 static ROTATEKV_INLINE void store_paley(float* x, int stride, const Vec (*sums)[8], Vec one,
-                                        std::integer_sequence<int, Columns...>) {
-    // The matrix's first row is all ones, so the first input enters every output with a plus.
-    (store(x + Columns * stride * kLanes,
-           paley_sum<P, Columns>(sums, one, sums[0][paley_terms<P>()[Columns * (P / 4)].pattern])),
-     ...);
+                                        std::integer_sequence<int, Outputs...>) {
+    (store(x + Outputs * stride * kLanes, paley_sum<P, Forward, Outputs>(sums, one)), ...);
 }
 
-// Paley's transposed order P over vectors `stride` apart: sums of four inputs with every choice of signs, shared by
-// all outputs (order 12: 60 additions instead of 132).
-template <int P>
+// Paley's order P over vectors `stride` apart: sums of four inputs with every choice of signs, shared by all outputs
+// (order 12: 60 additions instead of 132).
+template <int P, bool Forward>
 static void paley_pass(float* x, int stride) {
     const Vec one = hidden_one();
     for (int column = 0; column < stride; ++column) {
@@ -121,16 +119,17 @@ static void paley_pass(float* x, int stride) {
             signed_sums(load(from), load(from + stride * kLanes), load(from + 2 * stride * kLanes),
                         load(from + 3 * stride * kLanes), one, sums[four]);
         }
-        store_paley<P>(at, stride, sums, one, std::make_integer_sequence<int, P>{});
+        store_paley<P, Forward>(at, stride, sums, one, std::make_integer_sequence<int, P>{});
     }
 }
 
 constexpr int kLargestBase = 1024;
 
-// Any transposed order over vectors `stride` apart, for orders that have no pass of their own: a dense product.
+// Any order over vectors `stride` apart, for orders that have no pass of their own: a dense product.
+template <bool Forward>
 static void dense_pass(float* x, int stride, const HadamardBase& base) {
     alignas(64) float held[kLargestBase * kLanes];
-    const int order = int(base.order);
+    const int order = int(base.order), input_step = Forward ? 1 : order, output_step = Forward ? order : 1;
     for (int column = 0; column < stride; ++column) {
         float* at = x + column * kLanes;
         for (int i = 0; i < order; ++i) store(held + i * kLanes, load(at + i * stride * kLanes));
@@ -138,9 +137,9 @@ static void dense_pass(float* x, int stride, const HadamardBase& base) {
             Vec sums[4] = {};
             for (int i = 0; i < order; ++i) {
                 const Vec from = load(held + i * kLanes);
-                const float* signs = base.matrix + i * order + j;
+                const float* signs = base.matrix + i * input_step + j * output_step;
 #pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k) sums[k] += from * signs[k];
+                for (int k = 0; k < 4; ++k) sums[k] += from * signs[k * output_step];
             }
             for (int k = 0; k < 4; ++k) store(at + (j + k) * stride * kLanes, sums[k]);
         }
@@ -209,17 +208,18 @@ static void first_pass(const HadamardPlan& plan, int channels, float* x, const L
     }
 }
 
+template <bool Forward = false>
 static void last_passes(const HadamardPlan& plan, int channels, float* x) {
     sylvester_passes(x, channels, plan.inner, plan.middle);
     const int stride = plan.inner * plan.middle;
-    if (plan.paley == 12) paley_pass<12>(x, stride);
-    else if (plan.paley == 20) paley_pass<20>(x, stride);
-    else if (plan.paley > 1) dense_pass(x, stride, plan.base);
+    if (plan.paley == 12) paley_pass<12, Forward>(x, stride);
+    else if (plan.paley == 20) paley_pass<20, Forward>(x, stride);
+    else if (plan.paley > 1) dense_pass<Forward>(x, stride, plan.base);
 }
 
-// x (channels, kLanes) ← sqrt(W)·Hᵀ·(loader(0), loader(1), …)
-template <class Loader>
-static void inverse_hadamard(const HadamardPlan& plan, int channels, float* x, const Loader& loader) {
+// x (channels, kLanes) ← sqrt(W)·Hᵀ·(loader(0), loader(1), …), or H
+template <bool Forward, class Loader>
+static void hadamard(const HadamardPlan& plan, int channels, float* x, const Loader& loader) {
     first_pass(plan, channels, x, loader);
-    last_passes(plan, channels, x);
+    last_passes<Forward>(plan, channels, x);
 }

@@ -1,10 +1,12 @@
-// Quantize-and-pack: rotatekv/quantize.py in the same order of float32 operations, bit for bit, written into blocks.
-// Compiled without fused multiply-adds. Rounding is to the nearest, halves to even, throughout.
+// Heads → blocks: what channels.h makes of them, quantized as rotatekv/quantize.py does it, in the same order of float32
+// operations, bit for bit. Compiled without fused multiply-adds. Rounding is to the nearest, halves to even, throughout.
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "channels.h"
+#include "checks.h"
 #include "scales.h"
 
 constexpr float kZeroPointLimit = 127.0f;
@@ -88,11 +90,13 @@ static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bi
     return scale;
 }
 
-// The codes of one block's tokens, as its words, channels in the order of x; 0 at the tokens that are not written.
+// The codes of one block's tokens, as its words, channels as they are quantized; 0 at the tokens that are not written.
 struct Words {
     std::vector<uint32_t> low, high;  // (C,)
+    Channels channels;
 
-    explicit Words(int64_t channels) : low(size_t(channels)), high(size_t(channels)) {}
+    explicit Words(const QuantizeArguments& a)
+        : low(size_t(a.kv_heads * a.head_dim)), high(low.size()), channels(a) {}
 
     void clear() {
         std::fill(low.begin(), low.end(), 0);
@@ -126,8 +130,8 @@ static void put_codes(const float* x, int64_t size, const Scale& scale, int bits
 static void quantize_token(const QuantizeArguments& a, int64_t row, int64_t token, Words* words) {
     const PackedPointers& blocks = a.blocks;
     const int bits = int(blocks.bits), lane = int((a.start + token) % kBlock);
-    const int64_t block = row * blocks.blocks + (a.start + token) / kBlock, size = a.channels / blocks.groups;
-    const float* x = a.x + (row * a.tokens + token) * a.channels;
+    const int64_t block = row * blocks.blocks + (a.start + token) / kBlock, size = int64_t(words->low.size()) / blocks.groups;
+    const float* x = words->channels.read(row, token);
     for (int64_t group = 0; group < blocks.groups; ++group) {
         const Scale scale = scale_of(x + group * size, size, a.clip_ratio, bits, blocks.fine);
         const int64_t at = (block * blocks.groups + group) * kBlock + lane, first = group * size;
@@ -151,14 +155,15 @@ static void write_plane(const uint32_t* words, int width, int from, int to, cons
     }
 }
 
-// Tokens from … to − 1 of x, which lie in one block.
+// Tokens from … to − 1 of the call, which lie in one block.
 static void quantize_block(const QuantizeArguments& a, int64_t row, int64_t from, int64_t to, Words* words) {
     words->clear();
     for (int64_t token = from; token < to; ++token) quantize_token(a, row, token, words);
-    const int64_t block = (a.start + from) / kBlock, at = (row * a.blocks.blocks + block) * a.channels;
+    const int64_t block = (a.start + from) / kBlock, channels = int64_t(words->low.size());
+    const int64_t at = (row * a.blocks.blocks + block) * channels;
     const int first = int(a.start + from - block * kBlock), last = int(a.start + to - block * kBlock);
     const auto write = [&](const std::vector<uint32_t>& plane, int width, auto* stored) {
-        write_plane(plane.data(), width, first, last, a.order, a.channels, stored + at);
+        write_plane(plane.data(), width, first, last, a.order, channels, stored + at);
     };
     void* high = const_cast<void*>(a.blocks.high);
     write(words->low, 2, const_cast<int32_t*>(a.blocks.low));
@@ -166,28 +171,35 @@ static void quantize_block(const QuantizeArguments& a, int64_t row, int64_t from
     if (a.blocks.bits == 4) write(words->high, high_width(4), static_cast<int32_t*>(high));
 }
 
-static const char* check_order(const QuantizeArguments& a) {
-    std::vector<bool> seen(size_t(a.channels), false);
-    for (int64_t i = 0; a.order && i < a.channels; ++i) {
-        if (a.order[i] < 0 || a.order[i] >= a.channels || seen[a.order[i]]) return "order is not a permutation";
-        seen[a.order[i]] = true;
-    }
-    return nullptr;
+static const char* check_order(const QuantizeArguments& a, int64_t channels) {
+    if (const char* wrong = check_indices(a.order, a.order ? channels : 0, channels, "order is not a permutation"))
+        return wrong;
+    std::vector<uint8_t> seen(size_t(channels), !a.order);
+    for (int64_t i = 0; a.order && i < channels; ++i) seen[a.order[i]] = 1;
+    return std::find(seen.begin(), seen.end(), 0) == seen.end() ? nullptr : "order is not a permutation";
 }
 
 static const char* check_quantize(const QuantizeArguments& a) {
     const PackedPointers& blocks = a.blocks;
-    if (a.structure_bytes != int64_t(sizeof(QuantizeArguments))) return "built from other sources: rebuild";
-    if (a.batch < 0 || a.tokens < 0 || a.channels < 1) return "sizes must be positive";
-    if (blocks.bits < 2 || blocks.bits > 4) return "bits must be 2, 3 or 4";
-    if (blocks.groups < 1 || a.channels % blocks.groups) return "the groups do not divide the channels";
-    if (a.start < 0 || a.start + a.tokens > blocks.blocks * kBlock) return "the tokens do not fit in the blocks";
-    if (a.threads < 1 || a.threads > 1024) return "threads must be 1 … 1024";
-    if (!(a.clip_ratio > 0.0f)) return "clip_ratio must be positive";
+    ROTATEKV_REQUIRE(a.structure_bytes == int64_t(sizeof(QuantizeArguments)), "built from other sources: rebuild");
+    ROTATEKV_REQUIRE(a.batch >= 0 && a.tokens >= 0 && a.kv_heads >= 1 && a.head_dim >= 1, "sizes must be positive");
+    const int64_t channels = a.kv_heads * a.head_dim;
+    ROTATEKV_REQUIRE(channels <= (1 << 20), "too many channels");
+    ROTATEKV_REQUIRE(blocks.bits >= 2 && blocks.bits <= 4, "bits must be 2, 3 or 4");
+    ROTATEKV_REQUIRE(blocks.groups >= 1 && channels % blocks.groups == 0, "the groups do not divide the channels");
+    ROTATEKV_REQUIRE(a.start >= 0 && a.start + a.tokens <= blocks.blocks * kBlock, "the tokens do not fit in the blocks");
+    ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
+    ROTATEKV_REQUIRE(a.clip_ratio > 0.0f, "clip_ratio must be positive");
+    ROTATEKV_REQUIRE(a.number >= 0 && a.number <= 2, "heads must be float32, float16 or bfloat16");
+    if (const char* wrong = check_rotation(a.rotation_width, a.base, a.kv_heads, a.head_dim)) return wrong;
+    ROTATEKV_REQUIRE(a.rotary_dim >= 0 && a.rotary_dim <= a.head_dim && a.rotary_dim % 2 == 0,
+                     "rotary_dim must be even and at most head_dim");
     if (a.batch == 0 || a.tokens == 0) return nullptr;
-    if (!a.x || !blocks.low || !blocks.scale || !blocks.zero || (blocks.bits > 2 && !blocks.high))
-        return "a tensor is missing";
-    return check_order(a);
+    ROTATEKV_REQUIRE(a.heads && blocks.low && blocks.scale && blocks.zero && (blocks.bits == 2 || blocks.high),
+                     "a tensor is missing");
+    ROTATEKV_REQUIRE(a.rotary_dim == 0 || (a.cos && a.sin), "a table of cos or sin is missing");
+    ROTATEKV_REQUIRE(!a.factor == !a.offset, "factor and offset come together");
+    return check_order(a, channels);
 }
 
 // Null, or one line that says what is wrong with the arguments. Threads take whole blocks, so none shares a word.
@@ -197,15 +209,19 @@ extern "C" __attribute__((visibility("default"))) const char* rotatekv_quantize(
     if (const char* wrong = check_quantize(a)) return wrong;
     const int64_t first = a.start / kBlock, blocks = (a.start + a.tokens + kBlock - 1) / kBlock - first;
     const int64_t tasks = a.batch * blocks, threads = std::max<int64_t>(1, std::min(a.threads, tasks));
-    std::vector<Words> words(size_t(threads), Words(a.channels));
-#pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
-    for (int64_t part = 0; part < threads; ++part) {
+    std::vector<Words> words;
+    for (int64_t i = 0; i < threads; ++i) words.emplace_back(a);
+    const auto run = [&](int64_t part) {
         for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task) {
             const int64_t row = task / blocks, block = first + task % blocks;
             const int64_t from = std::max(block * kBlock - a.start, int64_t(0));
             const int64_t to = std::min((block + 1) * kBlock - a.start, a.tokens);
             quantize_block(a, row, from, to, &words[part]);
         }
-    }
+    };
+    if (threads == 1) run(0);  // a parallel region of one thread takes as long as a token
+    else
+#pragma omp parallel for schedule(static) num_threads(int(threads))
+        for (int64_t part = 0; part < threads; ++part) run(part);
     return nullptr;
 }

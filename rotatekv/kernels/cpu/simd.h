@@ -124,6 +124,19 @@ static ROTATEKV_INLINE Vec load_halves(const uint16_t* from) {
 #endif
 }
 
+static ROTATEKV_INLINE float bfloat_to_float(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+}
+
+// kLanes consecutive bfloat16 → float32
+static ROTATEKV_INLINE Vec load_bfloats(const uint16_t* from) {
+    typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Shorts*>(from), WordVec) << 16);
+}
+
 // kLanes consecutive bytes, each bits 7 … 14 of a float16 → float32
 static ROTATEKV_INLINE Vec load_upper_halves(const uint8_t* from) {
 #if defined(__AVX512F__)

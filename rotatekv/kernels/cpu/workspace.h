@@ -20,7 +20,8 @@ struct Geometry {
     int64_t head_rows;      // query rows that share a key/value head: H / H_kv · query_tokens
     int64_t group_rows;     // query rows of a rotation group
     int64_t value_groups;   // quantization groups of a head's values
-    int64_t chunks, splits; // of the packed tokens; `splits` parts of whole chunks
+    int64_t begin;          // of the packed tokens that a query may see: a block's first
+    int64_t chunks, splits; // of the packed tokens from there on; `splits` parts of whole chunks
     bool exact;             // one part more, for the exact tokens
     HadamardPlan plan;
     Fused fused;            // how packed keys are scored
@@ -33,7 +34,9 @@ struct Geometry {
         head_rows = a.query_heads / a.kv_heads * a.query_tokens;
         group_rows = head_rows * group_heads;
         value_groups = a.values.groups / a.kv_heads;
-        chunks = (a.packed_tokens + kChunk - 1) / kChunk;
+        const int64_t lowest = a.sliding_window ? a.total_tokens - a.query_tokens - a.sliding_window + 1 : 0;
+        begin = std::max<int64_t>(lowest, 0) / kBlock * kBlock;
+        chunks = std::max<int64_t>(a.packed_tokens - begin + kChunk - 1, 0) / kChunk;
         // Some parts more than threads, so that a thread that was held up leaves its share to the others.
         const int64_t wanted = a.threads == 1 ? 1 : (6 * a.threads + a.batch * groups - 1) / (a.batch * groups);
         const int64_t chunks_of_part = std::max<int64_t>(chunks / wanted, 1);
@@ -60,11 +63,10 @@ struct ThreadMemory {
     Floats key_scales;  // the table of read_lanes
     Floats angles;      // (2, rotary_dim / 2, 2, kLanes)
     Floats scores;      // (group rows, kChunk)
-    Floats decay;       // (group rows,) factor on a row's former sums
     std::vector<ByteWeights> weights;  // (head rows, value groups)
 
     ThreadMemory(const DecodeArguments& a, const Geometry& g)
         : keys(2 * g.group_channels * kLanes), key_scales(scale_table_floats(a.keys, g.group_channels)),
-          angles(2 * a.rotary_dim * kLanes), scores(g.group_rows * kChunk), decay(g.group_rows),
+          angles(2 * a.rotary_dim * kLanes), scores(g.group_rows * kChunk),
           weights(size_t(g.head_rows * g.value_groups)) {}
 };
