@@ -23,7 +23,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache, handed_over
-from rotatekv.compat import find_cache, outside_compiled_graphs
+from rotatekv.compat import outside_compiled_graphs
 from rotatekv.sinks import give_sinks
 from rotatekv.window import attend_with_own_windows
 
@@ -112,8 +112,9 @@ def _is_plain(stock: Attention, options: dict) -> bool:
 @outside_compiled_graphs
 def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
     """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
-    cache = find_cache(kwargs)
-    if not isinstance(cache, RotateKVCache) or not cache.config.Attention_Sink_Aware:
+    found = (x for x in (*args, *kwargs.values()) if isinstance(x, RotateKVCache))  # GPT-NeoX says layer_past
+    cache = next(found, None)
+    if cache is None or not cache.config.Attention_Sink_Aware:
         return
     hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, hidden_size)
     if cache.parts is None:

@@ -54,9 +54,10 @@ class Family:
                     parameter.copy_(noise * (0.25 if "embed" in name else 1.5 / math.sqrt(parameter.shape[-1])))
         return model.to(dtype)
 
-    def dtype(self, padded: bool) -> torch.dtype:
-        """float64, but for a padded batch of Gemma 2, whose eager attention makes NaN of a padding token's scores."""
-        return torch.float32 if padded and self.model_type == "gemma2" else torch.float64
+    @property
+    def widest(self) -> torch.dtype:
+        """float64, but for Gemma 2, whose eager attention makes NaN of a padding token's scores there."""
+        return torch.float32 if self.model_type == "gemma2" else torch.float64
 
     def _llava(self) -> LlavaConfig:
         vision = CLIPVisionConfig(

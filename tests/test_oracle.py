@@ -45,7 +45,7 @@ def test_yarns_factor_is_divided_out():
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_without_rounding_the_oracle_is_the_stock_model(name):
     family, ids, mask, chunks = FAMILIES[name], token_ids(3, 60), left_padding(60, 0, 7, 13), (50, 1, 1, 8)
-    model = family.build(family.dtype(padded=True))
+    model = family.build(family.widest)
     stock = logits(model, DynamicCache(config=model.config), ids, chunks, mask)[mask.bool()]
     orders = random_orders(model)
     with watching(OracleCache(model, family, orders, bits=None, entries=0)) as cache:

@@ -1,0 +1,151 @@
+"""Every family of the table: FP16 is the stock model, and RotateKV2 is the oracle, whatever is done with the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache as cached
+
+import pytest
+import torch
+from families import FAMILIES, SUPPORTED, left_padding, logits, random_orders, token_ids
+from oracle import OracleCache, watching
+from torch import nn
+from transformers import DynamicCache
+
+from rotatekv import PRESETS, RotateKVCache, patch_model
+from rotatekv.calibration import save_reorder_indices
+from rotatekv.cropping import MOST_CROPPED
+from rotatekv.kernels import cpu
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROTATEKV2 = replace(PRESETS["RotateKV2"], num_sink_entries=5)
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason="no C++ compiler"))]
+TOKENS, PADDING = 56, (0, 7)  # longer than the windows
+
+
+@cached
+def built(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return FAMILIES[name].build(dtype)
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    """(model) → ``patch_model(model, RotateKV2)`` with the oracle's reorder indices."""
+    folder = tmp_path_factory.mktemp("orders")
+
+    def patch(model: nn.Module):
+        orders = save_reorder_indices(folder / "order.safetensors", random_orders(model), {})
+        return patch_model(model, ROTATEKV2, orders)
+
+    return patch
+
+
+def decoded(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return logits(model, cache, ids, (TOKENS - 4, 1, 1, 1, 1), mask)
+
+
+def in_chunks(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return logits(model, cache, ids, (30, 14, 1, 1, 10), mask)
+
+
+def cropped(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Six tokens that are taken back, twice, as assisted generation does."""
+    cache.activate_past_recording()
+    parts = [logits(model, cache, ids, (40,), mask)]
+    for start in (40, 48):
+        logits(model, cache, ids.roll(1, dims=1), (6,), mask)
+        cache.crop(-6)
+        parts.append(logits(model, cache, ids, (8,), mask))
+        assert cache.get_seq_length() == start + 8
+    return torch.cat(parts, dim=1)
+
+
+def beams(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits of the beams' steps, (steps, rows · beams, V)."""
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "output_logits": True}
+    generated = model.generate(
+        ids[:, :48], attention_mask=mask[:, :48], past_key_values=cache, return_dict_in_generate=True, **options
+    )
+    assert generated.beam_indices[:, :8].unique().numel() > 2, "no beam changed its place"
+    return torch.stack(generated.logits)
+
+
+RUNS = {  # and whether the second row is padded
+    "decode": (decoded, False), "padded chunks": (in_chunks, True), "crop": (cropped, False), "beams": (beams, True)
+}  # fmt: skip
+
+
+@cached
+def expected(name: str, run: str):
+    """Model, ids, mask, the oracle's logits and cache, of a text in which no number lies near a tie: one that float32
+    rounded the other way would move all that comes after it."""
+    step, padded = RUNS[run]
+    model, mask = built(name, FAMILIES[name].widest), left_padding(TOKENS, 0, 7 * padded)
+    for seed in range(100):
+        ids = token_ids(2, TOKENS, seed)
+        with watching(OracleCache(model, FAMILIES[name], random_orders(model))) as cache:
+            want = step(model, cache, ids, mask)
+        if cache.margin > MARGIN:
+            return model, ids, mask, want, cache
+    raise AssertionError("no text without ties")
+
+
+MARGIN = 2e-6
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_fp16_is_the_stock_model(name):
+    """Bit for bit in a prefill; to 1e-5 later, where sums over keys of whole blocks come in another order."""
+    model, ids = built(name, torch.float32), token_ids(2, TOKENS)
+    stock = logits(model, DynamicCache(config=model.config), ids, (TOKENS,))
+    cases = [(step, left_padding(TOKENS, 0, 7 * padded)) for step, padded in RUNS.values()]
+    wanted = [step(model, DynamicCache(config=model.config), ids, mask) for step, mask in cases]
+    with patch_model(model, "FP16"):
+        assert torch.equal(logits(model, RotateKVCache.for_model(model), ids, (TOKENS,)), stock)
+        for (step, mask), want in zip(cases, wanted, strict=True):
+            got = step(model, RotateKVCache.for_model(model), ids, mask)
+            real = mask.bool() if step is not beams else ...
+            torch.testing.assert_close(got[real], want[real], rtol=1e-5, atol=1e-5 * stock.std().item())
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_rotatekv2_is_the_oracle(name, run, patched, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    model, ids, mask, want, oracle = expected(name, run)
+    step, real = RUNS[run][0], mask.bool() if run != "beams" else ...
+    stock = step(model, DynamicCache(config=model.config), ids, mask)
+    with patched(model):
+        cache = RotateKVCache.for_model(model)
+        got = step(model, cache, ids, mask)
+        assert_same_cache(cache, oracle)
+    unit = (want - stock)[real].std()
+    assert unit > 0.02 * stock[real].std(), "nothing was quantized"
+    difference = ((got - want).abs() / unit)[real]
+    assert difference.median() < 1e-4 and difference.max() < 0.01
+
+
+def assert_same_cache(cache: RotateKVCache, oracle: OracleCache) -> None:
+    assert cache.is_initialized and len(cache) == len(oracle)
+    for ours, theirs, kept in zip(cache.layers, oracle.layers, cache, strict=True):
+        if getattr(theirs, "keys", None) is None:  # no attention
+            assert type(ours) is type(theirs)
+            continue
+        assert torch.equal(kept[0], ours.keys) and torch.equal(kept[1], ours.values)
+        assert_same_tokens(ours, theirs)
+
+
+def assert_same_tokens(ours, theirs) -> None:
+    """Keys and values as attention sees them; a sliding layer's window, in whole blocks."""
+    window, held = getattr(theirs, "sliding_window", None), ours.keys.shape[2]
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    if window is None:
+        assert held == ours.get_seq_length()
+    else:
+        spare = 16 + (MOST_CROPPED if theirs.record_past else 0)
+        assert min(window - 1, ours.get_seq_length()) <= held < window - 1 + spare
+        assert (ours.get_seq_length() - held) % 16 == 0
+    seen = theirs.keys.shape[2]
+    for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+        difference = (one[:, :, held - seen :] - other).abs()
+        assert difference.median() < 1e-5 and difference.quantile(0.99) < 0.01
