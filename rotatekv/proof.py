@@ -28,7 +28,7 @@ from rotatekv.rope import LayerRope
 if TYPE_CHECKING:
     from rotatekv.patch import PatchHandle
 
-_TOKENS, _PADDING = 6, 2  # of the prompt, and at the left of its second row
+_TOKENS, _PADDING = 6, 2  # of the prompt; of these, at the left of its second row
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float64: 1e-4}  # root mean square over that of what it should be
 _LARGEST_16_BIT_ERROR = 0.05
 
@@ -38,10 +38,12 @@ class _Run:
     """What a prompt and a step gave, by (call, layer).
 
     Attributes:
+        padding: tokens of it before the second row's first.
         inputs: (B, T, hidden_size) of the decoder layers. outputs: (B, T, ·) of their attention modules.
         keys: (B, H_kv, T, D) as ``cache.update`` got them.
     """
 
+    padding: int
     inputs: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     keys: dict = field(default_factory=dict)
@@ -77,28 +79,34 @@ def prove(handle: PatchHandle, put_in: Callable[[], None]) -> None:
     """
     text_model, spec = handle.text_model, handle.held_spec
     with _evaluating(text_model):
-        stock = _Run()
-        _run(text_model, _Recorder(text_model.config, stock.keys), stock)
+        stock = _stock_run(text_model)
         ropes = _find_ropes(text_model, spec.ropes, stock)
         handle.held_spec = lossless = _lossless(text_model, replace(spec, ropes=ropes))
         put_in()
-        found = _Run()
+        found = _Run(stock.padding)
         _run(text_model, RotateKVCache(lossless), found, stock.inputs)
     _compare(text_model, stock, found)
     handle.held_spec = replace(spec, ropes=ropes)
 
 
+def _stock_run(text_model: nn.Module) -> _Run:
+    """A left-padded prompt, or one without padding where that alone gives NaN: eager attention does in float64."""
+    for padding in (_PADDING, 0):
+        run = _Run(padding)
+        _run(text_model, _Recorder(text_model.config, run.keys), run)
+        if all(bool(x.isfinite().all()) for x in run.outputs.values()):
+            return run
+    raise UserError("the model gives NaN or infinity as it is: load it in float32 or bfloat16, or check its weights")
+
+
 def _run(text_model: nn.Module, cache, run: _Run, inputs: dict | None = None) -> None:
     """A left-padded prompt and a step; ``inputs``: what each decoder layer is given in place of its own."""
+    ids, mask, positions = _prompt(text_model, run.padding)
     with _watched(text_model, run, inputs) as start:
-        ids = _token_ids(text_model)
-        mask = torch.ones_like(ids)
-        mask[1, :_PADDING] = 0
         for call, new in enumerate((slice(0, _TOKENS), slice(_TOKENS, _TOKENS + 1))):
             start(call)
             cache.call = call
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, new]
-            options = {"attention_mask": mask[:, : new.stop], "position_ids": positions, CACHE_NAME: cache}
+            options = {"attention_mask": mask[:, : new.stop], "position_ids": positions[:, new], CACHE_NAME: cache}
             text_model(input_ids=ids[:, new], use_cache=True, **options)
 
 
@@ -109,15 +117,12 @@ def _find_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...], stoc
         UserError: a layer hands no keys to the cache, keys of another shape than its config says, or keys that its
             rotary function does not turn.
     """
-    level, ids = _Run(), _token_ids(text_model)[:, :_TOKENS]
+    level = _Run(stock.padding)
+    ids, mask, positions = (x[:, :_TOKENS] for x in _prompt(text_model, stock.padding))
     cache = _Recorder(text_model.config, level.keys)
-    mask = torch.ones_like(ids)
-    mask[1, :_PADDING] = 0
-    with _watched(text_model, level, stock.inputs) as start:
-        start(0)
+    with _watched(text_model, level, stock.inputs):
         options = {"attention_mask": mask, "position_ids": torch.zeros_like(ids), CACHE_NAME: cache}
         text_model(input_ids=ids, use_cache=True, **options)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     found = []
     for number, (attention, rope) in enumerate(zip(attention_modules(text_model), ropes, strict=True)):
         if rope is None:
@@ -134,12 +139,12 @@ def _find_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...], stoc
                 f"{name} caches keys {tuple(keys.shape)} and values {tuple(values.shape)}, not {expected} as its "
                 "config says: this model's cache cannot be quantized"
             )
-        flat = level.keys[0, number][0]
-        if torch.equal(flat, keys):
+        at_zero = level.keys[0, number][0]
+        if torch.equal(at_zero, keys):
             found.append(None)
             continue
         tables = (rope.model.tables(rope.kind, x, keys.dtype) for x in (positions, torch.zeros_like(positions)))
-        before, expected = (rope.unturn(x, table) for x, table in zip((keys, flat), tables, strict=True))
+        before, expected = (rope.unturn(x, table) for x, table in zip((keys, at_zero), tables, strict=True))
         if not _error(before, expected) < _limit(keys.dtype):
             raise UserError(f"{name} turns its keys in a way that its rotary function does not undo: not supported")
         found.append(rope)
@@ -177,12 +182,15 @@ def _limit(dtype: torch.dtype) -> float:
     return _LARGEST_ERROR.get(dtype, _LARGEST_16_BIT_ERROR)
 
 
-def _token_ids(text_model: nn.Module) -> torch.Tensor:
-    """(2, T + 1) int64, always the same."""
+def _prompt(text_model: nn.Module, padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, mask and positions of the prompt and the step, (2, T + 1) int64 each, always the same."""
     embedding = text_model.get_input_embeddings()
     count = 2 * (_TOKENS + 1)
     ids = torch.arange(count, dtype=torch.int64, device=embedding.weight.device) * 7919 + 11
-    return (ids % embedding.weight.shape[0]).view(2, -1)
+    ids = (ids % embedding.weight.shape[0]).view(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _name(text_model: nn.Module, attention: nn.Module | None) -> str:
@@ -203,7 +211,7 @@ def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[
         return None
 
     def after(number: int, output) -> None:
-        run.outputs[call[0], number] = _real(output[0] if isinstance(output, tuple) else output, call[0])
+        run.outputs[call[0], number] = _real(output[0] if isinstance(output, tuple) else output, run.padding, call[0])
 
     def start(number: int) -> None:
         call[0] = number
@@ -223,9 +231,9 @@ def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[
             hook.remove()
 
 
-def _real(x: torch.Tensor, call: int) -> torch.Tensor:
+def _real(x: torch.Tensor, padding: int, call: int) -> torch.Tensor:
     """(2, T, ·) → the tokens that are not padding, (·, ·)."""
-    return torch.cat([x[0], x[1, _PADDING:] if call == 0 else x[1]])
+    return torch.cat([x[0], x[1, padding:] if call == 0 else x[1]])
 
 
 @contextmanager
