@@ -74,6 +74,15 @@ class RotateKVCache(Cache):
         self._tokens = 0  # that are stored, but for a running call's
         self._running, self._awaited = False, set()
 
+    def follow(self, spec: CacheSpec) -> None:
+        """Take the RoPE of a model whose ``rotary_emb`` is another one by now."""
+        if spec.ropes is not self._spec.ropes:
+            self._spec = spec
+            for cache in self._holders():
+                for number, layer in enumerate(cache.layers):
+                    if isinstance(layer, RotateKVLayer):
+                        layer.set_rope(spec.ropes[number])
+
     @property
     def positions(self) -> torch.Tensor | None:
         """(B, T) int32, the position of every cached token, kept once for all layers."""

@@ -54,9 +54,12 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         sliding_window: int | None = None,
     ):  # the base class's own would set keys and values
         self.method, self.positions = method, Positions() if positions is None else positions
-        self.rope = rope if method.keys_before_rope else None
+        self.set_rope(rope)
         self.sliding_window = sliding_window
         self._clear()
+
+    def set_rope(self, rope: LayerRope | None) -> None:
+        self.rope = rope if self.method.keys_before_rope else None
 
     @property
     def is_sliding(self) -> bool:

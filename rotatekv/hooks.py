@@ -58,6 +58,7 @@ def enter_forward(text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     if cache is None:
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
+    cache.follow(handle.spec)
     check_attention(text_model.config)
     layers = text_model.config.num_hidden_layers
     if min(layers, len(text_model.layers)) != len(cache.layers):

@@ -207,6 +207,8 @@ class Positions:
         return self._once((rope.kind, start, stop, dtype, device, "unrope"), make)
 
     def _make(self, rope: LayerRope, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tables:
+        if self.values is None:
+            raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
         return rope.model.tables(rope.kind, self.values[:, start:stop].to(device, torch.int64), dtype)
 
     def _once(self, key: tuple, make: Callable[[], Tables]) -> Tables:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from rotatekv import PRESETS
 from rotatekv.cache import CacheSpec, RotateKVCache
@@ -18,11 +19,12 @@ TOKENS = 8192
 def test_bytes_against_16_bits_at_8k(kv_heads, head_dim, least):
     config = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
     method = build_method(config, LayerGeometry(0, kv_heads, head_dim))
-    cache = RotateKVCache(CacheSpec(config, (method,), "none"))
+    text_config = LlamaConfig(num_hidden_layers=1)
+    cache = RotateKVCache(CacheSpec(config, (method,), "none", (None,), text_config))
     cache.begin_forward(torch.arange(TOKENS).view(1, -1), 1, None)
     layer, numbers = cache.layers[0], torch.randn(1, kv_heads, TOKENS, head_dim)
     layer.set_sinks(torch.zeros(20, dtype=torch.int32), torch.arange(0, 8000, 400, dtype=torch.int32))
-    layer.update(numbers, numbers, rope=lambda x, start: x)
+    layer.update(numbers, numbers)
     in_16_bits = 2 * 2 * kv_heads * head_dim * TOKENS
     assert layer.sink_keys.shape[0] == 20
     ratio = in_16_bits / cache.nbytes()  # positions included, though they are kept once for all layers

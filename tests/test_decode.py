@@ -20,7 +20,7 @@ PLAIN = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
 KIVI = replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=6)
 CONFIGS = {
     "RotateKV2": PLAIN,
-    "RotateKV3, unfolded": replace(PLAIN, k_bits=3, v_bits=3, fuse_weights=False),
+    "RotateKV3": replace(PLAIN, k_bits=3, v_bits=3),
     "RotateKV4, window": replace(PLAIN, k_bits=4, v_bits=4, residual_length=6),
     "K4 V2, no sinks": replace(PLAIN, k_bits=4, Attention_Sink_Aware=False),
     "after RoPE": replace(PLAIN, Grouped_Head_Key_Rotation=False),
@@ -138,7 +138,7 @@ def test_cut_groups_of_keys_are_decoded_from_the_window(name, left, tiny, calls,
 READ = CONFIGS | {
     "K4 V2, groups of 8": replace(PLAIN, k_bits=4, k_groupsize=8, v_groupsize=8),
     "long window": replace(PLAIN, residual_length=400),
-    "reordered, window": replace(PRESETS["RotateKV3"], residual_length=5, fuse_weights=False),
+    "reordered, window": replace(PRESETS["RotateKV3"], residual_length=5),
 }
 
 
@@ -160,7 +160,11 @@ def test_a_prefill_reads_its_blocks_with_a_kernel(name, tiny, tmp_path, monkeypa
     packed = [max(tokens - READ[name].residual_length, 0) // group * group for tokens in (30, 51)]
     assert reads == [tokens for tokens in packed for _ in range(4) if tokens]
     for layer in cache.layers:
-        for mine, general in zip(layer._read(cpu), layer._read(None), strict=True):
+        mine_and_general = []
+        for backend in ("cpu", "reference"):
+            monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+            mine_and_general.append(layer.read())
+        for mine, general in zip(*mine_and_general, strict=True):
             assert mine.shape == general.shape == (2, 3, 51, 16)
             torch.testing.assert_close(mine, general, rtol=0, atol=1e-6 * general.abs().max().item())
 
@@ -262,10 +266,10 @@ def test_the_cpu_backend_asked_for_but_not_built_is_one_line(variable, value, ti
 
 def test_rope_tables_grow_with_the_sequence_and_are_shared(tiny):
     with patch_model(tiny, PLAIN) as handle:
-        first = handle.rope_source.tables(10, CPU)
-        assert handle.rope_source.tables(4096, CPU) is first
-        longer = handle.rope_source.tables(4097, CPU)
-        assert longer.positions >= 8194 and handle.rope_source.tables(10, CPU) is longer
+        first = handle.rope.kernel_tables(None, 10, CPU)
+        assert handle.rope.kernel_tables(None, 4096, CPU) is first
+        longer = handle.rope.kernel_tables(None, 4097, CPU)
+        assert longer.positions >= 8194 and handle.rope.kernel_tables(None, 10, CPU) is longer
         cos, _ = longer.at(torch.tensor([8000]), torch.float64)
         exact = torch.cos(8000 * tiny.model.rotary_emb.inv_freq.double())
         torch.testing.assert_close(cos[0], exact, atol=1e-6, rtol=0)

@@ -142,7 +142,7 @@ def test_left_padded_rows_equal_the_single_rows(family, strategy, tmp_path):
     assert_rows_equal_singles(double_model(family), ROTATEKV2, strategy, tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"residual_length": 4}, {"fuse_weights": False}, {"Attention_Sink_Aware": False}])
+@pytest.mark.parametrize("changes", [{"residual_length": 4}, {"quantize_prefill": False}, {"Attention_Sink_Aware": False}])
 def test_left_padded_rows_equal_the_single_rows_whatever_is_switched(changes, tmp_path):
     assert_rows_equal_singles(double_model(), replace(ROTATEKV2, **changes), "greedy", tmp_path)
 
@@ -247,7 +247,7 @@ def test_a_padded_batchs_beams_have_the_logits_of_their_own_tokens(tmp_path):
                 torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"fuse_weights": False}, {"Attention_Sink_Aware": False}])
+@pytest.mark.parametrize("changes", [{}, {"Attention_Sink_Aware": False}])
 def test_prompt_lookup_gives_the_plain_greedy_tokens(changes, tmp_path, monkeypatch):
     """Without a window a token's codes do not depend on which call wrote it; rejected tokens leave nothing."""
     cropped = []

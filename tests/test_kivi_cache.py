@@ -29,7 +29,7 @@ def states(tokens: int, seed: int = 0, rows: int = 2) -> tuple[torch.Tensor, tor
 
 
 def add(layer: RotateKVLayer, keys: torch.Tensor, values: torch.Tensor):
-    return layer.update(keys, values, lambda x, start: x)[:2]
+    return layer.update(keys, values)
 
 
 @pytest.mark.parametrize("window", [0, 1, WINDOW, 16])
@@ -39,7 +39,7 @@ def test_the_window_holds_its_length_and_up_to_a_group_more(window, group):
     for tokens in range(1, 80):
         add(layer, *states(1, tokens))
         packed = layer.packed_keys.length
-        held = 0 if layer.window_keys is None else layer.window_keys.shape[1]
+        held = 0 if layer.window_keys is None else layer.window_keys.shape[2]
         assert layer.get_seq_length() == tokens == packed + held and layer.packed_values.length == packed
         assert packed % group == 0 and (held <= window + group - 1) and (held >= window or packed == 0)
 
@@ -51,7 +51,7 @@ def test_codes_do_not_depend_on_the_calls_that_wrote_them(chunks):
     add(at_once, keys, values)
     for k, v in zip(keys.split(chunks, 2), values.split(chunks, 2), strict=True):
         seen = add(layer, k, v)
-    assert all(torch.equal(a, b) for a, b in zip(seen, at_once._read(None), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen, at_once.read(), strict=True))
     mine, theirs = ([*one.tensors("keys"), *one.tensors("values")] for one in (layer, at_once))
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
@@ -72,7 +72,7 @@ def test_a_groups_scales_lie_where_the_layout_says():
     low = int(held["low"][row, token // 16, at]) >> 2 * (token % 16) & 3
     code = low | (int(held["high"][row, token // 16, at]) >> token % 16 & 1) << 2
     value = (code - int(held["zero"][row, token // GROUP, at])) * float(held["scale"][row, token // GROUP, at])
-    assert float(layer._read(None)[0][row, head, token, channel]) == pytest.approx(value, rel=1e-6)
+    assert float(layer.read()[0][row, head, token, channel]) == pytest.approx(value, rel=1e-6)
     group = keys[row, head, token // GROUP * GROUP :, channel][:GROUP]
     assert abs(value - float(keys[row, head, token, channel])) <= float(group.max() - group.min()) / 7 * 0.51
     assert layer.get_seq_length() == packed + WINDOW
@@ -87,18 +87,18 @@ def test_a_crop_keeps_what_was_read_and_opens_a_cut_group(left, sinks):
     if sinks:
         layer.set_sinks(torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([0, 30, 38], dtype=torch.int32))
     add(layer, keys, values)
-    before = [x.clone() for x in layer._read(None)]
+    before = [x.clone() for x in layer.read()]
     layer.crop(left - 45)
     whole = left // GROUP * GROUP
     assert layer.packed_keys.length == layer.packed_values.length == whole
-    assert layer.window_keys.shape[1] == layer.window_values.shape[1] == left - whole
+    assert layer.window_keys.shape[2] == layer.window_values.shape[2] == left - whole
     assert layer.window_keys.dtype == torch.float16 and layer.get_seq_length() == left
-    for ours, theirs in zip(layer._read(None), before, strict=True):
+    for ours, theirs in zip(layer.read(), before, strict=True):
         torch.testing.assert_close(ours, theirs[:, :, :left], rtol=1e-3, atol=1e-6)
         assert torch.equal(ours[:, :, :whole], theirs[:, :, :whole])
     if sinks and left > 30:
-        assert torch.equal(layer._read(None)[0][0, :, 30], keys[0, :, 30])
-        assert left in (32, 39) or torch.equal(layer.window_keys[0, 30 - whole], keys[0, :, 30].flatten().half())
+        assert torch.equal(layer.read()[0][0, :, 30], keys[0, :, 30])
+        assert left in (32, 39) or torch.equal(layer.window_keys[0, :, 30 - whole], keys[0, :, 30].half())
 
 
 @pytest.mark.parametrize("left", [3, 20, 37])
@@ -110,7 +110,7 @@ def test_tokens_added_after_a_crop_are_grouped_with_those_it_left(left):
     layer.crop(left - 45)
     whole = left // GROUP * GROUP
     packed = [x.clone() for x in layer.packed_keys.tokens().values()]
-    stored = [x[:, :, whole:left] for x in layer._read(None)]
+    stored = [x[:, :, whole:left] for x in layer.read()]
     more = states(30, 1)
     got = [x[:, :, whole:] for x in add(layer, *more)]
     want = add(again, *(torch.cat([a.half().float(), b], dim=2) for a, b in zip(stored, more, strict=True)))
@@ -124,7 +124,7 @@ def test_an_emptied_layer_starts_again():
     layer, fresh = layer_of(), layer_of()
     add(layer, *states(45))
     layer.crop(-43)
-    assert layer.packed_keys.length == 0 and layer.window_keys.shape[1] == 2
+    assert layer.packed_keys.length == 0 and layer.window_keys.shape[2] == 2
     layer.crop(-2)
     assert layer.get_seq_length() == 0
     assert all(torch.equal(a, b) for a, b in zip(add(layer, *states(20, 3)), add(fresh, *states(20, 3)), strict=True))
@@ -150,7 +150,7 @@ def test_moved_rows_take_their_scales_with_them():
         moved = copy.deepcopy(cache)
         moved.reorder_cache(torch.tensor([2, 0, 0]))
         for ours, theirs in zip(moved.layers, cache.layers, strict=True):
-            for a, b in zip(ours._read(None), theirs._read(None), strict=True):
+            for a, b in zip(ours.read(), theirs.read(), strict=True):
                 assert torch.equal(a, b[[2, 0, 0]])
 
 

@@ -116,11 +116,11 @@ def test_a_codec_gives_what_its_paper_says(name):
 
 def test_the_presets_are_the_papers():
     plain = {"head_group_num": 1, "Grouped_Head_Key_Rotation": False, "Outlier_Aware_Key_Rotation": False}
-    plain |= {"Attention_Sink_Aware": False, "fuse_weights": False}
+    plain |= {"Attention_Sink_Aware": False}
     for bits in (2, 3, 4):
         both = plain | {"k_bits": bits, "v_bits": bits}
         clip = {"k_clip_ratio": 0.95, "v_clip_ratio": 0.95}
-        assert PRESETS[f"QuaRot{bits}"] == QuantConfig(**{**both, **clip, "method": "quarot", "fuse_weights": True})
+        assert PRESETS[f"QuaRot{bits}"] == QuantConfig(**{**both, **clip, "method": "quarot"})
         assert PRESETS[f"TurboQuant{bits}"] == QuantConfig(**{**both, "method": "turboquant"})
         sizes = {"k_groupsize": 32, "v_groupsize": 32, "residual_length": 128}
         if bits != 3:
@@ -162,15 +162,6 @@ def test_quarot_is_rotatekv_without_its_parts_up_to_the_clip_ratio():
         assert codec.key_width == DIM and not codec.keys_before_rope and codec.can_fuse
     assert torch.equal(round_trip(ours, keys), round_trip(other, keys))
     assert not torch.equal(round_trip(codec_of("QuaRot3"), keys), round_trip(other, keys))
-
-
-def test_quarot_folds_the_rotation_of_the_values_and_no_other():
-    model = double_model()
-    keys, values = (getattr(model.model.layers[0].self_attn, name).weight.clone() for name in ("k_proj", "v_proj"))
-    with patch_model(model, "QuaRot2") as handle:
-        assert all(method.layer.values_folded and not method.layer.keys_folded for method in handle.spec.methods)
-        attention = model.model.layers[0].self_attn
-        assert torch.equal(attention.k_proj.weight, keys) and not torch.equal(attention.v_proj.weight, values)
 
 
 def test_quarot_spreads_outliers_and_saves_error():
@@ -344,10 +335,10 @@ def test_measured_bits_are_the_formulas(name):
 
 
 @pytest.mark.parametrize("name, flag, value", [
-    ("KIVI2", "fuse_weights", True), ("KIVI2", "Grouped_Head_Key_Rotation", True),
+    ("KIVI2", "Grouped_Head_Key_Rotation", True),
     ("QuaRot2", "Outlier_Aware_Key_Rotation", True), ("QuaRot2", "Grouped_Head_Key_Rotation", True),
-    ("TurboQuant2", "k_groupsize", 32), ("TurboQuant2", "v_clip_ratio", 0.9), ("TurboQuant2", "fuse_weights", True),
-    ("RTN2", "fuse_weights", True),
+    ("TurboQuant2", "k_groupsize", 32), ("TurboQuant2", "v_clip_ratio", 0.9),
+    ("RTN2", "Outlier_Aware_Key_Rotation", True),
 ])  # fmt: skip
 def test_a_flag_without_meaning_is_one_line(name, flag, value):
     with pytest.raises(UserError, match=f"{name[:-1]} has no use for {flag}:") as error:

@@ -246,7 +246,7 @@ def test_a_cache_of_another_config_is_refused_and_one_of_an_equal_config_taken(t
     with patch_model(tiny, ROTATEKV2):
         cache = tiny(ids).past_key_values
     for other in (
-        replace(ROTATEKV2, k_bits=4), replace(ROTATEKV2, fuse_weights=False), replace(ROTATEKV2, v_clip_ratio=0.9),
+        replace(ROTATEKV2, k_bits=4), replace(ROTATEKV2, quantize_prefill=False), replace(ROTATEKV2, v_clip_ratio=0.9),
         PRESETS["FP16"], PRESETS["RTN2"],
     ):  # fmt: skip
         with patch_model(tiny, other):
@@ -276,7 +276,7 @@ def bytes_of_every_tensor_reachable(model) -> int:
     storages: dict[int, int] = {}
 
     def visit(thing, depth):
-        if type(thing).__name__ == "RopeSource":
+        if type(thing).__name__ == "ModelRope":
             return  # cos and sin of positions: one table a model, no keys or values
         if isinstance(thing, torch.Tensor):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
@@ -301,11 +301,10 @@ def test_nothing_is_parked_on_the_patched_modules(preset, tiny):
     stock = bytes_of_every_tensor_reachable(tiny)
     with patch_model(tiny, config), torch.no_grad():
         tiny(token_ids())
-        if preset not in ("RotateKV2", "QuaRot2"):  # which hold the originals of the folded weights
-            groups = 2 * 48 * 4 * (preset != "FP16")  # each channel's group, int32, of keys and values, per layer
-            signs_and_levels = (16 + 4 + 4) * 4  # float32
-            own = {"TurboQuant2": signs_and_levels, "KIVI2": groups // 2}.get(preset, groups)  # KIVI: of values alone
-            assert bytes_of_every_tensor_reachable(tiny) == stock + 2 * own
+        groups = 2 * 48 * 4 * (preset != "FP16")  # each channel's group, int32, of keys and values, per layer
+        signs_and_levels = (16 + 4 + 4) * 4  # float32
+        own = {"TurboQuant2": signs_and_levels, "KIVI2": groups // 2}.get(preset, groups)  # KIVI: of values alone
+        assert bytes_of_every_tensor_reachable(tiny) == stock + 2 * own
         before, names = bytes_of_every_tensor_reachable(tiny), [set(vars(module)) for module in tiny.modules()]
         kept = tiny(token_ids(2, 300)).past_key_values
         tiny.generate(token_ids(2, 200), max_new_tokens=20, num_beams=2)
@@ -314,7 +313,7 @@ def test_nothing_is_parked_on_the_patched_modules(preset, tiny):
             tiny(token_ids(3, 1), past_key_values=RotateKVCache.for_model(tiny), attention_mask=torch.ones(3, 99, 2))
         assert bytes_of_every_tensor_reachable(tiny) == before
         assert [set(vars(module)) for module in tiny.modules()] == names
-        assert kept.nbytes() > 0 and kept._rope_table is None and kept.token_mask is None
+        assert kept.nbytes() > 0 and not kept._positions._made and kept.token_mask is None
 
 
 def test_patching_twice_and_unpatching_the_unpatched_are_refused(tiny):
