@@ -226,6 +226,7 @@ class BlockStore(CodeStore):
         batch, count, tokens, dim = heads.shape
         self.reserve(batch, tokens, count * dim, heads.device)
         order = None if self.order is None else self.order.position32.on(heads.device)
+        heads = heads.float() if heads.dtype == torch.float64 else heads  # which kernels do not read
         kernels.quantize_into_blocks(
             heads, self.tensors, self.length, self.bits, self.group_size, self.clip_ratio, order, form.rotation_width,
             form.affine_on(heads.device), unrope,

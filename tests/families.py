@@ -28,6 +28,7 @@ class Family:
         rope: what it does about RoPE, for people.
         interleaved: RoPE pairs channels 2i and 2i + 1 of a head, not i and i + half.
         no_rope: numbers of the layers without RoPE.
+        fused_layers: how many a fused kernel decodes; softcaps, attention sinks and interleaved RoPE it does not know.
         refused: a pattern of the line it is refused with; empty: it is supported.
     """
 
@@ -36,6 +37,7 @@ class Family:
     rope: str = "default"
     interleaved: bool = False
     no_rope: tuple[int, ...] = ()
+    fused_layers: int = 2
     refused: str = ""
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -120,7 +122,9 @@ FAMILIES = {
     "phi": Family("phi", _HALF, "partial, 1/2"),
     "phi3": Family("phi3"),
     "gemma": Family("gemma", {**_HEAD, "num_key_value_heads": 1}),
-    "gemma2": Family("gemma2", {**_HEAD, **_MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0}),
+    "gemma2": Family(
+        "gemma2", {**_HEAD, **_MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0}, fused_layers=0
+    ),
     "gemma3": Family("gemma3_text", {**_HEAD, **_MIXED, **_TWO_THETAS, "query_pre_attn_scalar": 16}, "two, linear"),
     "gemma3, one head of 256": Family(
         "gemma3_text", {**_MIXED, "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}, "two"
@@ -128,15 +132,19 @@ FAMILIES = {
     "olmo2": Family("olmo2"),
     "olmo3": Family("olmo3", {**_MIXED, **_TWO_THETAS}, "two, linear"),
     "granite": Family("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.5}),
-    "cohere": Family("cohere", {"use_qk_norm": True}, "interleaved", interleaved=True),
-    "cohere2": Family("cohere2", _MIXED, "interleaved; none in full layers", interleaved=True, no_rope=(1,)),
-    "glm": Family("glm", {**_HEAD, **_HALF}, "interleaved, partial, 1/2", interleaved=True),
-    "glm4": Family("glm4", {**_HEAD, **_HALF}, "interleaved, partial, 1/2", interleaved=True),
+    "cohere": Family("cohere", {"use_qk_norm": True}, "interleaved", interleaved=True, fused_layers=0),
+    "cohere2": Family(
+        "cohere2", _MIXED, "interleaved; none in full layers", interleaved=True, no_rope=(1,), fused_layers=1
+    ),
+    "glm": Family("glm", {**_HEAD, **_HALF}, "interleaved, partial, 1/2", interleaved=True, fused_layers=0),
+    "glm4": Family("glm4", {**_HEAD, **_HALF}, "interleaved, partial, 1/2", interleaved=True, fused_layers=0),
     "stablelm": Family("stablelm", {**_QUARTER, "use_qkv_bias": True}, "partial, 1/4"),
     "starcoder2": Family("starcoder2", {"sliding_window": WINDOW}),
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}, "none in every fourth layer", no_rope=(1,)),
     "exaone4": Family("exaone4", _MIXED, "none in full layers", no_rope=(1,)),
-    "gpt_oss": Family("gpt_oss", {**_HEAD, **_MIXED, **rope("yarn", **_YARN), "num_local_experts": 4}, "yarn"),
+    "gpt_oss": Family(
+        "gpt_oss", {**_HEAD, **_MIXED, **rope("yarn", **_YARN), "num_local_experts": 4}, "yarn", fused_layers=0
+    ),
     "gpt_neox": Family(
         "gpt_neox", {**_QUARTER, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8}, "partial, 1/4"
     ),
@@ -150,6 +158,7 @@ FAMILIES = {
             "linear_key_head_dim": 16, "linear_value_head_dim": 16, **_QUARTER,
         },
         "partial, 1/4",
+        fused_layers=1,
     ),
     "llama, dynamic": Family("llama", rope("dynamic", factor=2.0), "dynamic", refused="RoPE type 'dynamic'"),
     "phi3, longrope": Family(
@@ -161,7 +170,7 @@ FAMILIES = {
         "longrope",
         refused="RoPE type 'longrope'",
     ),
-    "lfm2": Family("lfm2", {"layer_types": ["conv", _FULL], "block_auto_adjust_ff_dim": False}),
+    "lfm2": Family("lfm2", {"layer_types": ["conv", _FULL], "block_auto_adjust_ff_dim": False}, fused_layers=1),
 }  # fmt: skip
 
 
