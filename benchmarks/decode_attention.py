@@ -63,11 +63,12 @@ def fused_step(
     width = {"QuaRot": dim, "RTN": 0}.get(method, group_heads * dim)
     draw = partial(torch.randn, device=device)
     affine = Affine(draw(channels).abs() + 0.5, draw(channels)) if plus else None
-    options = DecodeOptions(dim, bits, bits, dim**-0.5, width, rope, key_affine=affine)
+    options = DecodeOptions(dim, bits, bits, dim**-0.5, width, rope, width > 0, key_affine=affine)
     group_of_channel = (torch.randperm(channels, device=device) // dim).int()
     queries, first = draw(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32, device=device)
     size = sum(x.nbytes for blocks in packed for x in blocks.values())
-    return lambda: kernels.decode_attention(queries, *packed, group_of_channel, first, first, tokens, tokens, options), size
+    step = (queries, *packed, group_of_channel, first, first, tokens, tokens, options)
+    return lambda: kernels.decode_attention(*step), size
 
 
 def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:

@@ -22,7 +22,8 @@ from rotatekv.compat import CACHE_NAME
 from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
-from rotatekv.quantize import dequantize_groups, quantize_groups, wide_scale, wide_zero
+from rotatekv.kernels.reference_blocks import dequantize_blocks_reference
+from rotatekv.quantize import dequantize_groups, quantize_groups
 from rotatekv.results import environment as versions
 from rotatekv.transforms import channels_to_heads, head_group_size, rotate_channels
 from tests.kernel_cases import Shape, error, random_step
@@ -108,15 +109,19 @@ def check_quantize(part: Part, shape: str, bits: int, fine: bool) -> None:
     _, kv_heads, dim = heads_of(shape)
     channels, start, tokens, batch = kv_heads * dim, 5, 57, 3
     x = torch.randn(batch, tokens, channels, device=part.device)
-    blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device, fine)
     order = torch.randperm(channels, device=part.device)
-    kernels.quantize_into_blocks(x, blocks, start, bits, dim, 0.8, order.int())
-    codes, scale, zero = (y[:, start:] for y in unpack_blocks(blocks, start + tokens, bits))
-    wanted = quantize_groups(x, bits, dim, 0.8, fine)
-    found = codes[..., order], scale, zero
-    errors = [error(dequantize_groups(*of).double(), x.double()) for of in (found, wanted)]
-    other = (found[0] != wanted[0]).float().mean().item()
-    part.check(f"quantize {bits} bits", errors[0] / errors[1] - 1, BOUND, fine=fine, other_codes=other)
+    for width in (head_group_size(kv_heads, dim, 4) * dim, 0):
+        blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device, fine)
+        kernels.quantize_into_blocks(
+            channels_to_heads(x, dim), blocks, start, bits, dim, 0.8, order.int(), rotation_width=width
+        )
+        codes, scale, zero = (y[:, start:] for y in unpack_blocks(blocks, start + tokens, bits))
+        truth = (rotate_channels(x, width) if width else x)[..., order]
+        wanted = quantize_groups(truth, bits, dim, 0.8, fine)
+        found = codes[..., order], scale, zero
+        errors = [error(dequantize_groups(*of).double(), truth.double()) for of in (found, wanted)]
+        other = (found[0] != wanted[0]).float().mean().item()
+        part.check(f"quantize {bits} bits, W {width}", errors[0] / errors[1] - 1, BOUND, fine=fine, other_codes=other)
 
 
 def check_dequantize(part: Part, shape: str, bits: int, fine: bool) -> None:
@@ -125,15 +130,12 @@ def check_dequantize(part: Part, shape: str, bits: int, fine: bool) -> None:
         step = on_device(random_step(_case(shape, 250, 3, bits, plus=fine)), part.device)
         keys, groups = step["keys"], step["group_of_channel"]
         found = kernels.dequantize_blocks(keys, 250, bits, groups, dim, width)
-        codes, scale, zero = unpack_blocks(keys, 250, bits)
-        truth = codes.double() - wide_zero(scale, zero).double()[..., groups.long()]
-        truth = truth * wide_scale(scale).double()[..., groups.long()]
-        truth = rotate_channels(truth, width, inverse=True) if width else truth
-        part.check(f"dequantize {bits} bits, W {width}", error(found, channels_to_heads(truth, dim)), BOUND, fine=fine)
+        truth = dequantize_blocks_reference(keys, 250, bits, groups, dim, width, dtype=torch.float64)
+        part.check(f"dequantize {bits} bits, W {width}", error(found, truth), BOUND, fine=fine)
 
 
 def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new: int) -> None:
-    """With and without sinks and a recent window, the first row padded."""
+    """With and without sinks, a recent window and a sliding one; the first row padded, the second without its start."""
     before_rope = form.startswith("RotateKV")
     for exact in (False, True):
         if tokens < new + 20 * exact:
@@ -142,8 +144,8 @@ def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new
         case = replace(
             case, query_tokens=new, window=12 * exact, sinks=5 * exact, padding=(min(3, tokens - new),),
             heads_per_group=case.heads_per_group if before_rope else int(form.startswith("QuaRot")),
-            rotary_dim=case.head_dim if before_rope else 0, unrotate_values=form.startswith("QuaRot"),
-            exact_dtype=torch.bfloat16,
+            rotary_dim=case.head_dim if before_rope else 0, unrotate_values=not form.startswith("RTN"),
+            dropped=(0, 64), sliding_window=200 * exact, exact_dtype=torch.bfloat16,
         )  # fmt: skip
         step = on_device(random_step(case), part.device)
         found = kernels.decode_attention(**step)

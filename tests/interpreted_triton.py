@@ -15,15 +15,15 @@ from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import tiny_model
-from kernel_cases import Shape, error, random_step, with_options
+from kernel_cases import Shape, Write, assert_written, error, random_step, random_write, with_options
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import triton as kernels
-from rotatekv.kernels.layout import allocate_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels.affine import Affine
+from rotatekv.kernels.layout import allocate_blocks
 from rotatekv.kernels.reference_attention import decode_attention_reference
+from rotatekv.kernels.reference_blocks import dequantize_blocks_reference, quantize_into_blocks_reference
 from rotatekv.kernels.triton.start import unusable
-from rotatekv.quantize import quantize_groups
-from rotatekv.transforms import channels_to_heads, rotate_channels
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -35,6 +35,7 @@ def _patch_tensor_for_numpy(tensor, *scope) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy
+HALVES = 2.0**-21  # what dots of two halves lose, see attention.py
 ATTENTION = {
     "one_token": Shape(tokens=1),
     "ragged_last_block": Shape(tokens=37, rotary_dim=64, unrotate_values=True),
@@ -60,6 +61,12 @@ ATTENTION = {
                                     plus=True, unrotate_values=True),
     "plus_head_dim_80": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, plus=True, value_bits=3),
     "not_rotated_after_rope": Shape(batch=2, kv_heads=2, head_dim=64, heads_per_group=0, tokens=20, padding=(17, 3)),
+    "sinks_beside_rotated_values": Shape(batch=2, tokens=40, sinks=5, unrotate_values=True, exact_dtype=torch.bfloat16),
+    "sliding": Shape(batch=2, tokens=90, sliding_window=33, dropped=(40, 7), padding=(0, 70), rotary_dim=64, sinks=9,
+                     window=4, query_tokens=5, repeat=2, unrotate_values=True),
+    "sliding_past_tiles": Shape(tokens=120, sliding_window=20, dropped=(48,), rotary_dim=32, query_tokens=16, repeat=8,
+                                kv_heads=1, heads_per_group=1),
+    "sliding_past_the_packed": Shape(batch=2, tokens=60, window=30, sliding_window=17, kv_heads=2, heads_per_group=2),
 }  # fmt: skip
 
 
@@ -75,7 +82,7 @@ def test_attention(name):
     truth = decode_attention_reference(**step, dtype=torch.float64)
     eager = decode_attention_reference(**step)
     out = kernels.decode_attention(**step)
-    assert error(out, truth) <= 2 * error(eager, truth) + 1e-7
+    assert error(out, truth) <= 2 * error(eager, truth) + HALVES
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 100])
@@ -86,12 +93,12 @@ def test_attention_splits(splits):
 
 
 def test_attention_far_positions():
-    """Packed and exact tokens 5000 positions out, where an angle held in float32 is 2e-4 off."""
-    step = random_step(Shape(kv_heads=1, heads_per_group=1, repeat=1, tokens=5_003, rotary_dim=64, window=3, sinks=9))
+    """Packed tokens 5000 positions out, where an angle held in float32 is 2e-4 off."""
+    step = random_step(Shape(kv_heads=1, heads_per_group=1, repeat=1, tokens=50, rotary_dim=64, dropped=(5_000,)))
     step["keys"]["scale"].mul_(0.05)  # flat weights, so that far tokens count
     truth = decode_attention_reference(**step, dtype=torch.float64)
     eager = decode_attention_reference(**step)
-    assert error(kernels.decode_attention(**step, splits=1), truth) <= 2 * error(eager, truth) + 1e-7
+    assert error(kernels.decode_attention(**step, splits=1), truth) <= 2 * error(eager, truth) + HALVES
 
 
 def test_attention_room_for_more_blocks():
@@ -102,73 +109,96 @@ def test_attention_room_for_more_blocks():
     assert torch.equal(kernels.decode_attention(**step), out)
 
 
-@pytest.mark.parametrize(
-    ("bits", "channels", "group", "tokens", "start", "clip", "magnitude", "reorder"),
-    [
-        (2, 192, 64, 21, 7, 0.8, 1.0, True), (2, 128, 128, 1, 31, 0.8, 1.0, False), (3, 160, 80, 33, 0, 1.0, 1.0, True),
-        (4, 48, 16, 40, 20, 1.0, 3e4, False), (2, 192, 96, 16, 16, 0.8, 1e-7, True),
-        (3, 512, 128, 5, 14, 0.9, 1e-3, True),
-        (4, 192, 64, 0, 3, 1.0, 1.0, False),
-    ],
-)  # fmt: skip
+def test_attention_reads_no_block_that_the_window_does_not_see():
+    """Blocks before it hold what would give NaN, were it multiplied by a weight of 0."""
+    step = random_step(Shape(tokens=100, sliding_window=20, query_tokens=4, kv_heads=1, heads_per_group=1))
+    out = kernels.decode_attention(**step)
+    for name in ("keys", "values"):  # the first query sees the tokens from 77 on
+        step[name]["scale"][:, :4] = torch.nan
+    assert torch.equal(kernels.decode_attention(**step), out) and out.isfinite().all()
+
+
+PLAIN = {
+    "one_token": Write(start=31, clip_ratio=0.8),
+    "ragged": Write(batch=2, tokens=21, start=7, clip_ratio=0.8, reorder=True, layout="tokens"),
+    "three_bits_of_80": Write(kv_heads=2, head_dim=80, tokens=33, bits=3, group_size=80, reorder=True, layout="slice"),
+    "large": Write(batch=2, head_dim=16, tokens=40, start=20, bits=4, group_size=16, magnitude=3e4),
+    "small_groups_across_heads": Write(tokens=16, start=16, group_size=96, magnitude=1e-7, reorder=True),
+    "bfloat16": Write(batch=2, kv_heads=4, head_dim=128, tokens=5, start=14, bits=3, group_size=128, reorder=True,
+                      dtype=torch.bfloat16, layout="tokens"),
+    "nothing": Write(tokens=0, start=3, bits=4),
+    "unrope": Write(batch=2, tokens=20, start=5, rotary_dim=32, dtype=torch.float16, layout="tokens"),
+    "unrope_and_affine": Write(batch=2, head_dim=80, tokens=18, group_size=80, rotary_dim=80, affine=True,
+                               reorder=True),
+}  # fmt: skip
+ROTATED = {
+    "three_heads": Write(batch=2, tokens=21, start=7, heads_per_group=3, reorder=True, clip_ratio=0.9),
+    "one_token_of_four_heads": Write(kv_heads=8, head_dim=128, start=18, group_size=128, heads_per_group=4,
+                                     reorder=True, rotary_dim=128, dtype=torch.bfloat16, layout="tokens"),
+    "paley_20": Write(kv_heads=4, head_dim=80, tokens=40, bits=4, group_size=80, heads_per_group=4, rotary_dim=32,
+                      layout="slice", dtype=torch.float16),
+    "paley_12_alone": Write(batch=2, kv_heads=2, head_dim=96, tokens=33, bits=3, group_size=96, heads_per_group=1),
+    "plus": Write(batch=2, tokens=37, start=3, bits=3, heads_per_group=3, affine=True, rotary_dim=64, reorder=True),
+}  # fmt: skip
+
+
+def _written(write: Write, fine: bool, damage=lambda heads: None) -> tuple[dict, dict, dict]:
+    """The blocks of the kernel and of the reference, and the call's arguments."""
+    arguments = random_write(replace(write, fine=fine))
+    damage(arguments["heads"])
+    expected, made = ({name: x.clone() for name, x in arguments["packed"].items()} for _ in range(2))
+    quantize_into_blocks_reference(**{**arguments, "packed": expected})
+    kernels.quantize_into_blocks(**{**arguments, "packed": made})
+    return made, expected, arguments
+
+
 @pytest.mark.parametrize("fine", [False, True])
-def test_quantize(bits, channels, group, tokens, start, clip, magnitude, reorder, fine):
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(2, tokens, channels, generator=generator) * magnitude
-    if tokens > 4:
-        x[:, 0], x[:, 1], x[0, 2], x[:, 3] = 0.0, 5.0, 1e6, torch.arange(channels) * 0.5 * magnitude
-        x[1, 2] = torch.randn(channels, generator=generator) + 3e38  # the scale ends at the largest float16
-    order = torch.randperm(channels, generator=generator) if reorder else torch.arange(channels)
-    codes, scale, zero = quantize_groups(x, bits, group, clip, fine)
-    expected = allocate_blocks(2, 5, channels, channels // group, bits, fine=fine)
-    for plane in expected.values():
-        plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
-    made = {name: plane.clone() for name, plane in expected.items()}
-    write_blocks(expected, start, codes[..., torch.argsort(order)], scale, zero, bits)
-    kernels.quantize_into_blocks(x, made, start, bits, group, clip, order.int() if reorder else None)
-    for name in expected:
-        assert torch.equal(made[name], expected[name]), name
+@pytest.mark.parametrize("name", PLAIN)
+def test_quantize(name, fine):
+    def add_extremes(heads: torch.Tensor) -> None:
+        if heads.dtype != torch.float32 or heads.shape[2] < 5 or PLAIN[name].affine:
+            return
+        heads[:, :, 0], heads[:, :, 1], heads[0, :, 2] = 0.0, 5.0, 1e6
+        heads[:, :, 3] = torch.arange(heads.shape[3]) * 0.5 * PLAIN[name].magnitude
+        heads[-1, :, 4] += 3e38  # the scale ends at the largest float16
+
+    assert_written(*_written(PLAIN[name], fine, add_extremes), exactly=True)
 
 
-def _dequantized(step: dict, dtype: torch.dtype) -> torch.Tensor:
-    """(B, H_kv, T, D) keys in plain torch, turned at positions t − first."""
-    options, tokens = step["options"], step["packed_tokens"]
-    group = step["group_of_channel"].long()
-    codes, scale, zero = unpack_blocks(step["keys"], tokens, options.key_bits)
-    if scale.dtype == torch.uint8:  # the fine format
-        scale, zero = (scale.short() << 7).view(torch.float16), zero.to(dtype) / 8
-    x = (codes.to(dtype) - zero.to(dtype)[..., group]) * scale.to(dtype)[..., group]
-    if options.rotation_width:
-        x = rotate_channels(x, options.rotation_width, inverse=True)
-    if options.key_affine is not None:
-        x = x * options.key_affine.factor.to(dtype) + options.key_affine.offset.to(dtype)
-    x = channels_to_heads(x, options.head_dim)
-    if options.rope is None:
-        return x
-    positions = (torch.arange(tokens) - step["first"].long()[:, None]).clamp(min=0)
-    return options.rope.turn(x, positions)
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("name", ROTATED)
+def test_quantize_rotated(name, fine):
+    assert_written(*_written(ROTATED[name], fine), exactly=False)
+
+
+def test_quantize_rotated_costs_a_large_token_nothing_to_its_neighbours():
+    """A massive token beside others in one tile: halves of float16 hold both."""
+
+    def enlarge(heads: torch.Tensor) -> None:
+        heads[:, :, 3] *= 1e4
+
+    assert_written(*_written(replace(ROTATED["three_heads"], tokens=16, bits=4), False, enlarge), exactly=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "name",
     ["ragged_last_block", "sinks_window_padding", "four_heads_of_128", "head_dim_80_paley_20", "head_dim_80_alone",
-     "head_dim_96_paley_12", "heads_of_16", "not_rotated", "not_rotated_after_rope", "one_token", "plus",
-     "plus_four_heads_of_128", "plus_head_dim_80"],
+     "head_dim_96_paley_12", "heads_of_16", "not_rotated", "one_token", "plus", "plus_four_heads_of_128",
+     "plus_head_dim_80"],
 )  # fmt: skip
 def test_dequantize(name, dtype):
-    step = random_step(ATTENTION[name])
-    if ATTENTION[name].plus:  # factors and offsets come before RoPE
-        step = with_options(step, rope=None)
-    options, tokens, first = step["options"], step["packed_tokens"], step["first"]
-    out = kernels.dequantize_blocks(
-        step["keys"], tokens, options.key_bits, step["group_of_channel"], options.head_dim, options.rotation_width,
-        options.rope, first, dtype, affine=options.key_affine,
-    )  # fmt: skip
-    assert out.dtype == dtype
-    seen = (torch.arange(tokens) >= first[:, None])[:, None, :, None]
-    truth, eager = _dequantized(step, torch.float64) * seen, _dequantized(step, torch.float32).to(dtype) * seen
-    assert error(out * seen, truth) <= 2 * error(eager, truth) + 1e-7
+    step, shape = random_step(ATTENTION[name]), ATTENTION[name]
+    options, tokens = step["options"], step["packed_tokens"]
+    form = (step["keys"], tokens, options.key_bits, step["group_of_channel"], options.head_dim, options.rotation_width)
+    out = torch.full((shape.batch, shape.kv_heads, tokens + 3, shape.head_dim), 7.0, dtype=dtype)
+    assert kernels.dequantize_blocks(*form, out, affine=options.key_affine) is out
+    assert (out[:, :, tokens:] == 7).all()
+    truth = dequantize_blocks_reference(*form, options.key_affine, torch.float64)
+    eager = dequantize_blocks_reference(*form, options.key_affine).to(dtype)
+    assert error(out[:, :, :tokens], truth) <= 2 * error(eager, truth) + 1e-7
+    new = kernels.dequantize_blocks(*form, affine=options.key_affine)
+    assert new.dtype == torch.float32 and torch.equal(new.to(dtype), out[:, :, :tokens])
 
 
 def test_damaged_arguments_are_refused():
@@ -178,15 +208,17 @@ def test_damaged_arguments_are_refused():
         {"queries": step["queries"].double()}, {"queries": torch.zeros(2, 9, 17, 64)}, {"first": step["first"][:1]},
         {"queries": torch.zeros(2, 8, 1, 64)}, {"group_of_channel": step["group_of_channel"].long()},
         {"keys": {**step["keys"], "low": low[:, :-1]}}, {"keys": {**step["keys"], "low": low.transpose(0, 1)}},
-        {"packed_tokens": 1000, "total_tokens": 1000}, {"total_tokens": 3}, {"total_tokens": 100_000},
+        {"packed_tokens": 1000, "total_tokens": 1000}, {"total_tokens": 3}, {"origin": step["origin"][:1]},
         {"exact": type(exact)(exact.rows.long(), exact.columns, exact.keys, exact.values)},
         {"exact": type(exact)(exact.rows, exact.columns, exact.keys.float(), exact.values)},
+        {"exact": type(exact)(exact.rows, exact.columns, exact.keys.flatten(1), exact.values.flatten(1))},
     ]  # fmt: skip
     for change in bad:
         with pytest.raises(ValueError):
             kernels.decode_attention(**{**step, **change})
             pytest.fail(f"accepted {change}")
-    for change in ({"rotation_width": 100}, {"rotation_width": 128}, {"head_dim": 32}, {"key_bits": 2}):
+    for change in ({"rotation_width": 100}, {"rotation_width": 128}, {"head_dim": 32}, {"key_bits": 2},
+                   {"sliding_window": -1}):  # fmt: skip
         with pytest.raises(ValueError):
             kernels.decode_attention(**with_options(step, **change))
             pytest.fail(f"accepted {change}")
@@ -194,22 +226,29 @@ def test_damaged_arguments_are_refused():
         kernels.decode_attention(**random_step(Shape(tokens_per_scale=32)))
     with pytest.raises(ValueError, match="CPU's kernels only"):
         kernels.dequantize_blocks(step["keys"], 65, 3, step["group_of_channel"], 64, tokens_per_scale=32)
-    packed = allocate_blocks(2, 2, 48, 3, 3)
+    keys = (step["keys"], 65, 3, step["group_of_channel"], 64)
+    room = torch.empty(2, 3, 65, 64)
+    for out in (room[:, :, :64].clone(), room.double(), room.repeat_interleave(2, 3)[..., ::2]):
+        with pytest.raises(ValueError, match="out"):
+            kernels.dequantize_blocks(*keys, out=out)
+    packed, cos = allocate_blocks(2, 2, 48, 3, 3), torch.ones(2, 5, 4)
+    good = {"heads": torch.ones(2, 3, 5, 16), "packed": packed, "start": 0, "bits": 3, "group_size": 16}
     for change in ({"start": 28}, {"start": -1}, {"bits": 2}, {"group_size": 24}, {"clip_ratio": 0.0},
-                   {"x": torch.zeros(2, 5, 47)}, {"order": torch.arange(48)}):  # fmt: skip
+                   {"heads": torch.zeros(2, 5, 48)}, {"heads": torch.ones(2, 3, 5, 15)}, {"order": torch.arange(48)},
+                   {"heads": torch.ones(2, 3, 16, 5).transpose(2, 3)}, {"heads": torch.ones(2, 3, 5, 16).double()},
+                   {"rotation_width": 24}, {"rotation_width": -16}, {"affine": Affine(*torch.ones(2, 47))},
+                   *({"unrope": pair} for pair in ((cos, cos[:1]), (cos.half(),) * 2, (cos, cos.mT.contiguous().mT),
+                                                   (torch.ones(2, 5, 9),) * 2))):  # fmt: skip
         with pytest.raises(ValueError):
-            kernels.quantize_into_blocks(
-                **{"x": torch.ones(2, 5, 48), "packed": packed, "start": 0, "bits": 3, "group_size": 16, **change}
-            )
+            kernels.quantize_into_blocks(**{**good, **change})
+            pytest.fail(f"accepted {change}")
     assert not any(plane.any() for plane in packed.values())
 
 
 NOT_FUSED = replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=0)  # its keys are read by torch
 MODELS = {
     "rotatekv2": replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False),
-    "rotatekv3_unfolded_window": replace(
-        PRESETS["RotateKV3"], Outlier_Aware_Key_Rotation=False, fuse_weights=False, residual_length=4
-    ),
+    "rotatekv3_window": replace(PRESETS["RotateKV3"], Outlier_Aware_Key_Rotation=False, residual_length=4),
     "rtn4": PRESETS["RTN4"],
     "kivi2": NOT_FUSED,
 }  # fmt: skip

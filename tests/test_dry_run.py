@@ -56,7 +56,7 @@ def test_a_dry_run_compiles_and_launches_nothing():
     assert not kernels.available("cpu")
     with DryRun(86, resources=True) as dry:
         assert kernels.available("cpu")
-        kernels.quantize_into_blocks(torch.ones(1, 20, 64), packed, 3, 2, 64)
+        kernels.quantize_into_blocks(torch.ones(1, 1, 20, 64), packed, 3, 2, 64)
     assert not kernels.available("cpu") and not any(plane.any() for plane in packed.values())
     assert dry.launches == {"quantize_kernel": 1} and dry.needless() == [] and dry.refused == {}
     (kernel,) = dry.compiled
@@ -69,9 +69,23 @@ def test_sequences_of_more_than_65535_blocks_fit_the_grid():
     tokens, group = 65536 * 16 + 1, torch.zeros(16, dtype=torch.int32)
     with DryRun(86) as dry:
         packed = allocate_blocks(1, 65537, 16, 1, 2)
-        kernels.quantize_into_blocks(torch.empty(1, tokens, 16), packed, 0, 2, 16)
-        kernels.dequantize_blocks(packed, tokens, 2, group, 16, 16, dtype=torch.float16)
-    assert dry.launches == {"quantize_kernel": 1, "dequantize_kernel": 1} and dry.refused == {}
+        kernels.quantize_into_blocks(torch.empty(1, 1, tokens, 16), packed, 0, 2, 16, rotation_width=16)
+        kernels.dequantize_blocks(packed, tokens, 2, group, 16, 16)
+    names = ("transform_kernel", "quantize_kernel", "dequantize_kernel")
+    assert dry.launches == dict.fromkeys(names, 1) and dry.refused == {}
+
+
+def test_a_views_strides_compile_nothing_anew():
+    """Any part of wider tokens, any number of them, and tables that a batch shares."""
+    x, packed = torch.empty(3, 40, 5, 48), allocate_blocks(3, 3, 96, 2, 2)
+    cos = torch.empty(1, 40, 12)
+    with DryRun(86) as dry:
+        for tokens in (x[:, :, :2], x[:, 3:8, 1:3], x[:, :1, 3:]):
+            heads = tokens.transpose(1, 2)
+            tables = (cos[:, : heads.shape[2]].expand(3, -1, -1),) * 2
+            kernels.quantize_into_blocks(heads, packed, 0, 2, 48)
+            kernels.quantize_into_blocks(heads, packed, 0, 2, 48, rotation_width=96, unrope=tables)
+    assert dry.needless() == [] and len(dry.compiled) == 3 and dry.refused == {}
 
 
 def test_every_launch_goes_to_the_device_of_its_tensors(monkeypatch):
@@ -90,10 +104,10 @@ def test_every_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(DryRun, "_launch", launch)
     step = random_step(Shape(kv_heads=1, head_dim=16, heads_per_group=1, tokens=20, sinks=2, value_group=16))
     with DryRun(86):
-        kernels.quantize_into_blocks(torch.ones(1, 20, 16), step["values"], 0, 2, 16)
+        kernels.quantize_into_blocks(torch.ones(1, 1, 20, 16), step["values"], 0, 2, 16, rotation_width=16)
         kernels.dequantize_blocks(step["values"], 20, 2, torch.zeros(16, dtype=torch.int32), 16, 16)
         kernels.decode_attention(**step)
-    names = ("quantize", "dequantize", "split", "exact", "merge")
+    names = ("transform", "quantize", "dequantize", "split", "exact", "merge")
     assert seen == [(f"{name}_kernel", torch.device("cpu")) for name in names]
 
 

@@ -85,9 +85,9 @@ assert part("right", (parts.check_quantize, 2, True), (parts.check_dequantize, 3
 kernels = parts.kernels
 decode, quantize, dequantize = kernels.decode_attention, kernels.quantize_into_blocks, kernels.dequantize_blocks
 kernels.decode_attention = lambda *args, **step: 1.01 * decode(*args, **step)
-kernels.quantize_into_blocks = lambda x, *rest: quantize(1.1 * x, *rest)
+kernels.quantize_into_blocks = lambda x, *rest, **named: quantize(1.1 * x, *rest, **named)
 kernels.dequantize_blocks = lambda *args: dequantize(*args) + 0.01
-assert part("wrong", (parts.check_quantize, 2, True), (parts.check_dequantize, 3, False), *decodes) == 1 + 2 + 4
+assert part("wrong", (parts.check_quantize, 2, True), (parts.check_dequantize, 3, False), *decodes) == 2 + 2 + 4
 sys.exit(0)
 """
 

@@ -7,7 +7,6 @@ import torch
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import unpack_blocks, write_blocks
 from rotatekv.kernels.reference import Packed
-from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.quantize import FINE_SCALE, quantize_groups, wide_scale, wide_zero
 from rotatekv.transforms import channels_to_heads, heads_to_channels, rotate_channels
 
@@ -45,20 +44,11 @@ def quantize_into_blocks_reference(
 
 def dequantize_blocks_reference(
     packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, head_dim: int, rotation_width: int = 0,
-    rope: RopeTables | None = None, first: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
-    out: torch.Tensor | None = None, affine: Affine | None = None,
+    affine: Affine | None = None, dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:  # fmt: skip
-    """``rotatekv.kernels.triton.dequantize_blocks``: (B, H_kv, T, D)."""
+    """The first ``tokens`` tokens as heads of plain numbers, un-rotated: (B, H_kv, T, D), computed in ``dtype``."""
     codes, scale, zero = unpack_blocks(packed, tokens, bits)
-    zero, scale = (side[..., group_of_channel.long()] for side in (wide_zero(scale, zero), wide_scale(scale)))
+    zero, scale = (side[..., group_of_channel.long()].to(dtype) for side in (wide_zero(scale, zero), wide_scale(scale)))
     x = (codes - zero) * scale  # (B, T, C)
     x = rotate_channels(x, rotation_width, inverse=True) if rotation_width else x
-    heads = channels_to_heads(x if affine is None else affine(x), head_dim)
-    if rope is not None:
-        columns = torch.arange(tokens, dtype=torch.int64, device=x.device)
-        start = 0 if first is None else first.long()[:, None]
-        heads = rope.turn(heads, (columns - start).clamp(min=0).expand(x.shape[0], tokens))
-    if out is None:
-        return heads.to(dtype)
-    out[:, :, :tokens] = heads
-    return out
+    return channels_to_heads(x if affine is None else affine(x), head_dim)

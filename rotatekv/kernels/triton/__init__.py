@@ -6,8 +6,8 @@ package needs no triton; calling it does. Run on CPU tensors with ``TRITON_INTER
 Status: correct under the interpreter; compiled without a GPU (``dry_run.py``) for sm_80, sm_86 and sm_90, within the
 99 KB of shared memory that the smallest has and with at most 144 bytes of spills a thread (order 512); not run on a
 GPU. A kernel that does not compile for a shape, or does not fit, is replaced by torch with one warning (``start.py``).
-What index tensors hold (``group_of_channel``, ``order``, ``first``, exact rows and columns) is not checked: reading it
-would make the host wait for the GPU.
+What index tensors hold (``group_of_channel``, ``order``, ``first``, ``origin``, exact rows and columns) is not checked:
+reading it would make the host wait for the GPU. A position past the RoPE tables reads their last row.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens, decode_attention_reference
 from rotatekv.kernels.reference_blocks import dequantize_blocks_reference, quantize_into_blocks_reference
-from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.triton.checks import (
+    FLOATS,
     check,
     check_affine,
     check_decode,
+    check_heads,
     check_packed,
-    check_rope,
+    check_unrope,
+    check_width,
     refuse_token_groups,
 )
 from rotatekv.kernels.triton.start import Unusable
-from rotatekv.transforms import channels_to_heads
 
 __all__ = [
     "READS_TOKEN_GROUPS", "available", "decode_attention", "dequantize_blocks", "interpreted", "needs",
@@ -95,6 +96,7 @@ def decode_attention(
     values: Packed,
     group_of_channel: torch.Tensor,
     first: torch.Tensor,
+    origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
     options: DecodeOptions,
@@ -107,12 +109,13 @@ def decode_attention(
     ceil(packed_tokens / 16)). All tensors are contiguous, on one device; rope tables too.
 
     Args:
-        queries: (B, H, T_q, D) float32, before RoPE if ``options.rope`` is there. Query i sees the tokens up to
-            total_tokens − T_q + i. ``options.key_tokens_per_scale`` must be 0.
-        keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
-            rotated per head, quantization groups of consecutive channels.
+        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i, with
+            ``options.sliding_window`` that many of them. ``options.key_tokens_per_scale`` must be 0.
+        keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values'
+            quantization groups are consecutive channels.
         group_of_channel: (C,) int32, the quantization group of each key channel.
-        first: (B,) int32, the first token of each sequence that is not padding; its position is 0.
+        first: (B,) int32, the first token of each sequence that is seen: earlier ones are padding.
+        origin: (B,) int32, the RoPE position of token 0; negative positions count as 0.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
         exact: each (row, column) named once, rows ascending.
         splits: programs that share a sequence's blocks; None: two programs per multiprocessor in all.
@@ -124,10 +127,10 @@ def decode_attention(
         ValueError: a shape, dtype, stride or device is wrong.
         ImportError: triton is not installed.
     """
-    check_decode(queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact)
+    step = (queries, keys, values, group_of_channel, first, origin, packed_tokens, total_tokens, options, exact)
+    check_decode(*step)
     from rotatekv.kernels.triton.launch import launch_decode
 
-    step = (queries, keys, values, group_of_channel, first, packed_tokens, total_tokens, options, exact)
     try:
         return launch_decode(*step, splits)
     except Unusable:
@@ -135,40 +138,52 @@ def decode_attention(
 
 
 def quantize_into_blocks(
-    x: torch.Tensor,
+    heads: torch.Tensor,
     packed: Packed,
     start: int,
     bits: int,
     group_size: int,
     clip_ratio: float = 1.0,
     order: torch.Tensor | None = None,
+    rotation_width: int = 0,
+    affine: Affine | None = None,
+    unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Quantize T tokens and write them in place into blocks, from token ``start`` on.
+    """Quantize T tokens and write them in place into blocks, from token ``start`` on; see
+    ``reference_blocks.quantize_into_blocks_reference`` for what comes before rounding.
 
     Args:
-        x: (B, T, C) float32, contiguous, in the space where ``group_size`` consecutive channels share a scale.
+        heads: (B, H_kv, T, D) float32, float16 or bfloat16, of any strides but the last, which is 1.
         packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; start + T ≤ 16·N.
-        order: (C,) int32, a permutation: channel j of ``x`` is stored as channel ``order[j]``. None: the same place.
+        order: (C,) int32, a permutation: quantized channel j is channel ``order[j]``, and is stored there. None: the
+            same place.
+        rotation_width: W of the Hadamard matrix, whole heads; 0: none.
+        affine: undone before the rotation.
+        unrope: cos and sin (B, T, rotary_dim / 2) float32, each row contiguous.
 
     Raises:
         ValueError: a shape, dtype, stride or device is wrong.
         ImportError: triton is not installed.
     """
-    batch, tokens, channels = shape_of(x, 3, "x")
-    check(x, torch.float32, (batch, tokens, channels), x.device, "x")
-    groups = check_packed(packed, bits, batch, channels, start + tokens, x.device, "packed")
+    batch, count, tokens, dim = check_heads(heads)
+    channels = count * dim
+    groups = check_packed(packed, bits, batch, channels, start + tokens, heads.device, "packed")
     if group_size < 1 or group_size * groups != channels:
         raise ValueError(f"groups of {group_size} do not cut {channels} channels into {groups}")
     if start < 0 or not clip_ratio > 0:
         raise ValueError(f"start {start} and clip_ratio {clip_ratio}: need start ≥ 0 and clip_ratio > 0")
     if order is not None:
-        check(order, torch.int32, (channels,), x.device, "order")
+        check(order, torch.int32, (channels,), heads.device, "order")
+    check_width(rotation_width, channels, dim)
+    check_affine(affine, channels, heads.device)
+    check_unrope(unrope, batch, tokens, dim, heads.device)
     from rotatekv.kernels.triton.quantize import launch_quantize
 
+    step = (heads, packed, start, bits, group_size, clip_ratio, order, rotation_width, affine, unrope)
     try:
-        launch_quantize(x, packed, start, bits, group_size, clip_ratio, order)
+        launch_quantize(*step)
     except Unusable:
-        quantize_into_blocks_reference(x, packed, start, bits, group_size, clip_ratio, order)
+        quantize_into_blocks_reference(*step)
 
 
 def dequantize_blocks(
@@ -178,9 +193,6 @@ def dequantize_blocks(
     group_of_channel: torch.Tensor,
     head_dim: int,
     rotation_width: int = 0,
-    rope: RopeTables | None = None,
-    first: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
     tokens_per_scale: int = 0,
     affine: Affine | None = None,
@@ -190,16 +202,14 @@ def dequantize_blocks(
     Args:
         packed: blocks (B, N, C); for keys in Hadamard order.
         group_of_channel: (C,) int32, the quantization group of each stored channel.
-        rotation_width: W of the Hadamard matrix that is undone: G·D for keys, D for values, 0 for none.
-        rope: turn each head at its position t − first, counted from 0; None: no turn.
-        first: (B,) int32, the first token of each sequence that is not padding; None: 0.
-        dtype: float32, float16 or bfloat16.
-        out: (B, H_kv, T, D) with room for T ≥ ``tokens`` tokens, which the result is copied into.
+        rotation_width: W of the Hadamard matrix that is undone, whole heads; 0: none.
+        out: (B, H_kv, T, D) float32, float16 or bfloat16, contiguous, with room for T ≥ ``tokens`` tokens; later ones
+            stay as they are. None: a new one of just ``tokens``, float32.
         tokens_per_scale: must be 0: scales are per token.
-        affine: applied to the channels after the inverse Hadamard; not together with ``rope``.
+        affine: applied to the channels after the inverse Hadamard.
 
     Returns:
-        (B, H_kv, T, D), ``out`` where that is given; with ``rope``, padding tokens hold numbers without meaning.
+        (B, H_kv, T, D), ``out`` where that is given.
 
     Raises:
         ValueError: a shape, dtype, stride or device is wrong.
@@ -210,24 +220,18 @@ def dequantize_blocks(
     device = packed["low"].device
     check_packed(packed, bits, batch, channels, tokens, device, "packed")
     check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
-    if head_dim < 1 or channels % head_dim or rotation_width < 0 or (rotation_width and channels % rotation_width):
-        raise ValueError(f"{channels} channels: no heads of {head_dim} or no rotation_width {rotation_width}")
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype {dtype}: float32, float16 or bfloat16 is needed")
-    first = torch.zeros(batch, dtype=torch.int32, device=device) if first is None else first
-    check(first, torch.int32, (batch,), device, "first")
-    check_rope(rope, head_dim, tokens, device)
+    check_width(rotation_width, channels, head_dim)
     check_affine(affine, channels, device)
-    if affine is not None and rope is not None:
-        raise ValueError("affine and rope: channels with factors and offsets are read before RoPE")
+    shape = batch, channels // head_dim, tokens, head_dim
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=device)
+    room = shape_of(out, 4, "out")[2]
+    check(out, FLOATS, (*shape[:2], max(room, tokens), head_dim), device, "out")
     from rotatekv.kernels.triton.dequantize import launch_dequantize
 
-    form = (packed, tokens, bits, group_of_channel, head_dim, rotation_width, rope, first, dtype)
     try:
-        heads = channels_to_heads(launch_dequantize(*form, affine), head_dim)
+        launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, affine, out)
     except Unusable:
-        return dequantize_blocks_reference(*form, out, affine)
-    if out is None:
-        return heads
-    out[:, :, :tokens] = heads
+        form = (packed, tokens, bits, group_of_channel, head_dim, rotation_width, affine)
+        out[:, :, :tokens] = dequantize_blocks_reference(*form)
     return out

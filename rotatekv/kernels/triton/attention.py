@@ -2,11 +2,13 @@
 
 ``split_kernel``: program (batch × rotation group, split, tile of queries) reads its share of the blocks, 16 tokens at
 a time: unpack, (code − zero)·scale, the inverse Hadamard as two small dots, RoPE, scores of every query head of the
-group, online softmax, packed values weighted and added in their rotated space. ``exact_kernel`` does the same for the
-tokens kept in 16 bits, ``merge_kernel`` joins the parts and un-rotates each head where asked.
+group, online softmax, packed values weighted and added in their rotated space. ``exact_kernel``: program (batch × KV
+head, tile of queries) attends to the tokens kept in 16 bits, which lie there as attention sees them. ``merge_kernel``
+joins the packed parts, un-rotates each head of their sum where asked, and adds the exact part.
 
-RoPE costs no exchange of channels: with q⊥ = (q_high, −q_low), q·rope(k) = (k∘cos)·q + (k∘sin)·q⊥ channel by channel,
-in whatever order the dots left the channels. Queries carry softmax_scale·log2(e)·W^-0.5.
+Queries come after RoPE. Packed keys before RoPE are turned without an exchange of channels: with q⊥ = (q_high, −q_low),
+q·rope(k) = (k∘cos)·q + (k∘sin)·q⊥ channel by channel, in whatever order the dots left the channels. Queries carry
+softmax_scale·log2(e), and W^-0.5 where packed keys lack it.
 
 Precision: every dot takes float16 numbers and adds in float32. What is no ±1 is brought into float16's range by a power
 of two and cut into two halves, so the Hadamard dots, scores and values are good to about 2^-21, and a model in float32
@@ -42,9 +44,8 @@ from rotatekv.kernels.triton.tiles import (
     load_matrices,
     peak,
     read_packed,
-    rope_angles,
+    rotate,
     tile_channels,
-    unrotate,
 )
 
 
@@ -57,24 +58,23 @@ def query_rows(tile, query_tokens, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_P
 
 
 @triton.jit
-def load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF: tl.constexpr,
-                 REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                 B: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
-                 ROWS_PAD: tl.constexpr):  # fmt: skip
-    """q and q⊥, times the factors on the scores: (G_PAD, D', Q_PAD) float32 each."""
+def load_queries(queries, batch, group, tile, query_tokens, heads, channel, here, REPEAT: tl.constexpr,
+                 TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                 G_PAD: tl.constexpr):  # fmt: skip
+    """Those channels (D',) of the queries of G KV heads, as float32; 0 where not ``here``: (G_PAD, D', Q_PAD)."""
     repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    channel, here = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     kv = tl.arange(0, G_PAD)[:, None, None]
-    channel, here = channel[None, :, None], here[None, :, None]
     head = (group * G + kv) * REPEAT + repeat[None, None, :]
     start = ((batch * heads + head) * query_tokens + query[None, None, :]) * D
-    keep = (kv < G) & here & real[None, None, :]
-    turns = channel < 2 * HALF
-    factors = tl.where(turns, factor * attention_scaling, factor)
-    q = tl.load(queries + start + channel, mask=keep, other=0.0) * factors
-    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
-    other = tl.load(queries + start + partner, mask=keep & turns, other=0.0) * factors
-    return q, tl.where(channel < HALF, other, -other)
+    keep = (kv < G) & here[None, :, None] & real[None, None, :]
+    return tl.load(queries + start + channel[None, :, None], mask=keep, other=0.0)
+
+
+@triton.jit
+def visible(token, kept, own, window):
+    """Whether each query sees each of 16 tokens, (16, Q_PAD). kept: (16,). own: the queries' tokens, (1, Q_PAD)."""
+    token = token[:, None]
+    return kept[:, None] & (token <= own) & (token > own - window)
 
 
 @triton.jit
@@ -130,10 +130,10 @@ def store_part(parts, tops, totals, split, batch, batches, group, tile, query_to
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, value_high, value_scale, value_zero,
-                 group_of_channel, key_factor, key_offset, offset_norm, exact_lanes, first, left, right,
-                 coarse_cos, coarse_sin, fine_cos, fine_sin,
-                 parts, tops, totals, batches, packed_tokens, total_tokens, query_tokens, key_blocks, value_blocks,
-                 exact_blocks, blocks_per_split, factor, attention_scaling,
+                 group_of_channel, key_factor, key_offset, offset_norm, exact_lanes, first, origin, left, right,
+                 coarse_cos, coarse_sin, fine_cos, fine_sin, table_rows,
+                 parts, tops, totals, batches, packed_tokens, total_tokens, query_tokens, window, key_blocks,
+                 value_blocks, exact_blocks, blocks_per_split, factor, attention_scaling,
                  C: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_BITS: tl.constexpr,
                  VALUE_BITS: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr,
                  Q_PAD: tl.constexpr, DV_PAD: tl.constexpr, EXACT: tl.constexpr, AFFINE: tl.constexpr,
@@ -144,8 +144,15 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
     split, tile = tl.program_id(1), tl.program_id(2)
     heads = C // D * REPEAT
-    q, q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF,
-                               REPEAT, TILE, Q_PAD, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)  # fmt: skip
+    place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
+    turns = place < 2 * HALF
+    factors = tl.where(turns, factor * attention_scaling, factor)[None, :, None]
+    partner = tl.where(place < HALF, place + HALF, place - HALF)
+    q = load_queries(queries, batch, group, tile, query_tokens, heads, place, real, REPEAT, TILE, Q_PAD, G, D,
+                     G_PAD) * factors  # fmt: skip
+    q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, partner, real & turns, REPEAT, TILE,
+                            Q_PAD, G, D, G_PAD) * factors  # fmt: skip
+    q_turned = tl.where((place < HALF)[None, :, None], q_turned, -q_turned)
     if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
         by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
         q, q_turned, shift = q * by, q_turned * by, shift / by
@@ -153,7 +160,6 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     q_high, q_low = halves(q * (1 / scale))
     turned_high, turned_low = halves(q_turned * (1 / scale))
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
-    place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
     channel = group * (G * D) + inside
     side = tl.load(group_of_channel + channel, mask=keep, other=0)
@@ -161,32 +167,33 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     value_keep = (head < G) & (d < D)
     value_channel = (group * G + head) * D + d  # (G_PAD, DV_PAD, 1)
     value_side = value_channel // (C // VALUE_GROUPS)
-    start = tl.load(first + batch)
+    start, column_0 = tl.load(first + batch), tl.load(origin + batch)
     _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    limit = (total_tokens - query_tokens + query)[None, :]  # the last token a query sees
+    own = (total_tokens - query_tokens + query)[None, :]
     top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD, Q_PAD), tl.float32)
     acc = tl.zeros((G_PAD, DV_PAD, Q_PAD), tl.float32)
     cos, sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+    seen_first = tl.maximum(start, total_tokens - query_tokens + tile * TILE - window + 1)  # by the tile's first query
     last = tl.minimum((split + 1) * blocks_per_split, (packed_tokens + LANES - 1) // LANES)
-    for block in range(tl.maximum(split * blocks_per_split, start // LANES), last):
+    for block in range(tl.maximum(split * blocks_per_split, seen_first // LANES), last):
         x = read_packed(key_low, key_high, key_scale, key_zero, batch * key_blocks + block, channel, side, keep,
                         C, KEY_GROUPS, KEY_BITS)  # fmt: skip
-        keys = unrotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
+        keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
         if AFFINE:
             keys += shift
         token = block * LANES + tl.arange(0, LANES)
-        ok = (token >= start) & (token < packed_tokens)
+        kept = (token >= start) & (token < packed_tokens)
         if EXACT:
             lanes = tl.load(exact_lanes + batch * exact_blocks + block)
-            ok = ok & (((lanes >> tl.arange(0, LANES)) & 1) == 0)
+            kept = kept & (((lanes >> tl.arange(0, LANES)) & 1) == 0)
         if HALF:
-            turn_cos, turn_sin = block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, block * LANES - start,
-                                              place, HALF)  # fmt: skip
+            turn_cos, turn_sin = block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, table_rows,
+                                              block * LANES + column_0, place, HALF)  # fmt: skip
         else:
             turn_cos, turn_sin = cos, sin
         scores = score(q_high, q_low, turned_high, turned_low, scale, keys, turn_cos, turn_sin,
-                       ok[:, None] & (token[:, None] <= limit), HALF)  # fmt: skip
+                       visible(token, kept, own, window), HALF)  # fmt: skip
         values = read_packed(value_low, value_high, value_scale, value_zero, batch * value_blocks + block,
                              value_channel, value_side, value_keep, C, VALUE_GROUPS, VALUE_BITS)  # fmt: skip
         top, total, acc = accumulate(scores, values, top, total, acc)
@@ -195,68 +202,53 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def exact_kernel(queries, exact_keys, exact_values, columns, offsets, key_factor, key_offset, offset_norm, first,
-                 left, right,
-                 coarse_cos, coarse_sin, fine_cos, fine_sin, parts, tops, totals, batches, part, total_tokens,
-                 query_tokens, factor, attention_scaling,
-                 C: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr,
-                 DV_PAD: tl.constexpr, AFFINE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
-                 B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr,
-                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
+def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, parts, tops, totals, batches, part,
+                 total_tokens, query_tokens, window, factor,
+                 C: tl.constexpr, D: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr,
+                 DV_PAD: tl.constexpr):  # fmt: skip
     """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
-    batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
+    batch, kv = (tl.program_id(0) // (C // D)).to(tl.int64), tl.program_id(0) % (C // D)
     tile = tl.program_id(1)
     heads = C // D * REPEAT
-    q, q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, factor, attention_scaling, HALF,
-                               REPEAT, TILE, Q_PAD, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)  # fmt: skip
-    if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
-        by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
-        q, q_turned, shift = q * by, q_turned * by, shift / by
+    d = tl.arange(0, DV_PAD)
+    q = load_queries(queries, batch, kv, tile, query_tokens, heads, d, d < D, REPEAT, TILE, Q_PAD, 1, D, 1) * factor
     scale = peak(q)
-    q_high, q_low = halves(q * (1 / scale))
-    turned_high, turned_low = halves(q_turned * (1 / scale))
-    a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
-    place, _ = head_channels(B, B_PAD, ROWS, ROWS_PAD)
-    inside, keep = tile_channels(A, B, A_PAD, B_PAD)
-    channel = group * (G * D) + inside
-    head, d = tl.arange(0, G_PAD)[:, None, None], tl.arange(0, DV_PAD)[None, :, None]
-    value_channel, value_keep = (group * G + head) * D + d, (head < G) & (d < D)  # (G_PAD, DV_PAD, 1)
+    high, low = halves(q * (1 / scale))
     start = tl.load(first + batch)
     _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    limit = (total_tokens - query_tokens + query)[None, :]
-    top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
-    total = tl.zeros((G_PAD, Q_PAD), tl.float32)
-    acc = tl.zeros((G_PAD, DV_PAD, Q_PAD), tl.float32)
-    cos, sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+    own = (total_tokens - query_tokens + query)[None, :]
+    top = tl.full((1, Q_PAD), float("-inf"), tl.float32)
+    total = tl.zeros((1, Q_PAD), tl.float32)
+    acc = tl.zeros((1, DV_PAD, Q_PAD), tl.float32)
     stop = tl.load(offsets + batch + 1)
     for index in range(tl.load(offsets + batch), stop, LANES):
-        kept = tl.arange(0, LANES).to(tl.int64) + index
-        here = kept < stop
-        token = tl.load(columns + kept, mask=here, other=0)
-        x = tl.load(exact_keys + kept[None, None, :] * C + channel, mask=keep & here[None, None, :], other=0.0)
-        keys = unrotate(x.to(tl.float32), a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
-        if AFFINE:
-            keys += shift
-        if HALF:
-            position = tl.maximum(token - start, 0)[None, :]
-            turn_cos, turn_sin = rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position // 16,
-                                             position % 16, place[:, None], HALF)  # fmt: skip
-        else:
-            turn_cos, turn_sin = cos, sin
-        seen = (here & (token >= start))[:, None] & (token[:, None] <= limit)
-        scores = score(q_high, q_low, turned_high, turned_low, scale, keys, turn_cos, turn_sin, seen, HALF)
-        values = tl.load(exact_values + kept[None, None, :] * C + value_channel,
-                         mask=value_keep & here[None, None, :], other=0.0).to(tl.float32)  # fmt: skip
+        number = tl.arange(0, LANES).to(tl.int64) + index
+        here = number < stop
+        token = tl.load(columns + number, mask=here, other=0)
+        at, keep = number[None, None, :] * C + (kv * D + d)[None, :, None], here[None, None, :] & (d < D)[None, :, None]
+        keys = tl.load(exact_keys + at, mask=keep, other=0.0).to(tl.float32)  # (1, DV_PAD, 16)
+        values = tl.load(exact_values + at, mask=keep, other=0.0).to(tl.float32)
+        seen = visible(token, here & (token >= start), own, window)
+        scores = score(high, low, high, low, scale, keys, 0.0, 0.0, seen, 0)
         top, total, acc = accumulate(scores, values, top, total, acc)
-    store_part(parts, tops, totals, part, batch, batches, group, tile, query_tokens, heads, top, total, acc,
-               REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
+    store_part(parts, tops, totals, part, batch, batches, kv, tile, query_tokens, heads, top, total, acc,
+               REPEAT, TILE, Q_PAD, 1, D, 1, DV_PAD)  # fmt: skip
+
+
+@triton.jit
+def join(top, total, other_top, other_total):
+    """Two parts of a softmax: the larger top, the sum of both, and the factors on what each has added up."""
+    new_top = tl.maximum(top, other_top)
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    decay, weight = tl.exp2(top - safe), tl.exp2(other_top - safe)
+    return new_top, total * decay + other_total * weight, decay, weight
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def merge_kernel(parts, tops, totals, left, right, out, splits, rows, norm, D: tl.constexpr, A: tl.constexpr,
-                 B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr,
-                 ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
-    """16 rows (of batch, query head, query) per program: parts weighted by their sums, then each head un-rotated.
+def merge_kernel(parts, tops, totals, left, right, out, splits, rows, rows_of_all, norm,
+                 D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr,
+                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
+    """16 rows (of batch, query head, query) per program: packed parts joined and un-rotated, an exact one added.
 
     Bound by memory: 4·(D + 2) bytes read per part and row, about 2·D + 4 operations.
     """
@@ -268,18 +260,19 @@ def merge_kernel(parts, tops, totals, left, right, out, splits, rows, norm, D: t
     acc = tl.zeros((A_PAD, B_PAD, LANES), tl.float32)
     at = row
     for _ in range(splits):
-        part_top = tl.load(tops + at, mask=here, other=float("-inf"))
-        new_top = tl.maximum(top, part_top)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay, weight = tl.exp2(top - safe), tl.exp2(part_top - safe)
-        total = total * decay + tl.load(totals + at, mask=here, other=0.0) * weight
+        top, total, decay, weight = join(top, total, tl.load(tops + at, mask=here, other=float("-inf")),
+                                         tl.load(totals + at, mask=here, other=0.0))  # fmt: skip
         part = tl.load(parts + at[None, None, :] * D + inside, mask=keep & here[None, None, :], other=0.0)
         acc = acc * decay[None, None, :] + part * weight[None, None, :]
-        top = new_top
         at += rows
-    acc *= tl.where(total > 0, norm / total, 0.0)[None, None, :]
+    kept = here & (at < rows_of_all)  # there is one more part
+    top, total, decay, weight = join(top, total, tl.load(tops + at, mask=kept, other=float("-inf")),
+                                     tl.load(totals + at, mask=kept, other=0.0))  # fmt: skip
+    share = tl.where(total > 0, 1 / total, 0.0)
     a, b = load_matrices(left, right, A_PAD, B_PAD, ROWS_PAD)
-    result = unrotate(acc, a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED)  # (1, D', 16)
+    result = rotate(acc * (decay * share * norm)[None, None, :], a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED)
     channel, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
-    tl.store(out + row[None, None, :] * D + channel[None, :, None], result,
-             mask=here[None, None, :] & real[None, :, None])  # fmt: skip
+    channel, real = channel[None, :, None], real[None, :, None]
+    exact = tl.load(parts + at[None, None, :] * D + channel, mask=kept[None, None, :] & real, other=0.0)  # (1, D', 16)
+    tl.store(out + row[None, None, :] * D + channel, result + exact * (weight * share)[None, None, :],
+             mask=here[None, None, :] & real)  # fmt: skip

@@ -10,6 +10,9 @@ from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.transforms import has_hadamard
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: torch.device, name: str) -> None:
@@ -22,9 +25,13 @@ def check(x: torch.Tensor, dtypes: torch.dtype | tuple, shape: tuple, device: to
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: a tensor is needed, not {type(x).__name__}")
     if x.dtype not in dtypes or tuple(x.shape) != shape:
-        raise ValueError(f"{name}: {dtypes[0]} {shape} is needed, not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"{name}: {_names(dtypes)} {shape} is needed, not {x.dtype} {tuple(x.shape)}")
     if x.device != device or not x.is_contiguous():
         raise ValueError(f"{name}: it must be contiguous and on {device}, not on {x.device}")
+
+
+def _names(dtypes: tuple) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def refuse_token_groups(tokens_per_scale: int) -> None:
@@ -43,13 +50,44 @@ def check_packed(packed: Packed, bits: int, batch: int, channels: int, tokens: i
     return groups
 
 
-def check_rope(rope: RopeTables | None, head_dim: int, positions: int, device: torch.device) -> None:
-    """Tables that reach ``positions`` and turn no more than a head."""
+def check_heads(heads: torch.Tensor) -> tuple[int, ...]:
+    """(B, H_kv, T, D) plain numbers, each head of a token in one piece; returns the shape."""
+    shape = shape_of(heads, 4, "heads")
+    if heads.dtype not in FLOATS or heads.stride(3) != 1 or not shape[1] or not shape[3]:
+        raise ValueError(f"heads: {_names(FLOATS)} with a last stride of 1 is needed, not {heads.dtype} {shape}")
+    return shape
+
+
+def check_width(width: int, channels: int, head_dim: int) -> None:
+    """Channels of whole heads, cut into whole rotation groups that have a Hadamard matrix."""
+    if head_dim < 1 or channels % head_dim:
+        raise ValueError(f"{channels} channels are not whole heads of {head_dim}")
+    if width and (width < 0 or channels % width or width % head_dim or not has_hadamard(width)):
+        raise ValueError(f"rotation_width {width}: whole heads of {head_dim} with a Hadamard matrix are needed")
+
+
+def check_unrope(unrope: tuple | None, batch: int, tokens: int, head_dim: int, device: torch.device) -> None:
+    """cos and sin of one shape and stride, which turn no more than a head."""
+    if unrope is None:
+        return
+    cos, sin = unrope
+    shape = batch, tokens, shape_of(cos, 3, "cos")[2]
+    if not 0 < 2 * shape[2] <= head_dim:
+        raise ValueError(f"cos and sin turn {2 * shape[2]} channels of a head of {head_dim}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32 or tuple(table.shape) != shape or table.device != device:
+            raise ValueError(f"{name}: float32 {shape} on {device} is needed, not {table.dtype} {tuple(table.shape)}")
+        if table.stride() != cos.stride() or table.stride(2) != 1:
+            raise ValueError(f"{name}: the last stride must be 1, and cos and sin lie alike")
+
+
+def check_rope(rope: RopeTables | None, head_dim: int, device: torch.device) -> None:
+    """Tables that turn no more than a head."""
     if rope is None:
         return
     rows, half, shapes = rope_planes(rope)
-    if not 0 < 2 * half <= head_dim or rows * BLOCK < positions:
-        raise ValueError(f"rope tables of {rows * BLOCK} positions and {2 * half} channels are too short or too wide")
+    if not rows or not 0 < 2 * half <= head_dim:
+        raise ValueError(f"rope tables of {rows * BLOCK} positions turn {2 * half} channels of a head of {head_dim}")
     for name, shape in shapes.items():
         check(getattr(rope, name), torch.float32, shape, device, name)
 
@@ -60,21 +98,22 @@ def check_affine(affine: Affine | None, channels: int, device: torch.device) -> 
         check(getattr(affine, name), torch.float32, (channels,), device, name)
 
 
-def check_exact(exact: ExactTokens | None, channels: int, device: torch.device) -> None:
+def check_exact(exact: ExactTokens | None, heads: int, head_dim: int, device: torch.device) -> None:
     """Rows and columns int32, keys and values of one 16-bit dtype."""
     if exact is None:
         return
     count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
-    for name, kind, shape in (("rows", torch.int32, (count,)), ("columns", torch.int32, (count,)),
-                              ("keys", dtype, (count, channels)), ("values", dtype, (count, channels))):  # fmt: skip
-        check(getattr(exact, name), kind, shape, device, f"exact {name}")
+    for name in ("rows", "columns"):
+        check(getattr(exact, name), torch.int32, (count,), device, f"exact {name}")
+    for name in ("keys", "values"):
+        check(getattr(exact, name), dtype, (count, heads, head_dim), device, f"exact {name}")
 
 
 def check_decode(
     queries: torch.Tensor, keys: Packed, values: Packed, group_of_channel: torch.Tensor, first: torch.Tensor,
-    packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
+    origin: torch.Tensor, packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
 ) -> None:  # fmt: skip
     """The arguments of ``decode_attention``."""
     refuse_token_groups(options.key_tokens_per_scale)
@@ -85,8 +124,9 @@ def check_decode(
         raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {options.head_dim}")
     if heads % (channels // dim):
         raise ValueError(f"{heads} query heads are no multiple of {channels // dim} kv_heads")
-    if options.rotation_width and (options.rotation_width < 0 or channels % options.rotation_width):
-        raise ValueError(f"rotation_width {options.rotation_width} does not cut {channels} channels")
+    check_width(options.rotation_width, channels, dim)
+    if options.sliding_window < 0:
+        raise ValueError(f"sliding_window {options.sliding_window}: 0 or the tokens that a query sees")
     if not 0 <= packed_tokens <= total_tokens < 2**31 or not 1 <= query_tokens <= min(16, total_tokens):
         raise ValueError(
             f"packed_tokens {packed_tokens}, total_tokens {total_tokens}, query_tokens {query_tokens}: need "
@@ -99,5 +139,6 @@ def check_decode(
     check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
     check_affine(options.key_affine, channels, device)
     check(first, torch.int32, (batch,), device, "first")
-    check_rope(options.rope, dim, total_tokens, device)
-    check_exact(exact, channels, device)
+    check(origin, torch.int32, (batch,), device, "origin")
+    check_rope(options.rope, dim, device)
+    check_exact(exact, channels // dim, dim, device)

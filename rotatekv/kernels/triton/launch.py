@@ -10,28 +10,27 @@ from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.triton.attention import exact_kernel, merge_kernel, split_kernel
-from rotatekv.kernels.triton.plan import SMALLEST_DOT, Factors, factor, matrices, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_of_two
 from rotatekv.kernels.triton.start import start
 
 STAGES = 1  # two would hold a second tile in shared memory
 _MOST_SPLITS = 65535  # of a grid's second side
 _FEWEST_BLOCKS = 8  # of a split
 _PROGRAMS_WITHOUT_GPU = 8
+_EXACT_WARPS = 4
 
 
 def launch_decode(
     queries: torch.Tensor, keys: Packed, values: Packed, group_of_channel: torch.Tensor, first: torch.Tensor,
-    packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None, splits: int | None,
+    origin: torch.Tensor, packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
+    splits: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """Checked arguments of ``rotatekv.kernels.triton.decode_attention``."""
     batch, heads, query_tokens, dim = queries.shape
     device, channels = queries.device, keys["low"].shape[2]
     rope = options.rope
     factors = factor(options.rotation_width, dim)
-    constants = shape_constants(factors, heads * dim // channels, rope.rotary_dim // 2 if rope else 0)
-    if rope is not None:
-        columns = torch.arange(total_tokens - query_tokens, total_tokens, dtype=torch.int64, device=device)
-        queries = rope.turn(queries, (columns - first[:, None]).clamp(min=0))
+    constants = query_constants(dim, heads * dim // channels)
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
     splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), _MOST_SPLITS)
@@ -40,36 +39,37 @@ def launch_decode(
     tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
     left, right = matrices(factors, device)
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
-    score_factor = options.softmax_scale * factors.norm * math.log2(math.e)
-    scaling = rope.attention_scaling if rope else 1.0
+    factor_on_scores = options.softmax_scale * math.log2(math.e)
     lanes = exact_lanes(exact, batch, blocks) if has_exact else first
     affine = options.key_affine
-    constants["AFFINE"] = affine is not None
-    by_channel = (*((affine.factor, affine.offset) if affine else (left, left)), 1 / factors.norm)
+    by_channel = (affine.factor, affine.offset) if affine else (left, left)
+    window = options.sliding_window or total_tokens
     start(
         split_kernel, (batch * groups, splits, tiles), queries, *_planes(keys, options.key_bits),
-        *_planes(values, options.value_bits), group_of_channel, *by_channel, lanes, first, left, right, *tables,
-        parts, tops, totals, batch, packed_tokens, total_tokens, query_tokens, keys["low"].shape[1],
-        values["low"].shape[1], blocks, -(-blocks // splits), score_factor, scaling,
+        *_planes(values, options.value_bits), group_of_channel, *by_channel, 1 / factors.norm, lanes, first, origin,
+        left, right, *tables, tables[0].shape[0], parts, tops, totals, batch, packed_tokens, total_tokens,
+        query_tokens, window, keys["low"].shape[1], values["low"].shape[1], blocks, -(-blocks // splits),
+        factor_on_scores * factors.norm, rope.attention_scaling if rope else 1.0,
         C=channels, KEY_GROUPS=keys["scale"].shape[2], VALUE_GROUPS=values["scale"].shape[2],
-        KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, EXACT=has_exact, **constants,
+        KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, HALF=rope.rotary_dim // 2 if rope else 0,
+        EXACT=has_exact, AFFINE=affine is not None, **constants, **factors.constants(),
         num_warps=factors.warps, num_stages=STAGES,
     )  # fmt: skip
     if has_exact:
         offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
         start(
-            exact_kernel, (batch * groups, tiles), queries, exact.keys, exact.values, exact.columns, offsets,
-            *by_channel, first, left, right, *tables, parts, tops, totals, batch, splits, total_tokens, query_tokens,
-            score_factor, scaling, C=channels, **constants, num_warps=factors.warps, num_stages=STAGES,
+            exact_kernel, (batch * channels // dim, tiles), queries, exact.keys, exact.values, exact.columns, offsets,
+            first, parts, tops, totals, batch, splits, total_tokens, query_tokens, window, factor_on_scores,
+            C=channels, D=dim, **constants, num_warps=_EXACT_WARPS, num_stages=STAGES,
         )  # fmt: skip
-    return _merge(parts, tops, totals, options)
+    return _merge(parts, tops, totals, splits, options)
 
 
-def shape_constants(factors: Factors, repeat: int, half: int) -> dict:
+def query_constants(head_dim: int, repeat: int) -> dict[str, int]:
     """The constexpr arguments that the split and the exact kernel share."""
     tile = max(1, SMALLEST_DOT // repeat)  # queries
-    return {"HALF": half, "REPEAT": repeat, "TILE": tile, "Q_PAD": max(SMALLEST_DOT, power_of_two(repeat * tile)),
-            "DV_PAD": power_of_two(factors.head_dim), **factors.constants()}  # fmt: skip
+    return {"REPEAT": repeat, "TILE": tile, "Q_PAD": max(SMALLEST_DOT, power_of_two(repeat * tile)),
+            "DV_PAD": power_of_two(head_dim)}  # fmt: skip
 
 
 def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
@@ -90,16 +90,18 @@ def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
     return lanes[:, :blocks].contiguous()
 
 
-def _merge(parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, options: DecodeOptions) -> torch.Tensor:
-    """(splits, B, H, T_q, D) → (B, H, T_q, D)."""
+def _merge(
+    parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, splits: int, options: DecodeOptions
+) -> torch.Tensor:
+    """Parts (splits, or one more with exact tokens, B, H, T_q, D) → (B, H, T_q, D)."""
     factors = factor(options.head_dim if options.unrotate_values else 0, options.head_dim)
     out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     rows = out[..., 0].numel()
     left, right = matrices(factors, parts.device)
     names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")
     start(
-        merge_kernel, (-(-rows // BLOCK),), parts, tops, totals, left, right, out, parts.shape[0], rows, factors.norm,
-        **{name: factors.constants()[name] for name in names}, num_warps=4,
+        merge_kernel, (-(-rows // BLOCK),), parts, tops, totals, left, right, out, splits, rows,
+        len(parts) * rows, factors.norm, **{name: factors.constants()[name] for name in names}, num_warps=4,
     )  # fmt: skip
     return out
 

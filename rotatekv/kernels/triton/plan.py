@@ -1,12 +1,13 @@
 """How a Hadamard matrix of order W is cut into two small factors that ``tl.dot`` can take. Plain torch.
 
-Channel i·b + j of a rotation group lies at (i, j) of an (a, b) matrix, and H = A ⊗ B un-rotates it as Aᵀ·X·B. Both
-factors are kept as ±1, which every tensor-core format holds exactly, and W^-0.5 is applied once, elsewhere.
+Channel i·b + j of a rotation group lies at (i, j) of an (a, b) matrix, and H = A ⊗ B rotates it as A·X·Bᵀ, and
+back as Aᵀ·X·B. Both factors are kept as ±1, which every tensor-core format holds exactly, and W^-0.5 is applied once,
+elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -23,8 +24,7 @@ class Factors:
     Attributes:
         heads, head_dim: G and D; b divides D, so a head is D / b whole rows.
         rows, columns: a and b.
-        rotated: False: A and B are identities.
-        dots: False: the kernels skip A and B.
+        rotated: False: the kernels skip A and B.
     """
 
     heads: int
@@ -32,7 +32,6 @@ class Factors:
     rows: int
     columns: int
     rotated: bool
-    dots: bool
 
     @property
     def width(self) -> int:
@@ -40,11 +39,11 @@ class Factors:
 
     @property
     def rows_pad(self) -> int:
-        return _padded(self.rows, self.dots and self.rows > 1)  # one row: the kernels skip A
+        return _padded(self.rows, self.rotated and self.rows > 1)  # one row: the kernels skip A
 
     @property
     def columns_pad(self) -> int:
-        return _padded(self.columns, self.dots)
+        return _padded(self.columns, self.rotated)
 
     @property
     def heads_pad(self) -> int:
@@ -57,7 +56,7 @@ class Factors:
 
     @property
     def head_rows_pad(self) -> int:
-        least = SMALLEST_DOT // self.heads_pad if self.dots and self.rows > 1 else 1
+        least = SMALLEST_DOT // self.heads_pad if self.rotated and self.rows > 1 else 1
         return max(power_of_two(self.head_rows), least)
 
     @property
@@ -67,7 +66,7 @@ class Factors:
 
     @property
     def norm(self) -> float:
-        """What Aᵀ·X·B of the ±1 factors is multiplied by."""
+        """What a product with both ±1 factors is multiplied by."""
         return self.width**-0.5 if self.rotated else 1.0
 
     @property
@@ -75,15 +74,11 @@ class Factors:
         """Of a program: a tile of 16 tokens takes 16 registers a thread, 32 from W = 512 on (16 warps spill)."""
         return min(max(self.elements // 32, 4), 8)
 
-    def with_dots(self) -> Factors:
-        """The same, and the kernels do multiply by A and B."""
-        return replace(self, dots=True)
-
     def constants(self) -> dict[str, int]:
         """The kernels' constexpr arguments."""
         return {"G": self.heads, "D": self.head_dim, "A": self.rows, "B": self.columns, "A_PAD": self.rows_pad,
                 "B_PAD": self.columns_pad, "G_PAD": self.heads_pad, "ROWS": self.head_rows,
-                "ROWS_PAD": self.head_rows_pad, "ROTATED": self.dots}  # fmt: skip
+                "ROWS_PAD": self.head_rows_pad, "ROTATED": self.rotated}  # fmt: skip
 
 
 def power_of_two(n: int) -> int:
@@ -92,8 +87,8 @@ def power_of_two(n: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def factor(width: int, head_dim: int, half: int = 0) -> Factors:
-    """The split with the fewest padded numbers whose b divides D and, if not 0, ``half`` (rotary_dim / 2).
+def factor(width: int, head_dim: int) -> Factors:
+    """The split with the fewest padded numbers whose b divides D.
 
     Args:
         width: W; 0 where channels are not rotated.
@@ -108,33 +103,27 @@ def factor(width: int, head_dim: int, half: int = 0) -> Factors:
     options = []
     for power in range(width.bit_length()):
         columns = 2**power
-        fits = head_dim % columns == 0 and half % columns == 0
-        if fits and (not rotated or has_hadamard(width // columns)):
-            options.append(Factors(width // head_dim, head_dim, width // columns, columns, rotated, rotated))
+        if head_dim % columns == 0 and (not rotated or has_hadamard(width // columns)):
+            options.append(Factors(width // head_dim, head_dim, width // columns, columns, rotated))
     return min(options, key=lambda f: (f.elements, abs(f.columns - 16)))
 
 
 @lru_cache(maxsize=64)
-def matrices(factors: Factors, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Aᵀ with each head's rows padded, (G_PAD·ROWS_PAD, A_PAD), and Bᵀ, (B_PAD, B_PAD): ±1, and 0 as padding."""
+def matrices(factors: Factors, device: torch.device, inverse: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left factor with each head's rows padded, (G_PAD·ROWS_PAD, A_PAD), and the right one, (B_PAD, B_PAD).
+
+    Entries are ±1, and 0 as padding. Aᵀ and Bᵀ for the inverse, A and B else; identities where nothing is rotated.
+    """
     left, right = (_signs(size, factors.rotated) for size in (factors.rows, factors.columns))
+    if inverse:
+        left, right = left.T, right.T
     padded = torch.zeros(
         factors.heads_pad, factors.head_rows_pad, factors.rows_pad, dtype=torch.float32, device="cpu"
     )
-    padded[: factors.heads, : factors.head_rows, : factors.rows] = left.T.unflatten(0, (factors.heads, -1))
+    padded[: factors.heads, : factors.head_rows, : factors.rows] = left.unflatten(0, (factors.heads, -1))
     square = torch.zeros(factors.columns_pad, factors.columns_pad, dtype=torch.float32, device="cpu")
-    square[: factors.columns, : factors.columns] = right.T
+    square[: factors.columns, : factors.columns] = right
     return padded.flatten(0, 1).contiguous().to(device), square.to(device)
-
-
-@lru_cache(maxsize=64)
-def partner_matrix(factors: Factors, half: int, device: torch.device) -> torch.Tensor:
-    """Aᵀ with rows exchanged so that Aᵀ·X·B gives what RoPE multiplies by sin: −(channel + half), +(channel − half)."""
-    left = matrices(factors, torch.device("cpu"))[0].unflatten(0, (factors.heads_pad, -1))
-    rows = half // factors.columns
-    turned = torch.zeros_like(left)
-    turned[:, :rows], turned[:, rows : 2 * rows] = -left[:, rows : 2 * rows], left[:, :rows]
-    return turned.flatten(0, 1).contiguous().to(device)
 
 
 def _signs(order: int, rotated: bool) -> torch.Tensor:

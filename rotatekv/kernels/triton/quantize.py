@@ -1,5 +1,8 @@
 """Quantize-and-pack: 16 tokens × one quantization group per program, written into the blocks in place.
 
+What comes before rounding is a kernel of its own, ``transform.py``: a quantization group may gather its channels from
+all rotation groups. Where nothing comes before it, heads are read as they lie, in any of three dtypes.
+
 Equals ``rotatekv.quantize.quantize_groups`` and ``rotatekv.kernels.layout.write_blocks`` bit for bit: divisions are
 rounded to nearest, roundings go to even, and the launch forbids fused multiply-add.
 
@@ -15,11 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
+from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.triton.plan import power_of_two
 from rotatekv.kernels.triton.start import start as start_kernel
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, wide_scale
+from rotatekv.kernels.triton.transform import transformed
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding it rounds a float32 below 2^22 to even; larger ones are clamped
 
@@ -40,19 +45,22 @@ def _merge_word(plane, at, codes, lane, new, here, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, clip,
-                    C: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BITS: tl.constexpr,
+def quantize_kernel(heads, stride_b, stride_h, stride_t, low, high, scales, zeros, order, start, tokens, blocks, clip,
+                    C: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BITS: tl.constexpr,
                     ORDERED: tl.constexpr):  # fmt: skip
-    """Program (block counted from the first one written, batch, group)."""
+    """Program (block counted from the first one written, batch, group). ORDERED: channel j is channel order[j]."""
     batch, block, group = tl.program_id(1).to(tl.int64), start // LANES + tl.program_id(0), tl.program_id(2)
     LEVELS: tl.constexpr = (1 << BITS) - 1
     lane = tl.arange(0, LANES)[:, None]
     place = tl.arange(0, GROUP_PAD)
-    token = block * LANES + lane - start  # (16, 1) of x
+    token = block * LANES + lane - start  # (16, 1) of heads
     new, here = (token >= 0) & (token < tokens), place < GROUP
     channel = group * GROUP + place  # (GROUP_PAD,)
-    keep = new & here[None, :]
-    numbers = tl.load(x + (batch * tokens + token) * C + channel[None, :], mask=keep, other=0.0)
+    if ORDERED:
+        channel = tl.load(order + channel, mask=here, other=0)
+    at = (channel // D).to(tl.int64) * stride_h + channel % D
+    numbers = tl.load(heads + batch * stride_b + token.to(tl.int64) * stride_t + at[None, :], mask=new & here[None, :],
+                      other=0.0).to(tl.float32)  # fmt: skip
     top = tl.max(tl.where(here[None, :], numbers, float("-inf")), 1)  # (16,)
     bottom = tl.min(tl.where(here[None, :], numbers, float("inf")), 1)
     levels = tl.full((LANES,), LEVELS, tl.float32)
@@ -81,10 +89,7 @@ def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, c
     divisor = tl.broadcast_to(wide[:, None], (LANES, GROUP_PAD))
     codes = _round(tl.div_rn(numbers, divisor) + before[:, None]) + after[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS).to(tl.int32)  # (16, GROUP_PAD)
-    at = channel
-    if ORDERED:
-        at = tl.load(order + channel, mask=here, other=0)
-    word = (batch * blocks + block) * C + at
+    word = (batch * blocks + block) * C + channel
     _merge_word(low, word, codes & 3, lane, new, here, 2)
     if BITS > 2:
         _merge_word(high, word, codes >> 2, lane, new, here, BITS - 2)
@@ -95,19 +100,21 @@ def quantize_kernel(x, low, high, scales, zeros, order, start, tokens, blocks, c
 
 
 def launch_quantize(
-    x: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float,
-    order: torch.Tensor | None,
+    heads: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float,
+    order: torch.Tensor | None, width: int, affine: Affine | None, unrope: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:  # fmt: skip
     """Checked arguments of ``rotatekv.kernels.triton.quantize_into_blocks``."""
-    batch, tokens, channels = x.shape
+    tokens, low = heads.shape[2], packed["low"]
     if not tokens:
         return
+    if width or affine is not None or unrope is not None:
+        heads = transformed(heads, width, affine, unrope).unsqueeze(1)  # one head of C channels
+    batch, blocks, channels = low.shape
     touched = -(-(start + tokens) // BLOCK) - start // BLOCK
-    low = packed["low"]
-    high = packed["high"] if bits in HIGH_PLANE else low
     start_kernel(
-        quantize_kernel, (touched, batch, channels // group_size), x, low, high, packed["scale"], packed["zero"],
-        low if order is None else order, start, tokens, low.shape[1], clip_ratio,
-        C=channels, GROUP=group_size, GROUP_PAD=power_of_two(group_size), BITS=bits, ORDERED=order is not None,
-        num_warps=4, enable_fp_fusion=False,
+        quantize_kernel, (touched, batch, channels // group_size), heads, *heads.stride()[:3], low,
+        packed["high"] if bits in HIGH_PLANE else low, packed["scale"], packed["zero"],
+        low if order is None else order, start, tokens, blocks, clip_ratio,
+        C=channels, D=heads.shape[3], GROUP=group_size, GROUP_PAD=power_of_two(group_size), BITS=bits,
+        ORDERED=order is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

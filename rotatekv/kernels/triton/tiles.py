@@ -1,4 +1,4 @@
-"""What the kernels share: reading packed blocks into a tile, un-rotating it, and RoPE's cos and sin.
+"""What the kernels share: reading packed blocks into a tile, rotating it, and RoPE's cos and sin.
 
 A tile holds 16 tokens in its last dimension: one word gives all 16, and so does one run of scales.
 """
@@ -11,7 +11,8 @@ import triton.language as tl
 LANES = tl.constexpr(16)  # tokens of a block
 RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew where one is 1 or a multiple of 16
     "batches", "blocks", "blocks_per_split", "exact_blocks", "key_blocks", "packed_tokens", "part", "query_tokens",
-    "rows", "splits", "start", "tokens", "total_tokens", "value_blocks",
+    "room", "rows", "rows_of_all", "splits", "start", "table_b", "table_rows", "table_t", "tokens", "total_tokens",
+    "value_blocks", "window",
 ]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def tile_channels(A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: 
 
 @triton.jit
 def head_channels(B: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr):
-    """Channel of the head at each place of an un-rotated one, and whether it is there: (ROWS_PAD·B_PAD,) each."""
+    """Channel of the head at each place of a rotated one, and whether it is there: (ROWS_PAD·B_PAD,) each."""
     place = tl.arange(0, ROWS_PAD * B_PAD)
     row, column = place // B_PAD, place % B_PAD
     return row * B + column, (row < ROWS) & (column < B)
@@ -97,9 +98,9 @@ def dot_signs(signs, x):
 
 
 @triton.jit
-def unrotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS_PAD: tl.constexpr,
-             ROTATED: tl.constexpr):  # fmt: skip
-    """Aᵀ·X·B as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
+def rotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS_PAD: tl.constexpr,
+           ROTATED: tl.constexpr):  # fmt: skip
+    """Aᵀ·X·B or A·X·Bᵀ as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
     OUT: tl.constexpr = G_PAD * ROWS_PAD
     if ROTATED:
         scale = peak(x)
@@ -115,7 +116,7 @@ def unrotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl
 @triton.jit
 def load_affine(factors, offsets, group, offset_norm, G: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
                 B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr):  # fmt: skip
-    """Factors and offsets of a rotation group's un-rotated channels, (G_PAD, D', 1) each; offsets times the norm."""
+    """Factors and offsets of a rotation group's channels after ``rotate``, (G_PAD, D', 1) each; offsets times norm."""
     place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     head = tl.arange(0, G_PAD)[:, None, None]
     channel = (group * G + head) * D + place[None, :, None]
@@ -133,27 +134,22 @@ def load_matrices(left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, OUT: tl
 
 
 @triton.jit
-def rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, row, column, channel, HALF: tl.constexpr):
-    """cos and sin at position 16·row + column by angle addition; 1 and 0 for channels that RoPE leaves.
+def block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, rows, position, channel, HALF: tl.constexpr):
+    """cos and sin of 16 consecutive positions, (D', 16) each; 1 and 0 for channels that RoPE leaves.
 
-    Both table entries are float32 roundings of float64 numbers, so the result is good to about 2e-7 at any position.
+    By angle addition: both table entries are float32 roundings of float64 numbers, so the result is good to about 2e-7
+    at any position.
 
     Args:
-        row, column: (1, 16) or scalars, with 0 ≤ column < 32.
-        channel: (D', 1) of the head.
+        rows: of the coarse tables; positions past them read the last one.
+        position: the first of the 16; negative ones count as 0.
+        channel: (D',) of the head.
     """
-    turns = channel < 2 * HALF
-    frequency = channel % HALF
-    a = row * HALF + frequency
-    b = frequency * 32 + column
+    row = tl.minimum(tl.maximum(position, 0) // 16, rows - 1)
+    column = tl.minimum(tl.maximum(position - 16 * row + tl.arange(0, LANES), 0), 31)[None, :]
+    channel = channel[:, None]
+    turns, frequency = channel < 2 * HALF, channel % HALF
+    a, b = row * HALF + frequency, frequency * 32 + column
     cos_a, sin_a = tl.load(coarse_cos + a, mask=turns, other=1.0), tl.load(coarse_sin + a, mask=turns, other=0.0)
     cos_b, sin_b = tl.load(fine_cos + b, mask=turns, other=1.0), tl.load(fine_sin + b, mask=turns, other=0.0)
     return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
-
-
-@triton.jit
-def block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, position, channel, HALF: tl.constexpr):
-    """cos and sin of 16 consecutive positions, the first of which may be negative (padding, never seen): (D', 16)."""
-    row = tl.maximum(position, 0) // 16
-    column = tl.maximum(position - 16 * row + tl.arange(0, LANES), 0)[None, :]
-    return rope_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, row, column, channel[:, None], HALF)
