@@ -282,5 +282,5 @@ def test_model(name, monkeypatch):
 def test_model_on_the_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setenv("ROTATEKV_BACKEND", "triton")
     monkeypatch.setattr(kernels, "available", lambda device: False)
-    with patch_model(tiny_model(), MODELS["rtn4"]) as handle, pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"), patch_model(tiny_model(), MODELS["rtn4"]) as handle:
         handle.model(torch.arange(8, 14).view(1, 6))
