@@ -224,7 +224,6 @@ class BlockStore(CodeStore):
         if kernels is None:
             return super().add(heads, encode)
         batch, count, tokens, dim = heads.shape
-        heads = heads.float() if heads.dtype == torch.float64 else heads  # the kernels take the other three
         self.reserve(batch, tokens, count * dim, heads.device)
         order = None if self.order is None else self.order.position32.on(heads.device)
         heads = heads.float() if heads.dtype == torch.float64 else heads  # which kernels do not read
