@@ -34,7 +34,8 @@ class OracleCache(DynamicCache):
         self.decoder, self.family, self.orders = find_decoder(model), family, orders
         self.bits, self.clip, self.entries = bits, clip, entries
         self.margin, self.position_ids = 0.5, None
-        self.is_sink: dict[int, torch.Tensor] = {}  # of the running call, if it is the first
+        self.states: dict[int, torch.Tensor] = {}  # what comes into each layer in the running call
+        self.is_sink: dict[int, torch.Tensor] = {}  # of the running call's tokens, if it is the first
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         keys, values = self.fake_keys(key_states.double(), layer_idx), value_states.double()
@@ -142,8 +143,8 @@ def watching(cache: OracleCache) -> Iterator[OracleCache]:
         cache.real = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask[:, past:].bool()
 
     def find_sinks(number, layer, args, kwargs):
+        states = cache.states[number] = args[0] if args else kwargs["hidden_states"]
         if cache.first and cache.entries:
-            states = args[0] if args else kwargs["hidden_states"]
             cache.is_sink[number] = sink_tokens(states, cache.entries, cache.real)
 
     hooks = [cache.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
