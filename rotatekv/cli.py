@@ -16,7 +16,7 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.external import EXTERNAL, ExternalConfig
 from rotatekv.files import FULL_DISK, write_error
-from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL
+from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL, GEMMA_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
 METHOD_NAMES = (*PRESETS, *EXTERNAL)
@@ -79,7 +79,8 @@ def add_switch(parser, name: str, help: str, default: bool | None = False) -> No
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str = EMBEDDED_MODEL) -> None:
     group = parser.add_argument_group("model")
-    names = f"{EMBEDDED_MODEL} (embedded), {', '.join(ALIASES)}, " if default == EMBEDDED_MODEL else ""
+    names = f"{EMBEDDED_MODEL} (embedded), {GEMMA_MODEL} (make gemma), {', '.join(ALIASES)}, "
+    names = names if default == EMBEDDED_MODEL else ""
     group.add_argument(
         "--model",
         default=default,
@@ -89,7 +90,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str = EMBEDDED
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
-        help="default: auto, the checkpoint's own (embedded model on CPU: float32)",
+        help=f"default: auto, the checkpoint's own ({EMBEDDED_MODEL}, {GEMMA_MODEL}: float32 on a CPU, else bfloat16)",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     group.add_argument("--device_map", choices=["auto"], help="auto spreads the layers over all GPUs")

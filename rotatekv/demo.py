@@ -1,6 +1,8 @@
-"""``make demo``: the embedded model under six presets, as a table of perplexity, bits and cache bytes."""
+"""``make demo``: a model under six presets, as a table of perplexity, bits and cache bytes."""
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from tqdm import tqdm
@@ -8,7 +10,7 @@ from tqdm import tqdm
 from rotatekv.cli import exit_on_user_error
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.texts import load_text, tokenize, windows_of
-from rotatekv.models import EMBEDDED_MODEL, load_model
+from rotatekv.models import EMBEDDED_MODEL, GEMMA_MODEL, load_model
 from rotatekv.patch import patch_model
 
 METHODS = ("FP16", "RTN2", "RotateKV4", "RotateKV3", "RotateKV2", "RotateKV2+")
@@ -17,7 +19,11 @@ SEQ_LENGTH, WINDOWS = 2048, 2
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    model, tokenizer = load_model(EMBEDDED_MODEL)
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = f"{EMBEDDED_MODEL} (default), {GEMMA_MODEL}, or another that the scripts take"
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help=names)
+    args = parser.parse_args(argv)
+    model, tokenizer = load_model(args.model)
     text = load_text("essays")
     windows = list(windows_of(tokenize(tokenizer, text), SEQ_LENGTH))[:WINDOWS]
     rows = []
@@ -34,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     config = model.config
     numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     threads = torch.get_num_threads()
-    print(f"\n{EMBEDDED_MODEL}, {len(windows)} windows of {SEQ_LENGTH} tokens of {text.name}, {threads} threads")
+    print(f"\n{args.model}, {len(windows)} windows of {SEQ_LENGTH} tokens of {text.name}, {threads} threads")
     print(f"{'method':<10} {'perplexity':>10} {'average bits':>12} {'bytes/token':>11} {'of fp16':>8}")
     for name, value, scores in rows:
         bits = sum(score["total_bits"] for score in scores) / len(scores)

@@ -12,6 +12,16 @@ from rotatekv.errors import UserError
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
+def cache_directory() -> Path:
+    """Where compiled kernels and converted models are kept (OSError: there is no home to keep them in)."""
+    if override := os.environ.get("ROTATEKV_CACHE_DIR"):
+        return Path(override)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatekv"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary name beside ``path``, then replace; nothing is left behind on failure (OSError)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

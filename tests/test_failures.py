@@ -9,12 +9,12 @@ import pickle
 from dataclasses import replace
 
 import pytest
+import rotatekv.fuse
 import torch
 from conftest import tiny_model
 from test_generate import generate
 from test_rotatekv_plus import random_statistics
 
-import rotatekv.fuse
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
 from rotatekv.calibration import save_statistics
 from rotatekv.patch import handle_of, is_patched

@@ -10,7 +10,7 @@ import torch
 from rotatekv.evals.reproduce_plan import Cell
 from rotatekv.evals.reproduce_runs import Runs, preset_bits, shown
 from rotatekv.families import find_text_model, layer_geometry
-from rotatekv.models import DTYPES, EMBEDDED_MODEL
+from rotatekv.models import DTYPES, LOCAL_MODELS
 from rotatekv.vision_models import RANDOM_LLAVA
 
 # Without a finished run: 2 operations per parameter and token, at what a small CPU and a data-centre GPU sustain.
@@ -139,7 +139,7 @@ def _parameters(skeleton) -> int:
 def _dtype_bytes(model: str, dtype: str, skeleton) -> int:
     if dtype != "auto":
         return DTYPES[dtype].itemsize
-    if model in (EMBEDDED_MODEL, RANDOM_LLAVA):
+    if model in (*LOCAL_MODELS, RANDOM_LLAVA):
         return 2 if torch.cuda.is_available() else 4
     found = skeleton.config.get_text_config().dtype
     return found.itemsize if isinstance(found, torch.dtype) else 4

@@ -24,6 +24,8 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
+from rotatekv.files import cache_directory
+
 _SOURCES = Path(__file__).parent
 _OPENMP = "-fopenmp"
 _BASE_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", _OPENMP, "-fvisibility=hidden", "-Wno-psabi"]
@@ -94,16 +96,6 @@ def _load(name: str, instruction_set: str) -> ctypes.CDLL | None:
 
 def _needed(compiler_flags: str) -> set[str]:
     return {flag.replace("avx512vnni", "avx512_vnni") for flag in compiler_flags.split()}
-
-
-def cache_directory() -> Path:
-    """Where libraries are kept (OSError: there is no home to keep them in)."""
-    if override := os.environ.get("ROTATEKV_CACHE_DIR"):
-        return Path(override)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatekv"
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
 
 
 def _cached_or_built(name: str, flags: list[str], instruction_set: str) -> ctypes.CDLL:
