@@ -61,5 +61,7 @@ def check_attention(config) -> None:
 def layer_geometry(attention: nn.Module) -> LayerGeometry:
     config = attention.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(attention, "head_dim", None) or attention.head_size
+    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    if head_dim is None:  # latent attention: keys and values of several widths
+        raise UserError(f"{type(attention).__name__} has no head_dim: this model's cache cannot be quantized")
     return LayerGeometry(attention.layer_idx, heads, head_dim)

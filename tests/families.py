@@ -99,6 +99,11 @@ _TWO_THETAS = {
 }
 _HALF, _QUARTER = rope("default", partial_rotary_factor=0.5), rope("default", partial_rotary_factor=0.25)
 _YARN = {"factor": 8.0, "original_max_position_embeddings": 16}
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
 
 FAMILIES = {
     "llama": Family("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
@@ -160,6 +165,7 @@ FAMILIES = {
         "partial, 1/4",
         fused_layers=1,
     ),
+    "lfm2": Family("lfm2", {"layer_types": ["conv", _FULL], "block_auto_adjust_ff_dim": False}, fused_layers=1),
     "llama, dynamic": Family("llama", rope("dynamic", factor=2.0), "dynamic", refused="RoPE type 'dynamic'"),
     "phi3, longrope": Family(
         "phi3",
@@ -170,10 +176,13 @@ FAMILIES = {
         "longrope",
         refused="RoPE type 'longrope'",
     ),
-    "lfm2": Family("lfm2", {"layer_types": ["conv", _FULL], "block_auto_adjust_ff_dim": False}, fused_layers=1),
+    "deepseek_v3": Family("deepseek_v3", _LATENT, "interleaved", refused="DeepseekV3Attention has no head_dim"),
+    "diffllama": Family("diffllama", refused=r"layers\.0\.self_attn attends otherwise with the cache than without"),
+    "gpt2": Family("gpt2", {"n_embd": 64, "n_head": 4}, "none", refused="has no decoder with rotary attention"),
 }  # fmt: skip
 
 
+REFUSED = [name for name, family in FAMILIES.items() if family.refused]
 SUPPORTED = [name for name, family in FAMILIES.items() if not family.refused]
 
 

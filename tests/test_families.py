@@ -8,18 +8,19 @@ from functools import cache as cached
 
 import pytest
 import torch
-from families import FAMILIES, SUPPORTED, left_padding, logits, random_orders, token_ids
+from families import FAMILIES, REFUSED, SUPPORTED, left_padding, logits, random_orders, token_ids
 from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache
 
-from rotatekv import PRESETS, RotateKVCache, patch_model
+from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.calibration import save_reorder_indices
 from rotatekv.cropping import MOST_CROPPED
 from rotatekv.kernels import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROTATEKV2 = replace(PRESETS["RotateKV2"], num_sink_entries=5)
+PLAIN = replace(ROTATEKV2, Outlier_Aware_Key_Rotation=False)  # needs no calibration
 NO_COMPILER = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the CPU kernels are not built")
 TOKENS, PADDING = 56, 7  # longer than the windows; of the second row, where it is padded
 MARGIN = 2e-6  # float32 is as near to float64, in steps of the rounding
@@ -167,3 +168,63 @@ def assert_same_tokens(ours, theirs) -> None:
     for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
         difference = (one[:, :, held - seen :] - other).abs()
         assert difference.median() < 1e-5 and difference.quantile(0.99) < 0.01
+
+
+def as_it_is(model: nn.Module) -> list:
+    """All that a module holds, by identity, and every weight's values."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+    held = [
+        ({name: id(x) for name, x in vars(module).items()}, [list(getattr(module, kind, ())) for kind in hooks])
+        for module in model.modules()
+    ]
+    return [held, {name: x.clone() for name, x in model.state_dict().items()}]
+
+
+def assert_as_before(model: nn.Module, before: list) -> None:
+    held, weights = as_it_is(model)
+    assert held == before[0] and weights.keys() == before[1].keys()
+    assert all(torch.equal(x, before[1][name]) for name, x in weights.items())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_why_and_is_as_before(name):
+    model = FAMILIES[name].build()
+    before = as_it_is(model)
+    with pytest.raises(UserError, match=FAMILIES[name].refused) as error:
+        patch_model(model, PLAIN)
+    assert "\n" not in str(error.value)
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_patched_family_is_as_before_when_it_is_unpatched(name):
+    model = FAMILIES[name].build()
+    before = as_it_is(model)
+    with patch_model(model, PLAIN):
+        model.generate(token_ids(1, 30), max_new_tokens=2)
+        assert as_it_is(model)[1].keys() == before[1].keys()
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", ["llava llama", "llava mistral"])
+def test_an_image_in_the_prompt(name, patched, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    model, ids = built(name), token_ids(2, TOKENS)
+    ids[:, 5:9] = model.config.image_token_index
+    image = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run(cache) -> torch.Tensor:
+        with torch.no_grad():
+            first = model(ids[:, :40], pixel_values=image, past_key_values=cache).logits
+        return torch.cat([first, logits(model, cache, ids, (1, 15))], dim=1)
+
+    stock = run(DynamicCache(config=model.config))
+    with watching(OracleCache(model, FAMILIES[name], random_orders(model))) as oracle:
+        want = run(oracle)
+    with patch_model(model, "FP16"):
+        torch.testing.assert_close(run(RotateKVCache.for_model(model)), stock)
+    with patched(model):
+        difference = (run(RotateKVCache.for_model(model)) - want).abs() / (want - stock).std()
+    assert difference.median() < 2e-6 and difference.mean() < 1e-2
+    image.mul_(-1)
+    assert not torch.allclose(run(DynamicCache(config=model.config)), stock), "the image does not matter"
