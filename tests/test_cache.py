@@ -475,9 +475,9 @@ def test_the_window_is_the_last_tokens_in_16_bits_and_the_rest_is_quantized_as_w
                 for held, want in ((layer.window_keys, stock.keys), (layer.window_values, stock.values)):
                     assert held.dtype == torch.float16
                     torch.testing.assert_close(held.float(), want[:, :, last], rtol=1e-3, atol=1e-3)
-                for mine, theirs in ((layer.packed_keys, whole.packed_keys), (layer.packed_values, whole.packed_values)):
-                    codes = mine.tokens()["codes"]
-                    same = codes == theirs.tokens()["codes"][:, : length - 5]
+                for kind in ("packed_keys", "packed_values"):
+                    codes = getattr(layer, kind).tokens()["codes"]
+                    same = codes == getattr(whole, kind).tokens()["codes"][:, : length - 5]
                     assert codes.shape[1] == length - 5 and same.float().mean() > 0.98  # they were 16 bits in between
                 error = (layer.keys - stock.keys[:, :, :length]).abs().amax(dim=(0, 1, 3))
                 assert error[-5:].max() < 1e-2 < error[:-5].min()

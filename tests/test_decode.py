@@ -227,7 +227,7 @@ def test_calls_that_the_kernel_does_not_know_take_the_general_path(case, calls, 
 
 def test_an_unknown_backend_is_one_line(tiny, monkeypatch):
     monkeypatch.setenv("ROTATEKV_BACKEND", "fpga")
-    with patch_model(tiny, PLAIN), pytest.raises(UserError, match="ROTATEKV_BACKEND=fpga"):
+    with pytest.raises(UserError, match="ROTATEKV_BACKEND=fpga"), patch_model(tiny, PLAIN):
         tiny(token_ids(1, 4))
 
 
@@ -257,7 +257,7 @@ def test_the_cpu_backend_asked_for_but_not_built_is_one_line(variable, value, ti
     monkeypatch.setenv(variable, value)
     build._load.cache_clear(), build.chosen_instruction_set.cache_clear()  # read once
     try:
-        with warnings.catch_warnings(), patch_model(tiny, PLAIN), pytest.raises(UserError, match="=cpu needs g"):
+        with warnings.catch_warnings(), pytest.raises(UserError, match="=cpu needs g"), patch_model(tiny, PLAIN):
             warnings.simplefilter("ignore")
             tiny(token_ids(1, 4))
     finally:
