@@ -29,7 +29,7 @@ from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import check_windows, context_length
 from rotatekv.families import check_supported, find_text_model
 from rotatekv.models import ALIASES, model_revision
-from rotatekv.patch import resolved_head_group
+from rotatekv.patch import first_geometry, resolved_head_group
 from rotatekv.score_errors import check_presets
 from rotatekv.weights import calibration_digests
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     text_model = find_text_model(model)
     check_supported(text_model)
     group = 1 if args.statistics == "kvquant" else resolved_head_group(text_model, config)  # it rotates nothing
-    width = group * text_model.layers[0].self_attn.head_dim
+    width = group * first_geometry(text_model).head_dim
     ids = tokenize(tokenizer, text)[:, : args.calibration_tokens]
     if not ids.numel():
         raise UserError(f"the text {args.dataset} has no tokens")

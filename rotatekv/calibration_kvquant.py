@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from rotatekv.calibration_reorder import stream_keys
 from rotatekv.config import SUPPORTED_BITS
 from rotatekv.errors import UserError
 from rotatekv.methods.kvquant import OUTLIER_SHARE, outliers_per_token
 from rotatekv.nonuniform import LevelHistogram, split_values
+from rotatekv.patch import first_geometry
+from rotatekv.transforms import heads_to_channels
+from rotatekv.watching import Attended, stream_attention, watching
 
 _SMALLEST_SCALE = 1e-6  # of a channel that never changes
 
@@ -56,13 +59,21 @@ def collect_key_ranges(
         tokens: how many the windows hold, without their first.
 
     Returns:
-        offset, scale: (num_hidden_layers, H_kv·D) float32.
+        offset, scale: (num_hidden_layers, H_kv·D) float32; 0 and next to 0 for a layer without attention.
     """
     if tokens < 1:
         raise UserError("the calibration text has no window of at least 2 tokens")
-    tails = [_Tails(tokens, OUTLIER_SHARE) for _ in text_model.layers]
-    stream_keys(model, text_model, windows, lambda number, keys: tails[number].add(keys[:, 1:].flatten(0, 1).float()))
-    low, high = (torch.stack(x).cpu() for x in zip(*(tail.percentiles() for tail in tails), strict=True))
+    tails = defaultdict(lambda: _Tails(tokens, OUTLIER_SHARE))
+
+    def add(attended: Attended) -> None:
+        keys = heads_to_channels(attended.before_rope(attended.key))  # (1, T, H_kv·D)
+        tails[attended.layer].add(keys[:, 1:].flatten(0, 1))
+
+    stream_attention(model, text_model, windows, add)
+    shape = len(text_model.layers), first_geometry(text_model).channels
+    low, high = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
+    for number, tail in tails.items():
+        low[number], high[number] = tail.percentiles()
     return (high + low) / 2, ((high - low) / 2).clamp_min(_SMALLEST_SCALE)
 
 
@@ -81,13 +92,14 @@ def collect_levels(
         model: not patched. windows: as for ``collect_key_ranges``. key_offset, key_scale: what that gave.
 
     Returns:
-        ``key_levels<bits>`` and ``value_levels<bits>``, (num_hidden_layers, 2^bits) float32 in [-1, 1], ascending.
+        ``key_levels<bits>`` and ``value_levels<bits>``, (num_hidden_layers, 2^bits) float32 in [-1, 1], ascending;
+        even ones for a layer without attention.
     """
     layers = len(text_model.layers)
     histograms = {kind: [LevelHistogram() for _ in range(layers)] for kind in ("key", "value")}
     outliers = outliers_per_token(key_offset.shape[1])
     for window in windows:
-        for number, (keys, values) in enumerate(_with_gradients(model, text_model, window)):
+        for number, (keys, values) in _with_gradients(model, text_model, window).items():
             offset, scale = (x[number].to(keys[0].device) for x in (key_offset, key_scale))
             _count(histograms["key"][number], *keys, offset, scale)
             channels, offset, scale = split_values(values[0], outliers)
@@ -109,55 +121,29 @@ def _count(histogram: LevelHistogram, x: torch.Tensor, gradient: torch.Tensor, o
     histogram.add((x - offset) / scale, (gradient.double() * scale) ** 2)
 
 
-def _with_gradients(model: nn.Module, text_model: nn.Module, window: torch.Tensor) -> list[tuple]:
-    """Per layer, keys before RoPE and values of one window, (T − 1, H_kv·D) float32, each with its gradient.
+def _with_gradients(model: nn.Module, text_model: nn.Module, window: torch.Tensor) -> dict[int, tuple]:
+    """Keys before RoPE and values of one window, (T − 1, H_kv·D) float32 each, with their gradients, by layer.
 
     The first token is left out. The loss is summed over tokens: a factor on all weights, but no underflow in float16.
     """
-    outputs: dict[tuple[int, str], torch.Tensor] = {}
-    hooks = []
-    for layer in text_model.layers:
-        for kind, module in _projections(layer.self_attn).items():
+    got: dict[int, Attended] = {}
 
-            def keep(module, args, output, name=(layer.self_attn.layer_idx, kind)):
-                outputs[name] = output if output.requires_grad else output.requires_grad_()
-                return outputs[name]
+    def take(attended: Attended) -> None:
+        for x in (attended.key, attended.value):
+            if not x.requires_grad:  # the first layer's, where all weights are frozen
+                x.requires_grad_()
+        got[attended.layer] = attended
 
-            hooks.append(module.register_forward_hook(keep))
-    try:
-        with torch.enable_grad():
-            ids = window.to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum")
-            gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = []
-    for layer in text_model.layers:
-        slices = _slices(layer.self_attn)
-        number = layer.self_attn.layer_idx
-        pairs = []
-        for kind, channels in slices.items():
-            name = (number, kind) if (number, kind) in outputs else (number, "both")
-            pair = (outputs[name].detach(), gradients[name])
-            # A norm's output is (B, T, H_kv, D), a projection's (B, T, channels).
-            pairs.append(tuple(x[:, 1:].flatten(2)[..., channels].flatten(0, 1).float() for x in pair))
-        found.append(tuple(pairs))
+    with torch.enable_grad(), watching(text_model, take):
+        ids = window.to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum")
+        gradients = torch.autograd.grad(loss, [x for layer in got.values() for x in (layer.key, layer.value)])
+    found = {}
+    for attended, by_key, by_value in zip(got.values(), gradients[::2], gradients[1::2], strict=True):
+        keys = attended.before_rope(attended.key.detach()), attended.gradient_before_rope(by_key)
+        pairs = keys, (attended.value.detach(), by_value)
+        found[attended.layer] = tuple(
+            tuple(heads_to_channels(x)[:, 1:].flatten(0, 1).float() for x in pair) for pair in pairs
+        )
     return found
-
-
-def _projections(attention: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose outputs are the keys before RoPE and the values, or both (phi3)."""
-    if hasattr(attention, "qkv_proj"):
-        return {"both": attention.qkv_proj}
-    return {"key": getattr(attention, "k_norm", None) or attention.k_proj, "value": attention.v_proj}
-
-
-def _slices(attention: nn.Module) -> dict[str, slice]:
-    """Where keys and values lie in those outputs."""
-    if not hasattr(attention, "qkv_proj"):
-        return {"key": slice(None), "value": slice(None)}
-    config, head_dim = attention.config, attention.head_dim
-    start, width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    return {"key": slice(start, start + width), "value": slice(start + width, start + 2 * width)}

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from rotatekv.attention import project_qkv
-from rotatekv.calibration_reorder import stream_keys, stream_modules
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.families import find_text_model, layer_geometry
+from rotatekv.families import attention_modules, find_text_model, layer_geometry
 from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
 from rotatekv.methods.rotatekv_plus import RotateKVPlus
-from rotatekv.patch import patch_with_methods
+from rotatekv.patch import first_geometry, patch_with_methods
 from rotatekv.sinks import largest_magnitude
 from rotatekv.stores import TokenStore
 from rotatekv.transforms import heads_to_channels, rotate_channels
+from rotatekv.watching import Attended, stream_attention
 
 SINK_SHARE = 1 / 512  # of the tokens, whose largest hidden-state entry lies above the threshold
 FIRST_TOKENS = 16  # of a window, that do not count: the sinks among them are kept in 16 bits and are unlike the rest
@@ -56,18 +56,17 @@ def collect_key_factors(
         model: not patched. windows: token ids, (1, T) each; the first 16 of each do not count.
 
     Returns:
-        mean, scale: (num_hidden_layers, H_kv·D) float32.
+        mean, scale: (num_hidden_layers, H_kv·D) float32; 0 and 1 for a layer without attention.
     """
-    channels = layer_geometry(text_model.layers[0].self_attn).channels
-    zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
+    zeros = torch.zeros(first_geometry(text_model).channels, dtype=torch.float64, device="cpu")
     sums = [_Moments(*(zeros.clone() for _ in range(3))) for _ in text_model.layers]
 
-    def take(attention: nn.Module, hidden_states: torch.Tensor) -> None:
-        query, key, _ = project_qkv(attention, hidden_states)
-        sums[attention.layer_idx].add(query.cpu(), key.cpu())
+    def take(attended: Attended) -> None:
+        query, key = (attended.before_rope(x).cpu() for x in (attended.query, attended.key))
+        sums[attended.layer].add(query, key)
 
-    stream_modules(model, text_model, windows, [layer.self_attn for layer in text_model.layers], take)
-    if not sums[0].tokens:
+    stream_attention(model, text_model, windows, take)
+    if not any(moments.tokens for moments in sums):
         raise UserError(f"the calibration text has no window of more than {FIRST_TOKENS} tokens")
     means, scales = zip(*(_factors(moments) for moments in sums), strict=True)
     return torch.stack(means).float(), torch.stack(scales).float()
@@ -83,15 +82,16 @@ def order_channels(
         key_mean, key_scale: of ``collect_key_factors``. width: channels per rotation group, G·D.
 
     Returns:
-        (num_hidden_layers, H_kv·D) int64.
+        (num_hidden_layers, H_kv·D) int64; in channel order for a layer without attention.
     """
     squares = torch.zeros(key_mean.shape, dtype=torch.float64, device="cpu")
 
-    def add(number: int, keys: torch.Tensor) -> None:
+    def add(attended: Attended) -> None:
+        keys, number = heads_to_channels(attended.before_rope(attended.key)), attended.layer  # (1, T, H_kv·D)
         centred = (keys[:, FIRST_TOKENS:].double().cpu() - key_mean[number]) * key_scale[number]
         squares[number] += rotate_channels(centred, width).square().sum(dim=(0, 1))
 
-    stream_keys(model, text_model, windows, add)
+    stream_attention(model, text_model, windows, add)
     return squares.argsort(dim=-1, stable=True)
 
 
@@ -102,24 +102,27 @@ def collect_sink_thresholds(model: nn.Module, text_model: nn.Module, windows: It
         model: not patched. windows: token ids, (1, T) each.
 
     Returns:
-        (num_hidden_layers, 1) float32.
+        (num_hidden_layers, 1) float32; 0 for a layer without attention.
     """
-    layers = list(text_model.layers)
-    found: list[list[torch.Tensor]] = [[] for _ in layers]
+    found: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def take(layer: nn.Module, hidden_states: torch.Tensor) -> None:
-        found[layer.self_attn.layer_idx].append(largest_magnitude(hidden_states).flatten().float().cpu())
+    def take(attended: Attended) -> None:
+        found[attended.layer].append(largest_magnitude(attended.hidden_states).flatten().float().cpu())
 
-    stream_modules(model, text_model, windows, layers, take)
-    magnitudes = torch.stack([torch.cat(of_layer) for of_layer in found])  # (L, tokens)
-    count = max(round(magnitudes.shape[1] * SINK_SHARE), 1)
-    return magnitudes.topk(min(count + 1, magnitudes.shape[1]), dim=1).values[:, -1:]
+    stream_attention(model, text_model, windows, take)
+    thresholds = torch.zeros(len(text_model.layers), 1, dtype=torch.float32, device="cpu")
+    for number, parts in found.items():
+        magnitudes = torch.cat(parts)  # (tokens,)
+        count = max(round(len(magnitudes) * SINK_SHARE), 1)
+        thresholds[number] = magnitudes.topk(min(count + 1, len(magnitudes))).values[-1]
+    return thresholds
 
 
 def _factors(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    mean = moments.keys / moments.tokens
-    variance = (moments.squares / moments.tokens - mean**2).clamp_min(_SMALLEST)
-    log_scale = ((moments.queries / moments.tokens).clamp_min(_SMALLEST) / variance).log() / 4
+    tokens = max(moments.tokens, 1)
+    mean = moments.keys / tokens
+    variance = (moments.squares / tokens - mean**2).clamp_min(_SMALLEST)
+    log_scale = ((moments.queries / tokens).clamp_min(_SMALLEST) / variance).log() / 4
     return mean, (log_scale - log_scale.mean()).exp()
 
 
@@ -140,25 +143,29 @@ def rank_sensitivity(
 
     Returns:
         (num_hidden_layers, 2) float32, keys and values: (place + ½) / (2·L), place 0 is the most sensitive of all.
+        L counts layers with attention; the others come last, above 1.
     """
-    attentions = [layer.self_attn for layer in find_text_model(model).layers]
+    attentions = attention_modules(find_text_model(model))
     windows = [(window.to(model.device), _log_probabilities(model, window)) for window in windows]
-    config = replace(PRESETS["RotateKV2+"], extra_bit_share=0.0, fuse_weights=False)
-    exact = [_Exact(config, layer_geometry(attention)) for attention in attentions]
-    for codec, threshold in zip(exact, statistics["sink_threshold"], strict=True):
-        codec.sink_threshold = threshold.item()
-    costs = torch.zeros(len(attentions), 2, dtype=torch.float64, device="cpu")
-    for number in progress(range(len(attentions))):
-        of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": costs.new_ones(2)}
-        for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
-            methods = list(exact)
-            methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
-            with patch_with_methods(model, config, methods):
-                for window, expected in windows:
-                    found = _log_probabilities(model, window)
-                    costs[number, column] += (expected.exp() * (expected - found)).sum().item()
+    config = replace(PRESETS["RotateKV2+"], extra_bit_share=0.0)
+    exact = [
+        None if attention is None else _Exact(config, layer_geometry(attention), threshold.item())
+        for attention, threshold in zip(attentions, statistics["sink_threshold"], strict=True)
+    ]
+    costs = torch.full((len(attentions), 2), -torch.inf, dtype=torch.float64, device="cpu")
+    measured = [number for number, codec in enumerate(exact) if codec is not None]
+    with patch_with_methods(model, config, exact) as handle:
+        for number in progress(measured):
+            of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": costs.new_ones(2)}
+            for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
+                methods = list(exact)
+                methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
+                handle.held_spec = replace(handle.held_spec, methods=tuple(methods))  # of the caches to come
+                found = (_log_probabilities(model, window) for window, _ in windows)
+                differences = (want.exp() * (want - got) for (_, want), got in zip(windows, found, strict=True))
+                costs[number, column] = sum(difference.sum().item() for difference in differences)
     places = costs.flatten().argsort(descending=True, stable=True).argsort().float()
-    return ((places + 0.5) / costs.numel()).view_as(costs)
+    return ((places + 0.5) / (2 * len(measured))).view_as(costs)
 
 
 def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
@@ -172,8 +179,9 @@ class _Exact(KVMethod):
 
     gives_extra_bits = finds_massive_tokens = True
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry):
+    def __init__(self, config: QuantConfig, layer: LayerGeometry, sink_threshold: float):
         super().__init__(config, layer)
+        self.sink_threshold = sink_threshold
 
     encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys
     encode_values, decode_values = FP16.encode_values, FP16.decode_values

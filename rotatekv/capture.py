@@ -6,20 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from rotatekv.attention import project_qkv, rope_function
-from rotatekv.cache_layer import RotateKVLayer, rope_from
 from rotatekv.config import PRESETS
-from rotatekv.families import layer_geometry
 from rotatekv.methods import KVMethod
 from rotatekv.methods.rotatekv import RotateKV
-from rotatekv.sinks import detect_sinks, give_sinks
+from rotatekv.patch import first_geometry
+from rotatekv.sinks import detect_sinks
 from rotatekv.transforms import heads_to_channels
+from rotatekv.watching import Attended, stream_attention
 
 KINDS = (
     "k_pre_rope",
@@ -30,6 +30,7 @@ KINDS = (
     "quantization_error",
 )
 TOP_ENTRIES = PRESETS["RotateKV2"].num_sink_entries
+_LIGHT = ("massive_activations", "quantization_error")  # a few numbers a token
 _QUERY_CHUNK = 512  # query rows whose float32 scores are held at once
 
 Tensors = dict[str, torch.Tensor]
@@ -57,7 +58,7 @@ class CaptureRequest:
 
 
 def capture_window(text_model: nn.Module, window: torch.Tensor, request: CaptureRequest) -> dict[str, Tensors]:
-    """One forward of an unpatched model with hooks; they are gone when it returns.
+    """One forward of an unpatched model, which is then as it was.
 
     Args:
         text_model: what ``find_text_model`` found.
@@ -75,75 +76,38 @@ def capture_window(text_model: nn.Module, window: torch.Tensor, request: Capture
                 over all heads, of the keys after RoPE and the values as attention sees them.
     """
     captured: dict[str, Tensors] = {kind: {} for kind in request.kinds}
-    hooks = []
-    for layer in text_model.layers:
-        keep = _Keeper(layer, request, captured)
-        if keep.kinds:
-            hooks.append(layer.register_forward_pre_hook(keep.layer_input, with_kwargs=True))
-            hooks.append(layer.self_attn.register_forward_pre_hook(keep.attention_input, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            text_model(input_ids=window.to(text_model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def keep(attended: Attended) -> None:
+        for kind, found in _found(attended, request):
+            for name, tensor in found.items():
+                captured[kind][f"layers.{attended.layer}.{name}"] = tensor.detach().cpu().contiguous().clone()
+
+    stream_attention(text_model, text_model, [window], keep)
     return captured
 
 
-class _Keeper:
-    """The hooks of one decoder layer."""
-
-    def __init__(self, layer: nn.Module, request: CaptureRequest, captured: dict[str, Tensors]):
-        self.request, self.captured = request, captured
-        self.number = layer.self_attn.layer_idx
-        few = self.number in request.activation_layers
-        many = self.number in request.layers
-        light = ("massive_activations", "quantization_error")
-        self.kinds = [kind for kind in request.kinds if (few if kind in light else many)]
-        self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def layer_input(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]  # (1, T, hidden_size)
-        self.sinks = detect_sinks(hidden_states, TOP_ENTRIES)
-        if "massive_activations" in self.kinds:
-            found = top_activations(hidden_states[0])
-            self._store("massive_activations", **found, sinks=self.sinks[1])
-
-    def attention_input(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not set(self.kinds) - {"massive_activations"}:
-            return
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        cos, sin = kwargs["position_embeddings"]
-        rope = rope_function(attention)
-        query, key, value = project_qkv(attention, hidden_states)  # (1, H, T, D), (1, H_kv, T, D) twice
-        roped = rope(key, cos, sin)
-        if "k_pre_rope" in self.kinds:
-            self._store("k_pre_rope", keys=key[0])
-        if "k_post_rope" in self.kinds:
-            self._store("k_post_rope", keys=roped[0])
-        if "k_rotated" in self.kinds:
-            self._store("k_rotated", **_rotated(self.request.rotation[self.number], key))
-        if "attention_scores" in self.kinds:
-            heads = torch.tensor(self.request.heads, dtype=torch.int64, device=query.device)
-            groups = heads // (query.shape[1] // key.shape[1])
-            query = rope(query, cos, sin)[0, heads]
-            scores = attention_scores(query, roped[0, groups], attention.scaling)
-            self._store("attention_scores", scores=scores, sinks=self.sinks[1])
-        for name, codecs in self.request.codecs.items() if "quantization_error" in self.kinds else ():
-            layer = RotateKVLayer(codecs[self.number])
-            config = layer.method.config
-            if config.Attention_Sink_Aware:
-                if config.sink_selection == "detected":
-                    layer.set_sinks(*self.sinks)
-                else:
-                    give_sinks(layer, hidden_states)
-            stored = layer.update(key, value, rope_from(rope, cos, sin))[:2]
-            errors = [relative_error(seen, exact) for seen, exact in zip(stored, (roped, value), strict=True)]
-            self._store("quantization_error", **{f"{name}.keys": errors[0], f"{name}.values": errors[1]})
-
-    def _store(self, kind: str, **tensors: torch.Tensor) -> None:
-        for name, tensor in tensors.items():
-            self.captured[kind][f"layers.{self.number}.{name}"] = tensor.detach().cpu().contiguous().clone()
+def _found(attended: Attended, request: CaptureRequest) -> Iterator[tuple[str, Tensors]]:
+    """(kind, its tensors) of one layer."""
+    of_light = attended.layer in request.activation_layers
+    of_others = attended.layer in request.layers
+    kinds = [kind for kind in request.kinds if (of_light if kind in _LIGHT else of_others)]
+    if not kinds:
+        return
+    key, value, sinks = attended.key, attended.value, detect_sinks(attended.hidden_states, TOP_ENTRIES)[1]
+    if "massive_activations" in kinds:
+        yield "massive_activations", top_activations(attended.hidden_states[0]) | {"sinks": sinks}
+    if "k_pre_rope" in kinds:
+        yield "k_pre_rope", {"keys": attended.before_rope(key)[0].to(key.dtype)}
+    if "k_post_rope" in kinds:
+        yield "k_post_rope", {"keys": key[0]}
+    if "k_rotated" in kinds:
+        yield "k_rotated", _rotated(request.rotation[attended.layer], attended.before_rope(key))
+    if "attention_scores" in kinds:
+        yield "attention_scores", {"scores": attention_scores(attended, request.heads), "sinks": sinks}
+    for name, codecs in request.codecs.items() if "quantization_error" in kinds else ():
+        stored = attended.stored(codecs[attended.layer])
+        errors = [relative_error(seen, exact) for seen, exact in zip(stored, (key, value), strict=True)]
+        yield "quantization_error", {f"{name}.keys": errors[0], f"{name}.values": errors[1]}
 
 
 def top_activations(hidden_states: torch.Tensor) -> Tensors:
@@ -161,16 +125,18 @@ def top_activations(hidden_states: torch.Tensor) -> Tensors:
     }
 
 
-def attention_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Causal softmax weights of (heads, T, D) queries and keys after RoPE → (heads, T, T) float16."""
-    heads, length, _ = query.shape
-    scores = torch.zeros(heads, length, length, dtype=torch.float16, device="cpu")
-    for start in range(0, length, _QUERY_CHUNK):
-        rows = query[:, start : start + _QUERY_CHUNK].float()
-        products = rows @ key[:, : start + rows.shape[1]].float().transpose(1, 2) * scaling
-        future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device).triu(start + 1)
-        weights = products.masked_fill(future, -torch.inf).softmax(dim=-1)
-        scores[:, start : start + rows.shape[1], : weights.shape[-1]] = weights.half().cpu()
+def attention_scores(attended: Attended, heads: Sequence[int]) -> torch.Tensor:
+    """Softmax weights of some query heads, by the family's own eager attention in float32 → (heads, T, T) float16."""
+    attend = sys.modules[type(attended.module).__module__].eager_attention_forward
+    query, key, value = (x.float() for x in (attended.query, attended.key, attended.value))
+    hidden = torch.zeros(attended.sees.shape, dtype=torch.float32, device=key.device)
+    hidden = hidden.masked_fill(~attended.sees, -torch.inf)[None, None]  # (1, 1, T, T)
+    scores = torch.zeros(len(heads), *attended.sees.shape, dtype=torch.float16, device="cpu")
+    for start in range(0, query.shape[2], _QUERY_CHUNK):
+        rows = slice(start, start + _QUERY_CHUNK)
+        chunk = query[:, :, rows], key, value, hidden[:, :, rows]
+        weights = attend(attended.module, *chunk, **attended.options)[1]  # (1, H, rows, T)
+        scores[:, rows] = weights[0, list(heads)].half().cpu()
     return scores
 
 
@@ -183,7 +149,7 @@ def relative_error(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 def capture_bytes(text_model: nn.Module, tokens: int, request: CaptureRequest) -> dict[str, int]:
     """Bytes each kind will take, before anything runs."""
-    geometry = layer_geometry(text_model.layers[0].self_attn)
+    geometry = first_geometry(text_model)
     width = {"k_pre_rope": text_model.dtype.itemsize, "k_post_rope": text_model.dtype.itemsize, "k_rotated": 4}
     sizes: dict[str, Callable[[], int]] = {
         "massive_activations": lambda: len(request.activation_layers) * (4 * tokens + 16 * TOP_ENTRIES),
@@ -200,5 +166,5 @@ def _rotated(codec: RotateKV, key: torch.Tensor) -> Tensors:
     channels = heads_to_channels(key)[0].float()  # (T, H_kv·D)
     stages = {"rotated": codec.rotate_key_channels(channels)}
     if codec.order is not None:
-        stages["reordered"] = codec.transform_key_channels(channels)
+        stages["reordered"] = stages["rotated"][:, codec.order.to(channels.device)]
     return stages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, cut_windows, load_text
 from rotatekv.evals.tokens import check_windows, context_length
-from rotatekv.families import check_supported, find_text_model, layer_geometry
+from rotatekv.families import attention_modules, check_supported, find_text_model
 from rotatekv.models import load_model
-from rotatekv.patch import build_methods
+from rotatekv.patch import build_methods, first_geometry
 
 _COMPARED = ("rtn", "rotatekv")  # the methods of ``quantization_error``
 _LARGEST = 2 * 10**9  # bytes written without --force
@@ -99,12 +100,13 @@ def _window(model, tokenizer, text: Text, args: argparse.Namespace) -> torch.Ten
 
 
 def _request(args: argparse.Namespace, model, text_model) -> CaptureRequest:
-    kinds, config = wanted_kinds(args), text_model.config
-    layers = _numbers("save_layers", args.save_layers, len(text_model.layers), [len(text_model.layers) // 2])
-    queries_per_key = config.num_attention_heads // config.num_key_value_heads
-    first_heads = range(0, min(4, config.num_key_value_heads) * queries_per_key, queries_per_key)
-    heads = _numbers("save_heads", args.save_heads, config.num_attention_heads, first_heads)
-    everywhere = tuple(range(len(text_model.layers))) if args.save_layers is None else layers
+    kinds, first = wanted_kinds(args), first_geometry(text_model)
+    known = [number for number, attention in enumerate(attention_modules(text_model)) if attention is not None]
+    layers = _numbers("save_layers", args.save_layers, known, [known[len(known) // 2]])
+    count, key_heads = text_model.config.num_attention_heads, first.num_key_value_heads
+    first_heads = range(0, min(4, key_heads) * (count // key_heads), count // key_heads)
+    heads = _numbers("save_heads", args.save_heads, range(count), first_heads)
+    everywhere = tuple(known) if args.save_layers is None else layers
     rotation, codecs = (), {}
     if "k_rotated" in kinds:
         config = _config(args, "RotateKV2")[1]
@@ -113,12 +115,12 @@ def _request(args: argparse.Namespace, model, text_model) -> CaptureRequest:
                 "--save_k_rotated saves keys that are rotated before RoPE, which --Grouped_Head_Key_Rotation False "
                 "does not do: pass --head_group_num 1 for single heads"
             )
-        rotation = build_methods(model, text_model, config, args.calibration_file, fold=False)
+        rotation = build_methods(model, text_model, config, args.calibration_file)
     if "quantization_error" in kinds:
         for preset in PRESETS:
             if PRESETS[preset].method in _COMPARED:
                 name, config = _config(args, preset)
-                codecs[name] = build_methods(model, text_model, config, args.calibration_file, fold=False)
+                codecs[name] = build_methods(model, text_model, config, args.calibration_file)
     return CaptureRequest(kinds, layers, everywhere, heads, rotation, codecs)
 
 
@@ -131,17 +133,18 @@ def _config(args: argparse.Namespace, preset: str) -> tuple[str, QuantConfig]:
     return method_from_args(argparse.Namespace(**{**vars(args), **rest}))
 
 
-def _numbers(flag: str, asked: str | None, count: int, default) -> tuple[int, ...]:
+def _numbers(flag: str, asked: str | None, known: Sequence[int], default: Sequence[int]) -> tuple[int, ...]:
     if asked is None:
         return tuple(default)
     if asked == "all":
-        return tuple(range(count))
+        return tuple(known)
     try:
         numbers = sorted({int(part) for part in asked.split(",")})
     except ValueError:
         raise UserError(f"--{flag} takes numbers separated by commas, or all, not {asked!r}") from None
-    if not all(0 <= number < count for number in numbers):
-        raise UserError(f"--{flag} {asked}: the model has 0 … {count - 1}")
+    if not set(numbers) <= set(known):
+        has = f"0 … {len(known) - 1}" if len(known) == known[-1] + 1 else ", ".join(map(str, known))
+        raise UserError(f"--{flag} {asked}: the model has {has}")
     return tuple(numbers)
 
 
@@ -155,7 +158,7 @@ def _check_size(sizes: dict[str, int], force: bool) -> None:
 
 
 def _info(kind, args, text: Text, tokenizer, text_model, ids: torch.Tensor, request: CaptureRequest) -> CaptureInfo:
-    geometry = layer_geometry(text_model.layers[0].self_attn)
+    geometry = first_geometry(text_model)
     is_light = kind in ("massive_activations", "quantization_error")
     every_head = tuple(range(text_model.config.num_attention_heads))
     return CaptureInfo(

@@ -89,6 +89,16 @@ def prove(handle: PatchHandle, put_in: Callable[[], None]) -> None:
     handle.held_spec = replace(spec, ropes=ropes)
 
 
+def proven_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...]) -> tuple[LayerRope | None, ...]:
+    """``ropes`` without those of layers that turn nothing; ``text_model`` is not patched.
+
+    Raises:
+        UserError: see ``_find_ropes``.
+    """
+    with _evaluating(text_model):
+        return _find_ropes(text_model, ropes, _stock_run(text_model))
+
+
 def _stock_run(text_model: nn.Module) -> _Run:
     """A left-padded prompt, or one without padding where that alone gives NaN: eager attention does in float64."""
     for padding in (_PADDING, 0):

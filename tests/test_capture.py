@@ -61,7 +61,7 @@ def test_rotated_keys_are_one_dense_matrix_away_and_reordered_ones_a_permutation
     order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (0, 1)])
     path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
     tiny.name_or_path = "tiny"
-    rotation = build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path, fold=False)
+    rotation = build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path)
     _, found = capture(tiny, "k_pre_rope", "k_rotated", rotation=rotation)
     from rotatekv.transforms import hadamard_matrix
 
@@ -119,7 +119,7 @@ def test_attention_scores_of_several_query_chunks_sum_to_one(length):
 @pytest.mark.parametrize("config", [PRESETS["RTN3"], PLAIN], ids=["RTN3", "RotateKV2"])
 def test_errors_are_those_of_the_real_cache_in_the_first_layer(tiny, config: QuantConfig):
     """Layer 0 sees the same input in both models, so a patched forward stores what the capture measured."""
-    codecs = {"it": build_methods(tiny, tiny.model, config, fold=False)}
+    codecs = {"it": build_methods(tiny, tiny.model, config)}
     window, found = capture(tiny, "k_post_rope", "quantization_error", codecs=codecs)
     seen = {}
 
@@ -130,7 +130,7 @@ def test_errors_are_those_of_the_real_cache_in_the_first_layer(tiny, config: Qua
     from rotatekv import attention as module
 
     plain = module.ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
-    with patch_model(tiny, replace(config, fuse_weights=False)), pytest.MonkeyPatch.context() as patch:
+    with patch_model(tiny, config), pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(module.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *args: spy)
         tiny(window, past_key_values=RotateKVCache.for_model(tiny))
     exact = found["k_post_rope"]["layers.0.keys"]
@@ -141,7 +141,7 @@ def test_errors_are_those_of_the_real_cache_in_the_first_layer(tiny, config: Qua
 
 
 def test_value_errors_are_those_of_plain_rounding(tiny):
-    codecs = {"RTN2": build_methods(tiny, tiny.model, PRESETS["RTN2"], fold=False)}
+    codecs = {"RTN2": build_methods(tiny, tiny.model, PRESETS["RTN2"])}
     window, found = capture(tiny, "quantization_error", codecs=codecs)
     hidden = tiny.model.layers[0].input_layernorm(tiny.model.embed_tokens(window))
     values = tiny.model.layers[0].self_attn.v_proj(hidden)[0].detach().unflatten(-1, (3, 16))  # (T, H_kv, D)
@@ -159,7 +159,7 @@ def test_each_layer_is_measured_with_its_own_order(tiny, tmp_path):
     errors = []
     for number, order in enumerate(orders):
         path = save_reorder_indices(tmp_path / f"{number}.safetensors", order, {"head_group_num": 3})
-        codecs = {"it": build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path, fold=False)}
+        codecs = {"it": build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path)}
         errors.append(capture(tiny, "quantization_error", codecs=codecs)[1]["quantization_error"])
     assert torch.equal(errors[0]["layers.0.it.keys"], errors[1]["layers.0.it.keys"])
     assert not torch.equal(errors[0]["layers.1.it.keys"], errors[1]["layers.1.it.keys"])
@@ -180,7 +180,7 @@ def test_a_capture_leaves_no_hook_and_no_trace(tiny):
 
 def test_announced_bytes_are_the_bytes_written(tiny):
     kinds = ("k_pre_rope", "k_post_rope", "k_rotated", "attention_scores", "quantization_error")
-    options = {"rotation": build_methods(tiny, tiny.model, PLAIN, fold=False)}
+    options = {"rotation": build_methods(tiny, tiny.model, PLAIN)}
     options["codecs"] = {"RTN2": build_methods(tiny, tiny.model, PRESETS["RTN2"])}
     _, found = capture(tiny, *kinds, layers=(1,), **options)
     request = CaptureRequest(kinds, (1,), (0, 1), (0, 3, 5), **options)
@@ -400,6 +400,6 @@ def test_another_kind_or_layer_is_refused(written):
 
 def test_quantization_error_with_a_recent_window(tiny):
     """What a call packs lies before its last tokens: the codec turns it at its own positions."""
-    codecs = {"it": build_methods(tiny, tiny.model, replace(PRESETS["RTN4"], residual_length=5), fold=False)}
+    codecs = {"it": build_methods(tiny, tiny.model, replace(PRESETS["RTN4"], residual_length=5))}
     _, found = capture(tiny, "quantization_error", codecs=codecs)
     assert found["quantization_error"]["layers.0.it.keys"].isfinite().all()
