@@ -11,7 +11,7 @@ from conftest import save_tiny_folder, tiny_model, tiny_text
 from safetensors.torch import load_file, save_file
 
 import PPL_evaluation
-from rotatekv import QuantConfig, RotateKVCache, capture_flags, patch_model
+from rotatekv import QuantConfig, capture_flags, patch_model
 from rotatekv.calibration import save_reorder_indices
 from rotatekv.capture import KINDS, CaptureRequest, capture_bytes, capture_window, relative_error
 from rotatekv.capture_files import CaptureInfo, read_capture, write_capture
@@ -121,20 +121,10 @@ def test_errors_are_those_of_the_real_cache_in_the_first_layer(tiny, config: Qua
     """Layer 0 sees the same input in both models, so a patched forward stores what the capture measured."""
     codecs = {"it": build_methods(tiny, tiny.model, config)}
     window, found = capture(tiny, "k_post_rope", "quantization_error", codecs=codecs)
-    seen = {}
-
-    def spy(attention, query, key, value, *args, **kwargs):
-        seen.setdefault("keys", key)
-        return plain(attention, query, key, value, *args, **kwargs)
-
-    from rotatekv import attention as module
-
-    plain = module.ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
-    with patch_model(tiny, config), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(module.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *args: spy)
-        tiny(window, past_key_values=RotateKVCache.for_model(tiny))
+    with patch_model(tiny, config), torch.no_grad():
+        seen = tiny(window).past_key_values.layers[0].keys
     exact = found["k_post_rope"]["layers.0.keys"]
-    expected = (seen["keys"][0] - exact).pow(2).sum((0, 2)).sqrt() / exact.pow(2).sum((0, 2)).sqrt()
+    expected = (seen[0] - exact).pow(2).sum((0, 2)).sqrt() / exact.pow(2).sum((0, 2)).sqrt()
     torch.testing.assert_close(found["quantization_error"]["layers.0.it.keys"], expected, atol=1e-4, rtol=1e-3)
     values = found["quantization_error"]["layers.0.it.values"]
     assert values.max() > 0.05 and not torch.allclose(values, expected, rtol=0.01)
