@@ -190,12 +190,12 @@ class _Exact(KVMethod):
 class _KeysAlone(RotateKVPlus):
     """RotateKV+ with values as they are (rotated, which loses nothing)."""
 
-    can_fuse, value_form, value_store = False, None, TokenStore
+    can_fuse, value_store = False, TokenStore
     encode_values, decode_values = FP16.encode_values, FP16.decode_values
 
 
 class _ValuesAlone(RotateKVPlus):
     """RotateKV+ with keys as they are (transformed, which loses nothing)."""
 
-    can_fuse, value_form, key_store = False, None, TokenStore
+    can_fuse, key_store = False, TokenStore
     encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys
