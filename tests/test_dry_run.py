@@ -24,11 +24,12 @@ from rotatekv.kernels.triton import dry_run
 from rotatekv.kernels.triton.dry_run import DryRun
 from rotatekv.kernels.triton.start import Unusable, start, unusable
 
-# capability, heads, preset: kernels compiled. quantize and dequantize, for keys and for values where these differ,
-# split, merge, and exact where there are sinks or a window: once each. The first capability is the smallest GPU's.
+# capability, heads, preset: kernels compiled. transform (with a rotation), quantize and dequantize, for keys and
+# for values where these differ, split, merge, and exact where there are sinks or a window: once each. The first
+# capability is the smallest GPU's.
 MODELS = {
-    (86, "9/3x64", "RotateKV2"): 7, (86, "14/2x64", "RotateKV3+"): 7, (86, "32/8x128", "QuaRot4"): 5,
-    (86, "8/1x256", "RotateKV4"): 7, (80, "32/32x128", "RTN2"): 4, (90, "32/8x128", "RotateKV2"): 7,
+    (86, "9/3x64", "RotateKV2"): 9, (86, "14/2x64", "RotateKV3+"): 9, (86, "32/8x128", "QuaRot4"): 5,
+    (86, "8/1x256", "RotateKV4"): 8, (80, "32/32x128", "RTN2"): 4, (90, "32/8x128", "RotateKV2"): 9,
 }  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def test_torch_does_what_a_gpu_too_small_cannot(preset, monkeypatch):
     with DryRun(86) as dry, pytest.warns(RuntimeWarning, match="OutOfResources") as said:
         results["triton"] = logits()
         shapes = len(unusable)
-    assert {"quantize_kernel", "dequantize_kernel", "split_kernel"} == set(dry.refused) and not dry.launches
+    assert {"transform_kernel", "dequantize_kernel", "split_kernel"} == set(dry.refused) and not dry.launches
     assert sum("Triton kernel" in str(warning.message) for warning in said) == shapes
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     results["reference"] = logits()
