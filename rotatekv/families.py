@@ -59,9 +59,9 @@ def check_attention(config) -> None:
 
 
 def layer_geometry(attention: nn.Module) -> LayerGeometry:
-    config = attention.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    if head_dim is None:  # latent attention: keys and values of several widths
-        raise UserError(f"{type(attention).__name__} has no head_dim: this model's cache cannot be quantized")
+    for name, found in (("config", hasattr(attention, "config")), ("head_dim", head_dim is not None)):
+        if not found:  # attention older than transformers' attention functions; latent attention
+            raise UserError(f"{type(attention).__name__} has no {name}: this model's cache cannot be quantized")
+    heads = getattr(attention.config, "num_key_value_heads", None) or attention.config.num_attention_heads
     return LayerGeometry(attention.layer_idx, heads, head_dim)

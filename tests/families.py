@@ -130,12 +130,15 @@ FAMILIES = {
     "gemma2": Family(
         "gemma2", {**_HEAD, **_MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0}, fused_layers=0
     ),
-    "gemma3": Family("gemma3_text", {**_HEAD, **_MIXED, **_TWO_THETAS, "query_pre_attn_scalar": 16}, "two, linear"),
+    "gemma3": Family(
+        "gemma3_text", {**_HEAD, **_MIXED, **_TWO_THETAS, "query_pre_attn_scalar": 16},
+        "two thetas, linear in full layers",
+    ),
     "gemma3, one head of 256": Family(
-        "gemma3_text", {**_MIXED, "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}, "two"
+        "gemma3_text", {**_MIXED, "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}, "two thetas"
     ),
     "olmo2": Family("olmo2"),
-    "olmo3": Family("olmo3", {**_MIXED, **_TWO_THETAS}, "two, linear"),
+    "olmo3": Family("olmo3", {**_MIXED, **_TWO_THETAS}, "two thetas, linear in full layers"),
     "granite": Family("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.5}),
     "cohere": Family("cohere", {"use_qk_norm": True}, "interleaved", interleaved=True, fused_layers=0),
     "cohere2": Family(
@@ -145,7 +148,7 @@ FAMILIES = {
     "glm4": Family("glm4", {**_HEAD, **_HALF}, "interleaved, partial, 1/2", interleaved=True, fused_layers=0),
     "stablelm": Family("stablelm", {**_QUARTER, "use_qkv_bias": True}, "partial, 1/4"),
     "starcoder2": Family("starcoder2", {"sliding_window": WINDOW}),
-    "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}, "none in every fourth layer", no_rope=(1,)),
+    "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}, "none in some layers", no_rope=(1,)),
     "exaone4": Family("exaone4", _MIXED, "none in full layers", no_rope=(1,)),
     "gpt_oss": Family(
         "gpt_oss", {**_HEAD, **_MIXED, **rope("yarn", **_YARN), "num_local_experts": 4}, "yarn", fused_layers=0
@@ -178,6 +181,10 @@ FAMILIES = {
     ),
     "deepseek_v3": Family("deepseek_v3", _LATENT, "interleaved", refused="DeepseekV3Attention has no head_dim"),
     "diffllama": Family("diffllama", refused=r"layers\.0\.self_attn attends otherwise with the cache than without"),
+    "gpt_neox_japanese": Family("gpt_neox_japanese", refused="GPTNeoXJapaneseAttention has no config"),
+    "hunyuan_v1_dense": Family(
+        "hunyuan_v1_dense", _HEAD, "default, then a norm", refused=r"layers\.0\.self_attn turns its keys in a way"
+    ),
     "gpt2": Family("gpt2", {"n_embd": 64, "n_head": 4}, "none", refused="has no decoder with rotary attention"),
 }  # fmt: skip
 
