@@ -34,7 +34,9 @@ from rotatekv.weights import calibration_digests, weights_digest
 
 __all__ = ["PatchHandle", "handle_of", "is_patched", "patch_model", "unpatch_model"]
 
-_MISSING = object()
+
+class _Missing:
+    """What an attribute was before that was not there; a class, as copies and pickles of it are itself."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ class PatchHandle:
 
     def set(self, owner: object, name: str, value: object) -> None:
         """Change an attribute of one instance. What undoes it is noted first: an interrupt finds all or nothing."""
-        self.changes.append(_Attribute(owner, name, vars(owner).get(name, _MISSING)))
+        self.changes.append(_Attribute(owner, name, vars(owner).get(name, _Missing)))
         setattr(owner, name, value)
 
     def hook(self, module: nn.Module, kind: str, function, **options) -> None:
@@ -102,7 +104,7 @@ class _Attribute:
     before: object
 
     def undo(self) -> None:
-        if self.before is not _MISSING:
+        if self.before is not _Missing:
             setattr(self.owner, self.name, self.before)
         elif self.name in vars(self.owner):
             delattr(self.owner, self.name)
