@@ -24,7 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache, handed_over
 from rotatekv.compat import outside_compiled_graphs
-from rotatekv.sinks import give_sinks
 from rotatekv.window import attend_with_own_windows
 
 NAME = "rotatekv"  # of the attention function
@@ -113,14 +112,8 @@ def _is_plain(stock: Attention, options: dict) -> bool:
 def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
     """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
     found = (x for x in (*args, *kwargs.values()) if isinstance(x, RotateKVCache))  # GPT-NeoX says layer_past
-    cache = next(found, None)
-    if cache is None or not cache.config.Attention_Sink_Aware:
-        return
-    hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, hidden_size)
-    if cache.parts is None:
-        return give_sinks(cache.layers[layer], hidden_states, cache.token_mask)
-    for part in cache.parts.running():
-        give_sinks(part.cache.layers[layer], part.of(hidden_states, 1))
+    if (cache := next(found, None)) is not None:
+        cache.choose_sinks(layer, args[0] if args else kwargs["hidden_states"])
 
 
 class _NoGradient(torch.autograd.Function):

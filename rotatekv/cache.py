@@ -17,6 +17,7 @@ from rotatekv.errors import UserError
 from rotatekv.methods import KVMethod
 from rotatekv.parts import Parts, SplitLayer
 from rotatekv.rope import LayerRope, Positions
+from rotatekv.sinks import give_sinks
 
 _HANDED = "_rotatekv_handed"  # on the keys that ``update`` returns
 
@@ -72,7 +73,7 @@ class RotateKVCache(Cache):
         self.fused_call: FusedCall | None = None
         self.parts: Parts | None = None
         self._tokens = 0  # that are stored, but for a running call's
-        self._running, self._awaited = False, set()
+        self._running, self._awaited, self._with_sinks = False, set(), set()
 
     def follow(self, spec: CacheSpec) -> None:
         """Take the RoPE of a model whose ``rotary_emb`` is another one by now."""
@@ -180,7 +181,7 @@ class RotateKVCache(Cache):
         missing = sorted({*self._awaited, *self._without(tokens)}) if self._running and not failed else []
         failed = failed or bool(missing)
         self.token_mask = self.fused_call = None
-        self.first_call_is_exact, self._running, self._awaited = False, False, set()
+        self.first_call_is_exact, self._running, self._awaited, self._with_sinks = False, False, set(), set()
         for layer in self._own_layers():
             layer.end_call(failed)
         if self.parts is not None:
@@ -193,7 +194,7 @@ class RotateKVCache(Cache):
         if missing:
             raise RuntimeError(
                 f"layers {missing} attended without the cache, in full precision: switch gradient checkpointing off, "
-                "or unpatch_model(model) before training"
+                "unpatch_model(model) before training, and before you exchange its layers"
             )
 
     def _without(self, tokens: int) -> list[int]:
@@ -238,6 +239,11 @@ class RotateKVCache(Cache):
         which finds this cache by them."""
         if not self._running:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
+        if self.config.Attention_Sink_Aware and layer_idx not in self._with_sinks:
+            raise RuntimeError(
+                f"no attention sinks were named in layer {layer_idx}: unpatch_model(model) before you "
+                "exchange its layers, and patch it again"
+            )
         if self.parts is None:
             self.layers[layer_idx].write(key_states, value_states)
         else:
@@ -246,6 +252,16 @@ class RotateKVCache(Cache):
         setattr(key_states, _HANDED, (self, layer_idx))
         self._awaited.add(layer_idx)
         return key_states, value_states
+
+    def choose_sinks(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        """Name the call's tokens that stay unquantized in a layer, by its (B, T, hidden_size) input."""
+        if not self.config.Attention_Sink_Aware:
+            return
+        self._with_sinks.add(layer_idx)
+        if self.parts is None:
+            return give_sinks(self.layers[layer_idx], hidden_states, self.token_mask)
+        for part in self.parts.running():
+            give_sinks(part.cache.layers[layer_idx], part.of(hidden_states, 1))
 
     def take(self, layer_idx: int) -> None:
         """The attention function has what ``update`` returned for this layer."""
