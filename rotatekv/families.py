@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from rotatekv.errors import UserError
@@ -65,3 +66,19 @@ def layer_geometry(attention: nn.Module) -> LayerGeometry:
             raise UserError(f"{type(attention).__name__} has no {name}: this model's cache cannot be quantized")
     heads = getattr(attention.config, "num_key_value_heads", None) or attention.config.num_attention_heads
     return LayerGeometry(attention.layer_idx, heads, head_dim)
+
+
+def input_device(text_model: nn.Module) -> torch.device:
+    """Where a call's token ids lie: with the embedding, or where accelerate's hook brings one that is offloaded.
+
+    Raises:
+        UserError: the model has no weights.
+    """
+    embedding = text_model.get_input_embeddings()
+    device = next((x.device for x in (*embedding.parameters(), *embedding.buffers())), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    if not hasattr(embedding, "_hf_hook"):
+        raise UserError("the model is on the meta device, without weights: load them first")
+    device = getattr(embedding._hf_hook, "execution_device", None)
+    return torch.device("cpu" if device is None else device)

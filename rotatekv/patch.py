@@ -21,6 +21,7 @@ from transformers import GenerationMixin
 from rotatekv.attention import NAME, STOCK_CONFIG, choose_sinks
 from rotatekv.cache import CacheSpec
 from rotatekv.calibration import CalibrationTarget, load_statistics, placeholders
+from rotatekv.changes import Changes
 from rotatekv.compat import check_versions
 from rotatekv.config import QuantConfig, resolve_config
 from rotatekv.errors import UserError
@@ -33,10 +34,6 @@ from rotatekv.rope import LayerRope, ModelRope, rotary_function
 from rotatekv.weights import calibration_digests, weights_digest
 
 __all__ = ["PatchHandle", "handle_of", "is_patched", "patch_model", "unpatch_model"]
-
-
-class _Missing:
-    """What an attribute was before that was not there; a class, as copies and pickles of it are itself."""
 
 
 @dataclass
@@ -52,7 +49,7 @@ class PatchHandle:
     held_spec: CacheSpec
     fingerprint: str
     warned_of_padding: bool = False
-    changes: list = field(default_factory=list, repr=False)
+    changes: Changes = field(default_factory=Changes, repr=False)
 
     external = False  # as against HF's own cache: rotatekv/external.py
 
@@ -73,21 +70,9 @@ class PatchHandle:
             self.held_spec = replace(self.held_spec, ropes=ropes)
         return self.held_spec
 
-    def set(self, owner: object, name: str, value: object) -> None:
-        """Change an attribute of one instance. What undoes it is noted first: an interrupt finds all or nothing."""
-        self.changes.append(_Attribute(owner, name, vars(owner).get(name, _Missing)))
-        setattr(owner, name, value)
-
-    def hook(self, module: nn.Module, kind: str, function, **options) -> None:
-        """Register a hook, ``forward_pre`` or ``forward``, with keyword arguments."""
-        self.changes.append(_Hook(module, kind, function))
-        getattr(module, f"register_{kind}_hook")(function, with_kwargs=True, **options)
-
     def undo(self) -> None:
-        """Take everything out; harmless where something is out already."""
-        for change in reversed(self.changes):
-            change.undo()
-        self.changes = []
+        """Take everything out."""
+        self.changes.undo()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -95,35 +80,6 @@ class PatchHandle:
     def __exit__(self, *exc_info) -> None:
         if is_patched(self.model):
             unpatch_model(self.model)
-
-
-@dataclass(frozen=True)
-class _Attribute:
-    owner: object
-    name: str
-    before: object
-
-    def undo(self) -> None:
-        if self.before is not _Missing:
-            setattr(self.owner, self.name, self.before)
-        elif self.name in vars(self.owner):
-            delattr(self.owner, self.name)
-
-
-@dataclass(frozen=True)
-class _Hook:
-    module: nn.Module
-    kind: str
-    function: object
-
-    def undo(self) -> None:
-        hooks = getattr(self.module, f"_{self.kind}_hooks")
-        for number in [number for number, function in hooks.items() if function is self.function]:
-            for of_module in (hooks, *(getattr(self.module, f"_{self.kind}_hooks_{x}", {}) for x in _HOOK_FLAGS)):
-                of_module.pop(number, None)
-
-
-_HOOK_FLAGS = ("with_kwargs", "always_called")
 
 
 def patch_model(
@@ -171,10 +127,10 @@ def patch_with_methods(model: nn.Module, config: QuantConfig, methods: Sequence[
     handle = PatchHandle(model, text_model, spec, fingerprint)
     try:
         prove(handle, partial(_put_in, handle, config))
+        return handle
     except BaseException:  # out of memory, Ctrl-C
         handle.undo()
         raise
-    return handle
 
 
 def layer_ropes(text_model: nn.Module) -> tuple[LayerRope | None, ...]:
@@ -187,23 +143,23 @@ def layer_ropes(text_model: nn.Module) -> tuple[LayerRope | None, ...]:
 
 
 def _put_in(handle: PatchHandle, config: QuantConfig) -> None:
-    model, text_model = handle.model, handle.text_model
-    handle.set(text_model, HANDLE, handle)
+    model, text_model, changes = handle.model, handle.text_model, handle.changes
+    changes.set(text_model, HANDLE, handle)
     for number, (layer, attention) in enumerate(zip(text_model.layers, attention_modules(text_model), strict=True)):
         if attention is None:
             continue
         named = copy.copy(attention.config)
         named._attn_implementation_internal = NAME
         setattr(named, STOCK_CONFIG, attention.config)
-        handle.set(attention, "config", named)
+        changes.set(attention, "config", named)
         if config.Attention_Sink_Aware:
-            handle.hook(layer, "forward_pre", partial(choose_sinks, layer=number))
-    handle.hook(text_model, "forward_pre", enter_forward)
-    handle.hook(text_model, "forward", leave_forward, always_call=True)
+            changes.hook(layer, "forward_pre", partial(choose_sinks, layer=number), with_kwargs=True)
+    changes.hook(text_model, "forward_pre", enter_forward, with_kwargs=True)
+    changes.hook(text_model, "forward", leave_forward, with_kwargs=True, always_call=True)
     for module in model.modules():
         for name, function in GENERATION.items() if isinstance(module, GenerationMixin) else ():
             if hasattr(module, name):
-                handle.set(module, name, partial(function, module))
+                changes.set(module, name, partial(function, module))
 
 
 def unpatch_model(model: nn.Module) -> None:

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from rotatekv.cache import CacheSpec, RotateKVCache
+from rotatekv.changes import passing_changes
 from rotatekv.compat import CACHE_NAME
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
-from rotatekv.families import attention_modules, layer_geometry
+from rotatekv.families import attention_modules, input_device, layer_geometry
 from rotatekv.methods.fp16 import FP16
 from rotatekv.rope import LayerRope
 
@@ -194,10 +195,9 @@ def _limit(dtype: torch.dtype) -> float:
 
 def _prompt(text_model: nn.Module, padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids, mask and positions of the prompt and the step, (2, T + 1) int64 each, always the same."""
-    embedding = text_model.get_input_embeddings()
     count = 2 * (_TOKENS + 1)
-    ids = torch.arange(count, dtype=torch.int64, device=embedding.weight.device) * 7919 + 11
-    ids = (ids % embedding.weight.shape[0]).view(2, -1)
+    ids = torch.arange(count, dtype=torch.int64, device=input_device(text_model)) * 7919 + 11
+    ids = (ids % text_model.config.vocab_size).view(2, -1)
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
@@ -211,7 +211,7 @@ def _name(text_model: nn.Module, attention: nn.Module | None) -> str:
 def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[Callable[[int], None]]:
     """Note what comes into the decoder layers and what their attention gives, or put ``inputs`` in; yields what to call
     with the number of each call."""
-    call, hooks = [0], []
+    call = [0]
 
     def before(number: int, args: tuple, kwargs: dict):
         if inputs is not None:
@@ -226,19 +226,16 @@ def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[
     def start(number: int) -> None:
         call[0] = number
 
-    try:
+    with passing_changes() as changes:
         for number, layer in enumerate(text_model.layers):
-            pre = layer.register_forward_pre_hook(
-                lambda module, args, kwargs, number=number: before(number, args, kwargs), with_kwargs=True, prepend=True
-            )
-            hooks.append(pre)
+            changes.hook(
+                layer, "forward_pre", lambda module, args, kwargs, number=number: before(number, args, kwargs),
+                with_kwargs=True, prepend=True,
+            )  # fmt: skip
             attention = attention_modules(text_model)[number]
             if attention is not None:
-                hooks.append(attention.register_forward_hook(lambda m, a, output, number=number: after(number, output)))
+                changes.hook(attention, "forward", lambda m, args, output, number=number: after(number, output))
         yield start
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _real(x: torch.Tensor, padding: int, call: int) -> torch.Tensor:
@@ -249,13 +246,10 @@ def _real(x: torch.Tensor, padding: int, call: int) -> torch.Tensor:
 @contextmanager
 def _evaluating(text_model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout, no autocast."""
-    training = [module for module in text_model.modules() if module.training]
-    device = text_model.get_input_embeddings().weight.device.type
-    try:
-        for module in training:
-            module.training = False
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+    with passing_changes() as changes:
+        for module in text_model.modules():
+            if module.training:
+                changes.set(module, "training", False)
+        no_autocast = torch.autocast(input_device(text_model).type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), no_autocast:
             yield
-    finally:
-        for module in training:
-            module.training = True

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-import io
-import multiprocessing
 import pickle
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import rotatekv.fuse
 import torch
 from conftest import tiny_model
 from test_generate import generate
 from test_rotatekv_plus import random_statistics
 
+import rotatekv
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
 from rotatekv.calibration import save_statistics
-from rotatekv.patch import handle_of, is_patched
+from rotatekv.patch import is_patched
 
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, num_sink_entries=6)
 CONFIGS = {
@@ -171,73 +172,123 @@ def test_early_exit_is_refused_before_it_starts():
         assert torch.equal(generate(model, ids).sequences, expected)
 
 
-@pytest.mark.parametrize("call", range(1, 7))
-def test_patching_broken_off_leaves_the_stock_model(call, monkeypatch):
-    """Each of the six weights of two layers in turn is the one that does not fit in memory."""
-    model, ids, calls = tiny_model(), token_ids(12), []
-    stock, parameters = model(ids).logits, dict(model.named_parameters())
+# --- patching is all or nothing --------------------------------------------------------------------------------------
 
-    parameter = torch.nn.Parameter
-
-    def run_out(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise MemoryError
-        return parameter(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rotatekv.fuse.nn, "Parameter", run_out)
-        with pytest.raises(MemoryError):
-            patch_model(model, ROTATEKV2)
-    assert not is_patched(model) and torch.equal(model(ids).logits, stock)
-    assert all(x is parameters[name] for name, x in model.named_parameters())
-    with patch_model(model, ROTATEKV2):
-        assert not torch.equal(model(ids).logits, stock)
+PACKAGE = Path(rotatekv.__file__).parent
+CHANGES_THE_MODEL = ("changes.py", "patch.py")
 
 
-# --- copies and pickles ----------------------------------------------------------------------------------------------
+def everything(model) -> list:
+    """What every module and config holds, the objects themselves; hooks and flags are among it."""
+    owners = [*model.modules(), model.config, model.generation_config]
+    held = [(owner, name, value) for owner in owners for name, value in vars(owner).items()]
+    inside = [(name, *item) for _, name, value in held if isinstance(value, dict) for item in value.items()]
+    return [*held, *inside, *model.state_dict().items()]
 
 
-@pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize("name", ["FP16", "RotateKV2"])
-def test_a_deep_copy_of_a_patched_model_is_one_of_its_own(name, inner):
-    model, ids = tiny_model(), token_ids(12)
-    stock, weights = model(ids).logits, {name: x.clone() for name, x in model.named_parameters()}
-    handle = patch_model(model, CONFIGS[name])
-    expected = model(ids).logits
-    whole = handle_of(copy.deepcopy(model.model if inner else model)).model
-    assert whole is not model and whole.model is not model.model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert torch.equal(whole(ids).logits, expected)
-    assert is_patched(model) and handle_of(model) is handle
-    unpatch_model(whole)
-    assert torch.equal(whole(ids).logits, stock)
-    assert all(torch.equal(x, weights[name]) for name, x in whole.named_parameters())
-    assert "forward" not in vars(whole.model) and "forward" not in vars(whole.model.layers[0].self_attn)
-    assert is_patched(model)
+def is_as_it_was(model, before: list, weights: list[torch.Tensor]) -> bool:
+    now = everything(model)
+    same = len(now) == len(before) and all(
+        a == b if isinstance(a, str | int) else a is b or isinstance(a, torch.Tensor)  # state_dict makes new views
+        for one, other in zip(now, before, strict=True) for a, b in zip(one, other, strict=True)
+    )  # fmt: skip
+    return same and all(map(torch.equal, model.state_dict().values(), weights)) and not is_patched(model)
 
 
-def work(model) -> None:
-    """Of a spawned process."""
+@contextmanager
+def traced(on_line):
+    """``on_line`` (frame) before every line of the package."""
+
+    def trace(frame, event, arg):
+        if event == "call":
+            return trace if frame.f_code.co_filename.startswith(str(PACKAGE)) else None
+        if event == "line":
+            on_line(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
-@pytest.mark.parametrize("name", ["FP16", "RotateKV2"])
-def test_pickling_a_patched_model_is_refused_in_one_line(name):
-    model, ids = tiny_model(), token_ids(12)
+def lines_of_patching(model) -> list[tuple[str, int]]:
+    lines = []
+    with traced(lambda frame: lines.append((Path(frame.f_code.co_filename).name, frame.f_lineno))):
+        patch_model(model, ROTATEKV2)
+    unpatch_model(model)
+    return lines
+
+
+def break_off_at(model, number: int, error: type[BaseException]) -> None:
+    """Patch, with ``error`` raised before the line of that number."""
+    left = number
+
+    def count(frame):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+
+    with pytest.raises(error), traced(count):
+        patch_model(model, ROTATEKV2)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_patching_broken_off_at_any_line_leaves_the_model_as_it_was():
+    """Every time a line runs that changes the model, and the first time for a third of the others."""
+    model, ids = tiny_model(num_hidden_layers=1), token_ids(12)
     stock = model(ids).logits
-    with patch_model(model, CONFIGS[name]):
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(model,))
-        for give_away in (
-            lambda: pickle.dumps(model), lambda: pickle.dumps({"a": model.model}),
-            lambda: pickle.dumps(model.model.layers[0]), lambda: pickle.dumps(model.model.layers[0].self_attn),
-            lambda: torch.save(model, io.BytesIO()), process.start,
-        ):  # fmt: skip
-            with pytest.raises(UserError, match="cannot be pickled: call unpatch_model") as caught:
-                give_away()
-            assert "\n" not in str(caught.value)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, stock)
+    model.model.layers.train()
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *args: None)
+    lines_of_patching(model)  # what is made once, at the first time, is there
+    lines = lines_of_patching(model)
+    before, weights = everything(model), [x.clone() for x in model.state_dict().values()]
+    random = torch.get_rng_state()
+    seen, places = set(), []
+    for number, line in enumerate(lines):
+        if line[0] in CHANGES_THE_MODEL or (line not in seen and len(seen) % 3 == 0):
+            places.append(number)
+        seen.add(line)
+    assert len(places) > 400 and {lines[number][0] for number in places} >= {"proof.py", "hooks.py", "cache.py"}
+    for number in places:
+        break_off_at(model, number, KeyboardInterrupt if number % 2 else MemoryError)
+        assert is_as_it_was(model, before, weights), lines[number]
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), random)
+    hook.remove()
+    model.eval()
+    assert torch.equal(model(ids).logits, stock)
+    with patch_model(model, ROTATEKV2):
+        patched = model(ids).logits
+    with patch_model(tiny_model(num_hidden_layers=1), ROTATEKV2) as handle:
+        assert torch.equal(patched, handle.model(ids).logits)
+
+
+def test_unpatching_broken_off_at_any_line_is_done_by_unpatching_again():
+    model = tiny_model(num_hidden_layers=1)
+    before, weights, number, broken_off = everything(model), [x.clone() for x in model.state_dict().values()], 0, True
+    while broken_off:
+        patch_model(model, ROTATEKV2)
+        left, number = number, number + 3
+
+        def count(frame):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        try:
+            with traced(count):
+                unpatch_model(model)
+            broken_off = False
+        except KeyboardInterrupt:
+            if is_patched(model):
+                unpatch_model(model)
+        assert is_as_it_was(model, before, weights), number
+    assert number > 100
 
 
 def test_a_cache_is_copied_whole(patched):
