@@ -54,18 +54,13 @@ def enter_forward(text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         kwargs = {"input_ids": args[0], **kwargs}
         if len(args) > 1:
             raise UserError("a patched model takes its arguments after input_ids by name")
+    check_layers(handle)
     given = cache = find_cache(kwargs)
     if cache is None:
         cache = RotateKVCache(handle.spec)
     check_cache(handle, cache)
     cache.follow(handle.spec)
     check_attention(text_model.config)
-    layers = text_model.config.num_hidden_layers
-    if min(layers, len(text_model.layers)) != len(cache.layers):
-        raise UserError(
-            f"config.num_hidden_layers is {layers}, the model was patched with {len(cache.layers)} layers: "
-            f"set it to {len(cache.layers)} again"
-        )
     kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
     tokens = embeds if embeds is not None else ids
@@ -127,9 +122,20 @@ def check_cache(handle: PatchHandle, cache) -> None:
         raise UserError("the cache was made under another config, model or calibration than the model is patched with")
 
 
+def check_layers(handle: PatchHandle) -> None:
+    """Raises UserError for a model of fewer or more layers than were patched."""
+    layers, patched = handle.text_model.config.num_hidden_layers, len(handle.held_spec.methods)
+    if min(layers, len(handle.text_model.layers)) != patched:
+        raise UserError(
+            f"config.num_hidden_layers is {layers}, the model was patched with {patched} layers: set it to {patched} "
+            "again"
+        )
+
+
 def prepare_cache(model: nn.Module, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
     """Stands in for ``GenerationMixin._prepare_cache_for_generation``."""
     handle = handle_of(model)
+    check_layers(handle)
     if generation_config.cache_implementation is not None:
         raise UserError(
             f"cache_implementation={generation_config.cache_implementation!r} is not possible in a patched model: "

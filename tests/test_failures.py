@@ -76,6 +76,7 @@ def test_a_call_broken_off_anywhere_is_as_if_it_had_not_been(error, patched):
                 patched(**call, past_key_values=broken)
             hook.remove()
             assert broken.get_seq_length() == whole.get_seq_length()
+            broken.settle()  # after Ctrl-C: the next call would do it
             after = list(broken.tensors())
             assert len(after) == len(before) and all(map(torch.equal, after, before))
         expected = patched(**call, past_key_values=whole).logits
@@ -98,6 +99,8 @@ def test_a_padded_batchs_call_broken_off_is_as_if_it_had_not_been(patched):
         with pytest.raises(Broken):
             patched(**call, past_key_values=broken)
         hook.remove()
+        assert broken.get_seq_length() == whole.get_seq_length()
+        broken.settle()
         after = list(broken.tensors())
         assert len(after) == len(before) and all(map(torch.equal, after, before))
         expected = patched(**call, past_key_values=whole).logits
@@ -238,7 +241,7 @@ def break_off_at(model, number: int, error: type[BaseException]) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_patching_broken_off_at_any_line_leaves_the_model_as_it_was():
-    """Every time a line runs that changes the model, and the first time for a third of the others."""
+    """Every time a line runs that changes the model, and the first time for a quarter of the others."""
     model, ids = tiny_model(num_hidden_layers=1), token_ids(12)
     stock = model(ids).logits
     model.model.layers.train()
@@ -249,7 +252,7 @@ def test_patching_broken_off_at_any_line_leaves_the_model_as_it_was():
     random = torch.get_rng_state()
     seen, places = set(), []
     for number, line in enumerate(lines):
-        if line[0] in CHANGES_THE_MODEL or (line not in seen and len(seen) % 3 == 0):
+        if line[0] in CHANGES_THE_MODEL or (line not in seen and len(seen) % 4 == 0):
             places.append(number)
         seen.add(line)
     assert len(places) > 400 and {lines[number][0] for number in places} >= {"proof.py", "hooks.py", "cache.py"}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from conftest import tiny_model
@@ -276,6 +277,29 @@ def test_a_layer_exchanged_while_patched_is_refused_until_the_model_is_patched_a
     assert torch.equal(freshly_patched(patched), freshly_patched(fresh))
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_before_and_after_patching(where, patched, tmp_path):
+    """Parameters lie on the meta device but for the moment that they are used."""
+
+    def offload(model):
+        if where == "cpu":
+            return accelerate.cpu_offload(model, execution_device="cpu")
+        return accelerate.disk_offload(model, tmp_path / str(id(model)), execution_device="cpu")
+
+    expected, fresh = logits(patched), tiny_model()
+    offload(fresh)
+    assert all(x.is_meta for x in fresh.parameters())
+    assert torch.equal(freshly_patched(fresh), expected)
+    offload(patched)
+    assert torch.equal(logits(patched), expected)
+
+
+def test_a_model_without_weights_is_refused(tiny):
+    with pytest.raises(UserError, match="meta device, without weights: load them first"):
+        patch_model(tiny.to("meta"), ROTATEKV2)
+    assert not is_patched(tiny)
+
+
 # --- the compiler ----------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +324,9 @@ def test_a_compiled_model_attends_in_the_kernels_with_few_graphs_a_layer(monkeyp
         eager, compiled = len(calls), torch.compile(model, backend=count)
         got = [compiled(IDS[:, : STEPS[0]], past_key_values=cache).logits]
         assert 2 < len(graphs) <= 2 * 3 + 3
-        got += [compiled(ids, past_key_values=cache).logits for ids in IDS[:, STEPS[0] :].split(STEPS[1:], dim=1)]
-        torch.testing.assert_close(torch.cat(got, dim=1), expected)
-        assert len(calls) - eager == eager == 2 * 3
+        got += [compiled(IDS[:, [step]], past_key_values=cache).logits for step in (36, 37)]
+        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, :38])
+        assert eager == 2 * 3 and len(calls) - eager == 2 * 2
     torch._dynamo.reset()
 
 
@@ -426,6 +450,5 @@ def test_quantized_weights_before_and_after_patching(quantize, patched, stock):
     assert torch.equal(stock_logits(fresh), before)
     quantize(patched)
     assert torch.equal(logits(patched), expected)
-    assert torch.equal(logits(copy.deepcopy(patched)), expected)
     unpatch_model(patched)
     assert torch.equal(stock_logits(patched), before)
