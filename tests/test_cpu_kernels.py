@@ -392,3 +392,46 @@ def test_a_cache_whose_memory_moved_is_found_where_it_lies():
         assert old.data_ptr() != tensor.data_ptr()
         old.zero_()
     assert torch.equal(cpu.decode_attention(**step), out)
+
+
+def test_a_call_with_other_arguments_forgets_what_blocks_remember_of_the_last_one():
+    shape = Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4, window=5, sinks=3, plus=True)
+    step, other = random_step(shape), random_step(replace(shape, seed=1))
+    kept = step | {name: Blocks(step[name]) for name in ("keys", "values")}
+    affine = Affine(step["options"].key_affine.factor, other["options"].key_affine.offset)
+    for change in (
+        {"exact": None}, {"values": other["values"]}, {"group_of_channel": other["group_of_channel"]},
+        {"first": torch.tensor([3, 50], dtype=torch.int32)}, {"total_tokens": 71},
+        {"queries": other["queries"][:, :3].contiguous()},
+        *(
+            {"options": replace(step["options"], **options)}
+            for options in (
+                {"rope": None}, {"key_affine": None}, {"key_affine": affine}, {"sliding_window": 9},
+                {"unrotate_values": True}, {"softmax_scale": 0.5}, {"rotation_width": 64},
+                {"rope": replace(step["options"].rope, attention_scaling=1.0)},
+            )
+        ),
+    ):  # fmt: skip
+        for arguments in ({**kept, **change}, kept):
+            plain = arguments | {name: dict(arguments[name]) for name in ("keys", "values")}
+            assert torch.equal(cpu.decode_attention(**arguments), cpu.decode_attention(**plain))
+    shorter = {name: plane[:1] for name, plane in kept["values"].items()}  # at the same addresses
+    with pytest.raises(ValueError, match="values"):
+        cpu.decode_attention(**{**kept, "values": shorter})
+
+
+def test_a_write_with_other_arguments_forgets_what_blocks_remember_of_the_last_one():
+    write = Write(batch=2, tokens=3, start=17, bits=3, rotary_dim=64, affine=True, reorder=True, heads_per_group=3)
+    step, other = random_write(write), random_write(replace(write, seed=1))
+    kept = step["packed"]
+    for change in (
+        {"order": None}, {"order": other["order"]}, {"affine": None}, {"affine": other["affine"]}, {"unrope": None},
+        {"rotation_width": 64}, {"clip_ratio": 0.8}, {"heads": other["heads"][:, :, :1], "unrope": None},
+        {"heads": other["heads"].bfloat16()}, {"heads": other["heads"].transpose(0, 1).contiguous().transpose(0, 1)},
+        {"start": 2},
+    ):  # fmt: skip
+        for arguments in ({**step, **change}, step):
+            plain = {name: plane.clone() for name, plane in kept.items()}
+            cpu.quantize_into_blocks(**{**arguments, "packed": plain})
+            cpu.quantize_into_blocks(**arguments)
+            assert all(torch.equal(plain[name], kept[name]) for name in kept)

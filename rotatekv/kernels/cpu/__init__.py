@@ -16,7 +16,14 @@ from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
-from rotatekv.kernels.cpu.checks import hadamard_base_pointer, packed_pointers, pointer, rope_pointers, strided_pointer
+from rotatekv.kernels.cpu.checks import (
+    hadamard_base_pointer,
+    packed_pointers,
+    pointer,
+    remembered,
+    rope_pointers,
+    strided_pointer,
+)
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
@@ -73,29 +80,17 @@ def decode_attention(
         ValueError: a shape, dtype, stride or index is wrong.
         RuntimeError: the kernel is not available, see ``available``.
     """
-    batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")
-    channels = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2]
-    if dim != options.head_dim or channels % dim:
-        raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {options.head_dim}")
-    arguments = DecodeArguments(
-        structure_bytes=ctypes.sizeof(DecodeArguments),
-        batch=batch, query_heads=heads, kv_heads=channels // dim, head_dim=dim, query_tokens=query_tokens,
-        packed_tokens=packed_tokens, total_tokens=total_tokens, rotation_width=options.rotation_width,
-        unrotate_values=options.unrotate_values, threads=threads or torch.get_num_threads(),
-        softmax_scale=options.softmax_scale, attention_scaling=1.0,
-        keys=packed_pointers(keys, options.key_bits, batch, channels, "keys", options.key_tokens_per_scale),
-        values=packed_pointers(values, options.value_bits, batch, channels, "values"),
-        key_base=hadamard_base_pointer(options.rotation_width),
-        value_base=hadamard_base_pointer(dim if options.unrotate_values else 0),
-        queries=pointer(queries, torch.float32, (batch, heads, query_tokens, dim), "queries"),
-        group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
-        **_affine_pointers(options.key_affine, channels, "key_"),
-        first=pointer(first, torch.int32, (batch,), "first"), origin=pointer(origin, torch.int32, (batch,), "origin"),
-        sliding_window=options.sliding_window,
-    )  # fmt: skip
-    _set_rope(arguments, options)
-    _set_exact(arguments, exact, (channels // dim, dim))
-    output = torch.empty(batch, heads, query_tokens, dim, dtype=torch.float32, device="cpu")
+    shape = shape_of(queries, 4, "queries")
+    arguments = _prepared_decode(shape, keys, values, group_of_channel, options)
+    batch, kv_heads = shape[0], arguments.kv_heads
+    arguments.packed_tokens, arguments.total_tokens = packed_tokens, total_tokens
+    arguments.threads = threads or torch.get_num_threads()
+    arguments.queries = pointer(queries, torch.float32, shape, "queries")
+    arguments.first = pointer(first, torch.int32, (batch,), "first")
+    arguments.origin = pointer(origin, torch.int32, (batch,), "origin")
+    if exact is not None:
+        _set_exact(arguments, exact, (kv_heads, shape[3]))
+    output = torch.empty(shape, dtype=torch.float32, device="cpu")
     arguments.output = output.data_ptr()
     _call("attention", arguments, instruction_set)
     return output
@@ -131,20 +126,12 @@ def quantize_into_blocks(
         ValueError: a shape, dtype, stride or index is wrong.
         RuntimeError: the kernel is not available, see ``available``.
     """
-    batch, kv_heads, tokens, dim = shape_of(heads, 4, "heads")
-    channels = kv_heads * dim
-    blocks = packed_pointers(packed, bits, batch, channels, "packed")
-    if group_size * blocks.groups != channels:
-        raise ValueError(f"groups of {group_size} do not cut {channels} channels into {blocks.groups}")
+    shape = shape_of(heads, 4, "heads")
     strides, address = strided_pointer(heads, tuple(_NUMBERS), "heads")
-    arguments = QuantizeArguments(
-        structure_bytes=ctypes.sizeof(QuantizeArguments),
-        batch=batch, kv_heads=kv_heads, tokens=tokens, head_dim=dim,
-        batch_stride=strides[0], head_stride=strides[1], token_stride=strides[2], number=_NUMBERS[heads.dtype],
-        start=start, rotation_width=rotation_width, threads=threads or torch.get_num_threads(),
-        clip_ratio=clip_ratio, blocks=blocks, base=hadamard_base_pointer(rotation_width), heads=address,
-        order=_optional_indices(order, channels, "order"), **_affine_pointers(affine, channels),
-    )  # fmt: skip
+    arguments = _prepared_write(shape, packed, bits, group_size, clip_ratio, order, rotation_width, affine)
+    arguments.batch_stride, arguments.head_stride, arguments.token_stride, _ = strides
+    arguments.heads, arguments.number, arguments.start = address, _NUMBERS[heads.dtype], start
+    arguments.threads = threads or torch.get_num_threads()
     if unrope is not None:
         _set_unrope(arguments, *unrope)
     _call("quantize", arguments, instruction_set)
@@ -214,36 +201,83 @@ def _affine_pointers(affine: Affine | None, channels: int, prefix: str = "") -> 
     return {f"{prefix}{name}": pointer(getattr(affine, name), torch.float32, (channels,), name) for name in names}
 
 
+def _prepared_decode(
+    shape: tuple[int, ...], keys: Packed, values: Packed, group_of_channel: torch.Tensor | None, options: DecodeOptions
+) -> DecodeArguments:
+    """Arguments with all that stays the same from one decode step to the next; ``shape`` of the queries."""
+    o, rope = options, options.rope
+
+    def make() -> DecodeArguments:
+        batch, heads, query_tokens, dim = shape
+        channels = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2]
+        if dim != o.head_dim or channels % dim:
+            raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {o.head_dim}")
+        return DecodeArguments(
+            structure_bytes=ctypes.sizeof(DecodeArguments),
+            batch=batch, query_heads=heads, kv_heads=channels // dim, head_dim=dim, query_tokens=query_tokens,
+            rotation_width=o.rotation_width, unrotate_values=o.unrotate_values, sliding_window=o.sliding_window,
+            softmax_scale=o.softmax_scale, attention_scaling=1.0 if rope is None else rope.attention_scaling,
+            keys=packed_pointers(keys, o.key_bits, batch, channels, "keys", o.key_tokens_per_scale),
+            values=packed_pointers(values, o.value_bits, batch, channels, "values"),
+            key_base=hadamard_base_pointer(o.rotation_width),
+            value_base=hadamard_base_pointer(dim if o.unrotate_values else 0),
+            group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
+            **_affine_pointers(o.key_affine, channels, "key_"), **({} if rope is None else rope_pointers(rope)),
+        )  # fmt: skip
+
+    numbers = (
+        *shape, o.head_dim, o.key_bits, o.value_bits, o.softmax_scale, o.rotation_width, o.unrotate_values,
+        o.key_tokens_per_scale, o.sliding_window, rope is None or rope.attention_scaling,
+    )  # fmt: skip
+    tables = () if rope is None else (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin)
+    factors = () if o.key_affine is None else (o.key_affine.factor, o.key_affine.offset)
+    tensors = (*keys.values(), *values.values(), group_of_channel, *tables, *factors)
+    return remembered(keys, "decode", tensors, (len(keys), len(values), len(tables), *numbers), make)
+
+
+def _prepared_write(
+    shape: tuple[int, ...], packed: Packed, bits: int, group_size: int, clip_ratio: float, order: torch.Tensor | None,
+    rotation_width: int, affine: Affine | None,
+) -> QuantizeArguments:  # fmt: skip
+    """Arguments with all that stays the same from one write to the next; ``shape`` of the heads."""
+
+    def make() -> QuantizeArguments:
+        batch, kv_heads, tokens, dim = shape
+        channels = kv_heads * dim
+        blocks = packed_pointers(packed, bits, batch, channels, "packed")
+        if group_size * blocks.groups != channels:
+            raise ValueError(f"groups of {group_size} do not cut {channels} channels into {blocks.groups}")
+        return QuantizeArguments(
+            structure_bytes=ctypes.sizeof(QuantizeArguments),
+            batch=batch, kv_heads=kv_heads, tokens=tokens, head_dim=dim, rotation_width=rotation_width,
+            clip_ratio=clip_ratio, blocks=blocks, base=hadamard_base_pointer(rotation_width),
+            order=_optional_indices(order, channels, "order"), **_affine_pointers(affine, channels),
+        )  # fmt: skip
+
+    factors = () if affine is None else (affine.factor, affine.offset)
+    numbers = len(packed), shape, bits, group_size, clip_ratio, rotation_width
+    return remembered(packed, "write", (*packed.values(), order, *factors), numbers, make)
+
+
 def _set_unrope(arguments: QuantizeArguments, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    shape = arguments.batch, arguments.tokens, shape_of(cos, 3, "cos")[2]
-    (batch_stride, token_stride, _), arguments.cos = strided_pointer(cos, (torch.float32,), "cos")
-    strides, arguments.sin = strided_pointer(sin, (torch.float32,), "sin")
-    if not cos.shape == sin.shape == shape or strides[:2] != (batch_stride, token_stride):
-        raise ValueError(f"cos and sin: two tensors {shape} with the same strides are needed")
-    arguments.rotary_dim, arguments.unrope_batch_stride = 2 * shape[2], batch_stride
-    arguments.unrope_token_stride = token_stride
+    strides, arguments.cos = strided_pointer(cos, (torch.float32,), "cos")
+    sin_strides, arguments.sin = strided_pointer(sin, (torch.float32,), "sin")
+    shape = shape_of(cos, 3, "cos")
+    if shape[:2] != (arguments.batch, arguments.tokens) or sin.shape != shape or sin_strides != strides:
+        raise ValueError("cos and sin: (B, T, rotary_dim / 2) as the heads have it, and the same strides, are needed")
+    arguments.rotary_dim = 2 * shape[2]
+    arguments.unrope_batch_stride, arguments.unrope_token_stride, _ = strides
 
 
-def _set_rope(arguments: DecodeArguments, options: DecodeOptions) -> None:
-    if options.rope is None:
-        return
-    arguments.attention_scaling = options.rope.attention_scaling
-    for name, value in rope_pointers(options.rope).items():
-        setattr(arguments, name, value)
-
-
-def _set_exact(arguments: DecodeArguments, exact: ExactTokens | None, heads: tuple[int, int]) -> None:
-    if exact is None:
-        return
+def _set_exact(arguments: DecodeArguments, exact: ExactTokens, heads: tuple[int, int]) -> None:
     count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
     arguments.exact_tokens, arguments.exact_is_bfloat16 = count, dtype == torch.bfloat16
-    for name in ("rows", "columns"):
-        setattr(arguments, f"exact_{name}", pointer(getattr(exact, name), torch.int32, (count,), f"exact {name}"))
-    for name in ("keys", "values"):
-        tensor = pointer(getattr(exact, name), dtype, (count, *heads), f"exact {name}")
-        setattr(arguments, f"exact_{name}", tensor)
+    arguments.exact_rows = pointer(exact.rows, torch.int32, (count,), "exact rows")
+    arguments.exact_columns = pointer(exact.columns, torch.int32, (count,), "exact columns")
+    arguments.exact_keys = pointer(exact.keys, dtype, (count, *heads), "exact keys")
+    arguments.exact_values = pointer(exact.values, dtype, (count, *heads), "exact values")
 
 
 def _call(library: str, arguments: ctypes.Structure, instruction_set: str | None) -> None:

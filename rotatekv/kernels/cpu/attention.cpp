@@ -101,13 +101,7 @@ class Decode {
         std::fill(a_.output, a_.output + rows() * dim, 0.0f);
         for (int64_t row = 0; row < rows(); ++row) weigh_parts(partials_of(row), g_.parts(), part_floats());
         add_parts(0, g_.splits);
-        if (a_.unrotate_values) {
-            HadamardPlan plan;
-            plan_hadamard(dim, a_.value_base, &plan);
-            Floats room(dim * kLanes);
-            for (int64_t row = 0; row < rows(); row += kLanes)
-                rotate_lanes<false>(plan, a_.output + row * dim, std::min<int64_t>(kLanes, rows() - row), room.data());
-        }
+        if (a_.unrotate_values) RowRotation(dim, a_.value_base).apply<false>(a_.output, rows());
         add_parts(g_.splits, g_.parts());
     }
 

@@ -8,26 +8,22 @@
 class Channels {
   public:
     explicit Channels(const QuantizeArguments& a)
-        : a_(a), channels_(a.kv_heads * a.head_dim), x_(channels_), y_(channels_), room_(0) {
-        within_lanes_ = plan_hadamard(a.rotation_width / kLanes, a.base, &plan_) && a.rotation_width % kLanes == 0;
-        if (within_lanes_) return;
-        plan_hadamard(a.rotation_width, a.base, &plan_);
-        room_ = Floats(a.rotation_width * kLanes);
-    }
+        : a_(a), channels_(a.kv_heads * a.head_dim), x_(channels_), y_(a.order ? channels_ : 0),
+          rotation_(a.rotation_width, a.base) {}
 
     // (C,), there until the next call.
-    const float* read(int64_t row, int64_t token) {
+    const float* read(int64_t row, int64_t token) const {
         for (int64_t head = 0; head < a_.kv_heads; ++head) read_head(row, head, token, x_.data() + head * a_.head_dim);
         if (a_.factor) {
             float* x = x_.data();
             for (int64_t i = 0; i < channels_; ++i) x[i] = (x[i] - a_.offset[i]) / a_.factor[i];
         }
-        if (a_.rotation_width) rotate();
+        if (a_.rotation_width) rotation_.apply<true>(x_.data(), channels_ / a_.rotation_width);
         if (a_.order) {
             const float* x = x_.data();
             float* y = y_.data();
             for (int64_t i = 0; i < channels_; ++i) y[i] = x[a_.order[i]];
-            std::swap(x_, y_);
+            return y;
         }
         return x_.data();
     }
@@ -54,21 +50,8 @@ class Channels {
         for (; i < a_.head_dim; ++i) x[i] = one(from[i]);
     }
 
-    void rotate() {
-        const int64_t width = a_.rotation_width, rows = channels_ / width;
-        if (!within_lanes_) {
-            for (int64_t from = 0; from < rows; from += kLanes)
-                rotate_lanes<true>(plan_, x_.data() + from * width, std::min<int64_t>(kLanes, rows - from), room_.data());
-            return;
-        }
-        for (int64_t from = 0; from < channels_; from += width) rotate_row(plan_, x_.data() + from, y_.data() + from);
-        std::swap(x_, y_);
-    }
-
     const QuantizeArguments& a_;
     const int64_t channels_;
-    Floats x_, y_;       // (C,)
-    Floats room_;        // (W, kLanes) where rows are rotated in lanes
-    HadamardPlan plan_;  // of the order W / kLanes, or W
-    bool within_lanes_;
+    Floats x_, y_;  // (C,), as they come and in their order
+    RowRotation rotation_;
 };

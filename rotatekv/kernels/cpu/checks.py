@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import operator
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +18,8 @@ from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.quantize import FINE_SCALE
 from rotatekv.transforms import base_matrix, hadamard_base
 
+_Arguments = TypeVar("_Arguments", bound=ctypes.Structure)
+
 
 def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> int:
     """Address of a contiguous CPU tensor of just this dtype and shape.
@@ -23,18 +29,18 @@ def pointer(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: s
     """
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: a tensor is needed, not {type(x).__name__}")
-    if x.device.type != "cpu":
+    if x.is_cpu and x.dtype == dtype and x.shape == shape and x.is_contiguous():
+        return x.data_ptr()
+    if not x.is_cpu:
         raise ValueError(f"{name}: it must be on the CPU, not on {x.device}")
-    if x.dtype != dtype or tuple(x.shape) != shape:
+    if x.dtype != dtype or x.shape != shape:
         raise ValueError(f"{name}: {dtype} {shape} is needed, not {x.dtype} {tuple(x.shape)}")
-    if not x.is_contiguous():
-        raise ValueError(f"{name}: it must be contiguous")
-    return x.data_ptr()
+    raise ValueError(f"{name}: it must be contiguous")
 
 
 def strided_pointer(x: torch.Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> tuple[tuple[int, ...], int]:
     """Strides and address of a CPU tensor of one of these dtypes with a dense last dimension (ValueError otherwise)."""
-    if not isinstance(x, torch.Tensor) or x.device.type != "cpu" or x.dtype not in dtypes:
+    if not isinstance(x, torch.Tensor) or not x.is_cpu or x.dtype not in dtypes:
         raise ValueError(f"{name}: a tensor on the CPU of {' or '.join(map(str, dtypes))} is needed")
     strides = x.stride()
     if strides[-1] != 1 and x.shape[-1] > 1:
@@ -65,23 +71,28 @@ def hadamard_base_pointer(order: int) -> HadamardBase:
     return HadamardBase() if base in (0, 1, 12, 20) else HadamardBase(base_matrix(base).data_ptr(), base)
 
 
+def remembered(
+    blocks: Packed, name: str, tensors: Sequence[torch.Tensor | None], numbers: tuple, make: Callable[[], _Arguments]
+) -> _Arguments:
+    """A copy of what ``make`` gives; ``Blocks`` keep it for the next call with the same tensors and numbers.
+
+    Args:
+        name: of what is made. tensors: all whose addresses are in it, at least.
+    """
+    if not isinstance(blocks, Blocks) or not all(x is None or isinstance(x, torch.Tensor) for x in tensors):
+        return make()
+    # The addresses too: share_memory_, which sending a cache to another process calls, moves a tensor's memory.
+    key = numbers, [x if x is None else x.data_ptr() for x in tensors]
+    kept = blocks.checked.get(name)
+    if kept is None or kept[0] != key or not all(map(operator.is_, kept[1], tensors)):
+        kept = blocks.checked[name] = key, tensors, make()
+    return type(kept[2]).from_buffer_copy(kept[2])
+
+
 def packed_pointers(
     packed: Packed, bits: int, batch: int, channels: int, name: str, tokens_per_scale: int = 0
 ) -> PackedPointers:
-    """The addresses of one cache tensor's planes, scales and zeros, (B, ...) each; checked once for ``Blocks``."""
-    if not isinstance(packed, Blocks):
-        return _check_planes(packed, bits, batch, channels, name, tokens_per_scale)
-    # The addresses too: share_memory_, which sending a cache to another process calls, moves a tensor's memory.
-    key = (bits, batch, channels, tokens_per_scale, *[plane.data_ptr() for plane in packed.values()])
-    if packed.checked.get("key") != key:
-        pointers = _check_planes(packed, bits, batch, channels, name, tokens_per_scale)
-        packed.checked = {"key": key, "pointers": pointers}
-    return packed.checked["pointers"]
-
-
-def _check_planes(
-    packed: Packed, bits: int, batch: int, channels: int, name: str, tokens_per_scale: int
-) -> PackedPointers:
+    """The addresses of one cache tensor's planes, scales and zeros, (B, ...) each."""
     blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name, tokens_per_scale)
     rows = shapes["scale"][1][1] if tokens_per_scale else 0
     pointers = PackedPointers(

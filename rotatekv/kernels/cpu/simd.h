@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -56,16 +57,34 @@ static ROTATEKV_INLINE WordVec to_words(Vec x) { return (WordVec)__builtin_conve
 static ROTATEKV_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 static ROTATEKV_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
-static ROTATEKV_INLINE float sum_lanes(Vec x) {
-    float total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
-    return total;
+// Lane i is lane From[i] of a; kLanes … are b's.
+template <int... From>
+static ROTATEKV_INLINE Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, From...);
+#else  // GCC has the other since version 12
+    return __builtin_shuffle(a, b, IntVec{From...});
+#endif
 }
 
+constexpr auto kAllLanes = std::make_integer_sequence<int, kLanes>{};
+
+// Each lane next to the one whose number differs by the bit Step.
+template <int Step, int... Lanes>
+static ROTATEKV_INLINE Vec neighbours(Vec x, std::integer_sequence<int, Lanes...>) {
+    return shuffle<(Lanes ^ Step)...>(x, x);
+}
+
+template <int Step = kLanes / 2>
+static ROTATEKV_INLINE float sum_lanes(Vec x) {
+    if constexpr (Step == 0) return x[0];
+    else return sum_lanes<Step / 2>(x + neighbours<Step>(x, kAllLanes));
+}
+
+template <int Step = kLanes / 2>
 static ROTATEKV_INLINE float max_lanes(Vec x) {
-    float top = x[0];
-    for (int lane = 1; lane < kLanes; ++lane) top = x[lane] > top ? x[lane] : top;
-    return top;
+    if constexpr (Step == 0) return x[0];
+    else return max_lanes<Step / 2>(max(x, neighbours<Step>(x, kAllLanes)));
 }
 
 // 0, 1, … kLanes − 1

@@ -5,16 +5,6 @@
 
 #include "simd.h"
 
-// Lane i is lane From[i] of a; kLanes … are b's.
-template <int... From>
-static ROTATEKV_INLINE Vec shuffle(Vec a, Vec b) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, From...);
-#else  // GCC has the other since version 12
-    return __builtin_shuffle(a, b, IntVec{From...});
-#endif
-}
-
 template <int Step, int... Lanes>
 static ROTATEKV_INLINE void swap_squares(Vec& x, Vec& y, std::integer_sequence<int, Lanes...>) {
     const Vec a = x, b = y;
@@ -32,6 +22,21 @@ static ROTATEKV_INLINE void transpose(Vec* x) {
         }
         transpose<Step / 2>(x);
     }
+}
+
+// x (channels, kLanes) ← rows (tokens, …), `stride` floats apart, for `channels` ≤ kLanes channels; 0 in further lanes.
+static ROTATEKV_INLINE void load_tokens(const float* rows, int tokens, int64_t stride, float* x, int channels) {
+    Vec tile[kLanes] = {};
+#pragma GCC unroll 16
+    for (int token = 0; token < kLanes; ++token) {
+        if (token >= tokens) break;
+        if (channels == kLanes) tile[token] = load(rows + token * stride);
+        else std::memcpy(&tile[token], rows + token * stride, sizeof(float) * channels);
+    }
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+        if (i < channels) store(x + i * kLanes, tile[i]);
 }
 
 // rows (tokens, …) ← factor·x, for `channels` ≤ kLanes channels x (channels, kLanes); rows are `stride` floats apart.
