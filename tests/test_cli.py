@@ -100,7 +100,7 @@ def test_two_methods_at_once_are_refused_by_name(flags, names):
         ("k_bits", "3", 3), ("v_bits", "4", 4), ("k_groupsize", "16", 16), ("v_groupsize", "8", 8),
         ("k_clip_ratio", "0.5", 0.5), ("v_clip_ratio", "0.7", 0.7), ("head_group_num", "1", 1),
         ("Outlier_Aware_Key_Rotation", "False", False), ("Attention_Sink_Aware", "False", False),
-        ("Grouped_Head_Key_Rotation", "False", False), ("fuse_weights", "False", False),
+        ("Grouped_Head_Key_Rotation", "False", False), ("quantize_prefill", "False", False),
         ("num_sink_entries", "5", 5), ("residual_length", "32", 32), ("extra_bit_share", "0.3", 0.3),
         ("sink_selection", "first", "first"),
     ],

@@ -19,7 +19,7 @@ from rotatekv.errors import UserError
 from rotatekv.evals.peak_memory import PeakMemory, available_bytes
 from rotatekv.evals.running import cache_use
 from rotatekv.kernels.backend import kernels_on
-from rotatekv.patch import PatchHandle, patch_model
+from rotatekv.patch import patch_model
 
 BASELINE = "HF"  # the unpatched model with transformers' DynamicCache, in the model's dtype
 WARM_UP_STEPS = 2
@@ -34,14 +34,13 @@ class Side:
     Args:
         name: ``HF`` or a method's.
         new_cache: an empty cache.
-        extra_bytes: what this side holds on the model's device beside its parameters (unfolded originals).
     """
 
-    def __init__(self, name: str, model: nn.Module, new_cache: Callable[[], object], extra_bytes: int = 0):
+    def __init__(self, name: str, model: nn.Module, new_cache: Callable[[], object]):
         self.name, self.model, self.new_cache = name, model, new_cache
         self.device = next(model.parameters()).device
         tensors = [*model.parameters(), *model.buffers()]
-        self.model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + extra_bytes
+        self.model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.cache, self.tokens, self.seen = None, None, 0
 
     def load(self, tokens: torch.Tensor, context_length: int) -> None:
@@ -103,23 +102,15 @@ def baseline_side(model: nn.Module) -> Side:
 def method_side(name: str, model: nn.Module, config: QuantConfig, calibration_file: str | None) -> Iterator[Side]:
     """A patched twin of ``model`` as a side."""
     # Why a twin and not patch/unpatch around blocks of steps: the sides can then alternate step by step, which cancels
-    # the machine's drift best, and no weight is folded between two timed steps. It costs the folded projections alone.
+    # the machine's drift best. It costs no weights.
     twin = twin_of(model)
-    with patch_model(twin, config, calibration_file) as handle:
-        yield Side(name, twin, lambda: RotateKVCache.for_model(twin), _originals_beside(handle))
+    with patch_model(twin, config, calibration_file):
+        yield Side(name, twin, lambda: RotateKVCache.for_model(twin))
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """A second instance over the same weight storage; its parameters are new objects, free for a patch to replace."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, shared)
-
-
-def _originals_beside(handle: PatchHandle) -> int:
-    """Bytes of the unfolded originals where they wait on the model's own device (a CPU model's do)."""
-    originals = [parameter for _, _, parameter in handle.saved_weights if parameter is not None]  # None: a new bias
-    waiting = [parameter for parameter in originals if parameter.device == handle.model.device]
-    return sum(parameter.numel() * parameter.element_size() for parameter in waiting)
+    """A second instance with the very same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def alternate(
