@@ -193,9 +193,10 @@ def at(tmp_path_factory):
     for name, content in texts.items():
         paths[name].write_text(content, encoding="utf-8")
     (root / "nothing").mkdir()
+    scaled = {"rope_theta": 10000.0, "factor": 2.0}
     models = {
         "model": save_tiny_folder(root / "tiny-llama"),
-        "sliding": save_tiny_folder(root / "sliding", "mistral", sliding_window=8),
+        "dynamic": save_tiny_folder(root / "dynamic", rope_parameters={"rope_type": "dynamic", **scaled}),
         "order": save_tiny_folder(root / "order", head_dim=184, num_key_value_heads=2),
     }
     return SimpleNamespace(**paths, **models, root=root, nothing=root / "nothing")
@@ -296,8 +297,8 @@ def test_a_head_group_without_a_hadamard_order(at, capfd):
     assert "Hadamard matrix of order 184" in line and "--method RTN2" in line
 
 
-def test_a_sliding_window_model(at, capfd):
-    assert "sliding-window layers (window 8) are not supported" in fail(capfd, at, "--model", at.sliding)
+def test_a_model_whose_rope_changes_with_the_length(at, capfd):
+    assert "RoPE type 'dynamic' is not supported" in fail(capfd, at, "--model", at.dynamic)
 
 
 @pytest.mark.parametrize("name", ["empty", "blank"])
