@@ -62,13 +62,13 @@ def attention(
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
     for part in cache.parts.running():  # each sequence in its own cache; zeros for padding
         heads = (part.of(x, 2) for x in (query, key, value))
-        mask = part.attention_mask(attention_mask)
+        mask = part.attention_mask(attention_mask, layer)
         of_part, weights = _attend(part.cache, layer, stock, module, *heads, mask, options)
         output[part.row, part.new] = of_part[0]
         if weights is not None:
             if all_weights is None:
                 all_weights = query.new_zeros(*query.shape[:3], cache.positions.shape[1])
-            all_weights[part.row][:, part.new[:, None], part.columns] = weights[0]
+            all_weights[part.row][:, part.new[:, None], part.columns_of(layer)] = weights[0]
     return output, all_weights
 
 

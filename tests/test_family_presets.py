@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, find_decoder, logits, random_orders, token_ids
+from families import FAMILIES, find_decoder, left_padding, logits, random_orders, token_ids
 from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
+from rotatekv.cache_layer import RotateKVLayer
 from rotatekv.calibration import save_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,3 +129,22 @@ def test_a_method_is_its_codec_around_hugging_faces_cache(name, preset, patched)
     assert unit > 0.02 * stock.std(), "nothing was quantized"
     difference = (got - want).abs() / unit
     assert difference.median() < 1e-6 and difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("preset", ["KIVI2", "KVQuant2", "RotateKV2+"])
+@pytest.mark.parametrize("name", ["mistral, sliding", "gemma3", "gpt_oss", "lfm2"])
+def test_rows_of_a_padded_batch_are_those_rows_alone(name, preset, patched):
+    """One row is all padding in the first call."""
+    model, ids, config = FAMILIES[name].build(torch.float64), token_ids(3, TOKENS), CONFIGS[preset]
+    with patched(model, config):
+        cache = RotateKVCache.for_model(model)
+        batch = logits(model, cache, ids, (30, 14, 1, 1, 10), left_padding(TOKENS, 0, 7, 33))
+        for row, left, chunks in ((0, 0, (30, 14, 1, 1, 10)), (1, 7, (23, 14, 1, 1, 10)), (2, 33, (11, 1, 1, 10))):
+            one = RotateKVCache.for_model(model)
+            alone = logits(model, one, ids[row : row + 1, left:], chunks)
+            torch.testing.assert_close(batch[row : row + 1, left:], alone, rtol=0, atol=1e-9)
+            for ours, theirs in zip(cache.layers, one.layers, strict=True):
+                if isinstance(theirs, RotateKVLayer):
+                    kept = theirs.keys.shape[2]
+                    assert torch.equal(ours.keys[row, :, -kept:], theirs.keys[0])
+                    assert torch.equal(ours.values[row, :, -kept:], theirs.values[0])
