@@ -5,67 +5,80 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 os.environ["ROTATEKV_BACKEND"] = "reference"
 
 import torch
-from families import FAMILIES, REFUSED, SUPPORTED
-from test_families import PLAIN, RUNS, built, error, fp16_differences, patch_rotatekv2
+from families import FAMILIES, MORE, REFUSED, SUPPORTED, find_decoder
+from test_families import PAGE, PLAIN, RUNS, built, error, family_of, fp16_differences, patch_rotatekv2
 
 from rotatekv import UserError, patch_model
-from rotatekv.families import attention_modules, find_text_model, layer_geometry
+from rotatekv.families import find_text_model
 from rotatekv.files import write_output
+from rotatekv.patch import first_geometry
 
-PAGE = Path(__file__).parent.parent / "docs/families.md"
-_SHORT = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear attention"}
-
-
-def layers_of(name: str) -> str:
-    """Such as ``sliding, full; 2 × 16``: kinds of the layers; key heads × channels."""
-    text_model = find_text_model(built(name))
-    geometry = layer_geometry(next(x for x in attention_modules(text_model) if x is not None))
-    window = "sliding" if getattr(text_model.config, "sliding_window", None) else "full"
-    kinds = getattr(text_model.config, "layer_types", None) or [window]
-    kinds = ", ".join(dict.fromkeys(_SHORT.get(kind, kind) for kind in kinds))
-    return f"{kinds}; {geometry.num_key_value_heads} × {geometry.head_dim}"
+_SHORT = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 
-def row_of(name: str, folder: Path) -> str:
-    family, fp16 = FAMILIES[name], fp16_differences(name)
+def layers_of(name: str) -> list[str]:
+    config = find_decoder(built(name)).config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding" if getattr(config, "sliding_window", None) else "full"] * config.num_hidden_layers
+    return [_SHORT.get(kind, kind) for kind in kinds]
+
+
+def rope_of(name: str) -> str:
+    """RoPE type, how much of a head it turns, which channels it pairs, and layers without."""
+    family, rotary = family_of(name), find_decoder(built(name)).rotary_emb
+    types = getattr(rotary, "rope_type", "default")
+    found = [" and ".join(dict.fromkeys(types.values())) if isinstance(types, dict) else types]
+    half = next(buffer for buffer_name, buffer in rotary.named_buffers() if buffer_name.endswith("inv_freq"))
+    turned = Fraction(2 * len(half), first_geometry(find_text_model(built(name))).head_dim)
+    found += [f"{turned} of a head"] * (turned < 1) + ["interleaved"] * family.interleaved
+    return ", ".join(found + [f"none in layer {number}" for number in family.no_rope])
+
+
+def row_of(name: str, folder: Path, runs: Iterable[str]) -> list[str]:
+    fp16 = fp16_differences(name)
     prefill, rest = (f"{x:.0e}" if x else "equal" for x in (fp16.pop("prefill"), max(fp16.values())))
-    rotatekv2 = max(error(name, run, partial(patch_rotatekv2, folder)).mean().item() for run in RUNS)
-    kernel = f"{family.fused_layers} of {find_text_model(built(name)).config.num_hidden_layers}"
-    cells = name, family.rope, layers_of(name), prefill, rest, f"{rotatekv2:.0e}", kernel
-    return f"| {' | '.join(cells)} |"
+    rotatekv2 = max(error(name, run, partial(patch_rotatekv2, folder)).mean().item() for run in runs)
+    geometry = first_geometry(find_text_model(built(name)))
+    layers, heads = ", ".join(layers_of(name)), f"{geometry.num_key_value_heads} × {geometry.head_dim}"
+    return [name, rope_of(name), layers, heads, prefill, rest, f"{rotatekv2:.0e}"]
 
 
-def refusal_of(name: str) -> str:
+def refusal_of(name: str) -> list[str]:
     try:
         patch_model(FAMILIES[name].build(), PLAIN)
     except UserError as error:
-        return f"| {name} | {FAMILIES[name].rope} | {error} |"
+        return [name, str(error)]
     raise AssertionError(f"{name} is not refused")
 
 
-def tables() -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        supported = [row_of(name, Path(folder)) for name in SUPPORTED]
-    head = (
-        "| family | RoPE | layers; key heads × channels | FP16, prefill | FP16, the rest | RotateKV2 | kernel |",
-        "|---|---|---|---|---|---|---|",
-    )
-    refused = ["| model | RoPE | line |", "|---|---|---|", *map(refusal_of, REFUSED)]
-    return {"supported": "\n".join((*head, *supported)), "refused": "\n".join(refused)}
+def table(head: str, rows: Iterable[list[str]]) -> str:
+    names = head.split(", ")
+    return "\n".join(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows))
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    head = "family, RoPE, layers, key heads, FP16 prefill, FP16 after it, RotateKV2"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [[*row_of(name, Path(folder), RUNS), f"{FAMILIES[name].fused_layers} of 2"] for name in SUPPORTED]
+        more = [row_of(name, Path(folder), ["padded chunks"]) for name in MORE]
+    refused = [refusal_of(name) for name in REFUSED]
+    tables = {
+        "supported": table(f"{head}, kernel", rows), "more": table(head, more), "refused": table("model, line", refused)
+    }  # fmt: skip
     page = PAGE.read_text(encoding="utf-8")
-    for name, table in tables().items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        page = re.sub(f"{begin}.*?{end[1:]}", lambda _: begin + table + end, page, flags=re.DOTALL)  # noqa: B023
+    for name, text in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        page = re.sub(f"(?<={begin}\n).*?(?={end})", text.replace("\\", r"\\") + "\n", page, flags=re.DOTALL)
     write_output(PAGE, page.encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as cached
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, SUPPORTED, left_padding, logits, random_orders, token_ids
+from families import FAMILIES, MORE, REFUSED, SUPPORTED, Family, left_padding, logits, random_orders, token_ids
 from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache
@@ -29,9 +30,13 @@ PAGE = Path(__file__).parent.parent / "docs/families.md"
 MARGIN = 2e-6  # float32 is as near to float64, in steps of the rounding
 
 
+def family_of(name: str) -> Family:
+    return FAMILIES.get(name) or MORE[name]
+
+
 @cached
 def built(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    return FAMILIES[name].build(dtype)
+    return family_of(name).build(dtype)
 
 
 def patch_rotatekv2(folder: Path, model: nn.Module):
@@ -89,10 +94,10 @@ def expected(name: str, run: str):
     """Model, ids, mask, the oracle's logits and cache, of a text in which no number lies near a tie of the rounding:
     one that fell the other way in float32 would move all that comes after it."""
     step, padded = RUNS[run]
-    model, mask = built(name, FAMILIES[name].widest), left_padding(TOKENS, 0, PADDING * padded)
+    model, mask = built(name, family_of(name).widest), left_padding(TOKENS, 0, PADDING * padded)
     for seed in range(100):
         ids = token_ids(2, TOKENS, seed)
-        with watching(OracleCache(model, FAMILIES[name], random_orders(model))) as cache:
+        with watching(OracleCache(model, family_of(name), random_orders(model))) as cache:
             want = step(model, cache, ids, mask)
         if cache.margin > MARGIN:
             return model, ids, mask, want, cache
@@ -114,7 +119,7 @@ def fp16_differences(name: str) -> dict[str, float]:
     return differences
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", [*SUPPORTED, *MORE])
 def test_fp16_is_the_stock_model(name):
     """Bit for bit; where a layer's window slides, but for a prefill, to 1e-5: whole blocks add up in another order."""
     slides = any(DynamicCache(config=built(name).config).is_sliding)
@@ -122,9 +127,9 @@ def test_fp16_is_the_stock_model(name):
     assert differences.pop("prefill") == 0 and all(found <= 1e-5 * slides for found in differences.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_docs_have_a_row_for_every_family(name):
-    assert f"\n| {name} | {FAMILIES[name].rope} | " in PAGE.read_text(encoding="utf-8")
+def test_the_docs_have_a_row_for_every_family():
+    rows = re.findall(r"^\| (.+?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {*FAMILIES, *MORE} <= {*rows}
 
 
 def error(name: str, run: str, patched, check: Callable | None = None) -> torch.Tensor:
@@ -150,6 +155,13 @@ def test_rotatekv2_is_the_oracle(name, run, patched, monkeypatch):
     assert found.median() < 2e-6 and found.max() < 0.01
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_rotatekv2_is_the_oracle_in_more_families(name, patched, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    found = error(name, "padded chunks", patched, assert_same_cache)
+    assert found.median() < 2e-6 and found.max() < 0.01
+
+
 @NO_COMPILER
 @pytest.mark.parametrize("run", ["decode", "padded chunks"])
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -160,7 +172,7 @@ def test_the_kernels_give_what_torch_gives(name, run, patched, monkeypatch):
     monkeypatch.setattr(cpu, "decode_attention", lambda *args: calls.append(1) or kernel(*args))
     found = error(name, run, patched)
     assert found.median() < 2e-5 and found.mean() < 1e-3
-    assert len(calls) == 4 * FAMILIES[name].fused_layers
+    assert len(calls) == 4 * family_of(name).fused_layers
 
 
 def assert_same_cache(cache: RotateKVCache, oracle: OracleCache) -> None:
@@ -207,9 +219,9 @@ def assert_as_before(model: nn.Module, before: list) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_says_why_and_is_as_before(name):
-    model = FAMILIES[name].build()
+    model = family_of(name).build()
     before = as_it_is(model)
-    with pytest.raises(UserError, match=FAMILIES[name].refused) as error:
+    with pytest.raises(UserError, match=family_of(name).refused) as error:
         patch_model(model, PLAIN)
     assert "\n" not in str(error.value)
     assert_as_before(model, before)
@@ -217,7 +229,7 @@ def test_what_is_refused_says_why_and_is_as_before(name):
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_patched_family_is_as_before_when_it_is_unpatched(name):
-    model = FAMILIES[name].build()
+    model = family_of(name).build()
     before = as_it_is(model)
     with patch_model(model, PLAIN):
         model.generate(token_ids(1, 30), max_new_tokens=2)
@@ -238,7 +250,7 @@ def test_an_image_in_the_prompt(name, patched, monkeypatch):
         return torch.cat([first, logits(model, cache, ids, (1, 15))], dim=1)
 
     stock = run(DynamicCache(config=model.config))
-    with watching(OracleCache(model, FAMILIES[name], random_orders(model))) as oracle:
+    with watching(OracleCache(model, family_of(name), random_orders(model))) as oracle:
         want = run(oracle)
     with patch_model(model, "FP16"):
         torch.testing.assert_close(run(RotateKVCache.for_model(model)), stock)
