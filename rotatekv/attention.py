@@ -23,12 +23,13 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache, handed_over
-from rotatekv.compat import outside_compiled_graphs
+from rotatekv.compat import CACHE_NAMES, outside_compiled_graphs
 from rotatekv.window import attend_with_own_windows
 
 NAME = "rotatekv"  # of the attention function
 STOCK_CONFIG = "_rotatekv_stock_config"  # on the config of a patched attention module: the one it had
-_CHANGES_SCORES = ("position_bias", "softcap", "s_aux")  # what a fused kernel knows nothing of
+_OTHERWISE = ("dropout", "position_bias", "softcap")  # what would make it more than softmax(scaling·q·k)·v
+_CACHE_NAMES = (*CACHE_NAMES, "layer_past")  # GPT-NeoX
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -53,17 +54,17 @@ def attention(
     Returns:
         (B, T, H, D), and the weights (B, H, T, T_cached) if Hugging Face's function gives them.
     """
-    stock, handed = stock_attention(module), handed_over(key)
+    handed = handed_over(key)
     if handed is None:
-        return stock(module, query, key, value, attention_mask, **options)
+        return stock_attention(module)(module, query, key, value, attention_mask, **options)
     cache, layer = handed
     if cache.parts is None:
-        return _attend(cache, layer, stock, module, query, key, value, attention_mask, options)
+        return _attend(cache, layer, module, query, key, value, attention_mask, options)
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
     for part in cache.parts.running():  # each sequence in its own cache; zeros for padding
         heads = (part.of(x, 2) for x in (query, key, value))
         mask = part.attention_mask(attention_mask, layer)
-        of_part, weights = _attend(part.cache, layer, stock, module, *heads, mask, options)
+        of_part, weights = _attend(part.cache, layer, module, *heads, mask, options)
         output[part.row, part.new] = of_part[0]
         if weights is not None:
             if all_weights is None:
@@ -73,17 +74,19 @@ def attention(
 
 
 def _attend(
-    cache: RotateKVCache, number: int, stock: Attention, module: nn.Module, query: torch.Tensor, key: torch.Tensor,
+    cache: RotateKVCache, number: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor,
     value: torch.Tensor, attention_mask: torch.Tensor | None, options: dict,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """``attention`` over one cache, whose layer ``number`` has stored the call's keys and values by now."""
     layer = cache.layers[number]
-    if cache.first_call_is_exact:
-        return stock(module, query, key, value, attention_mask, **options)
-    if _is_plain(stock, options) and cache.attends(number, query):
+    is_plain = options.get("is_causal") is not False and not any(options.get(name) for name in _OTHERWISE)
+    if is_plain and cache.attends(number, query):
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return layer.attend(query, scaling, cache.fused_call).transpose(1, 2), None
+    stock = stock_attention(module)
+    if cache.first_call_is_exact:
+        return stock(module, query, key, value, attention_mask, **options)
     flushed, (keys, values) = layer.flushed, layer.read()  # (B, H_kv, T_kept, D)
     if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
         keys, values = _NoGradient.apply(keys, key), _NoGradient.apply(values, value)
@@ -102,18 +105,16 @@ def stock_attention(module: nn.Module) -> Attention:
     )
 
 
-def _is_plain(stock: Attention, options: dict) -> bool:
-    """Whether softmax(scaling·q·k)·v is all that happens."""
-    is_sdpa = stock is ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return is_sdpa and not options.get("dropout") and all(options.get(name) is None for name in _CHANGES_SCORES)
+def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
+    """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
+    cache = next((kwargs[name] for name in _CACHE_NAMES if name in kwargs), None)
+    if isinstance(cache, RotateKVCache) and cache.names_sinks:
+        _choose_sinks(cache, layer, args[0] if args else kwargs["hidden_states"])
 
 
 @outside_compiled_graphs
-def choose_sinks(decoder_layer: nn.Module, args: tuple, kwargs: dict, layer: int) -> None:
-    """Pre-hook of a decoder layer: name the tokens that stay unquantized."""
-    found = (x for x in (*args, *kwargs.values()) if isinstance(x, RotateKVCache))  # GPT-NeoX says layer_past
-    if (cache := next(found, None)) is not None:
-        cache.choose_sinks(layer, args[0] if args else kwargs["hidden_states"])
+def _choose_sinks(cache: RotateKVCache, layer: int, hidden_states: torch.Tensor) -> None:
+    cache.choose_sinks(layer, hidden_states)
 
 
 class _NoGradient(torch.autograd.Function):

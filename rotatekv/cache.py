@@ -14,6 +14,7 @@ from rotatekv.compat import outside_compiled_graphs
 from rotatekv.config import QuantConfig
 from rotatekv.decode import FusedCall
 from rotatekv.errors import UserError
+from rotatekv.kernels.backend import kernels_on
 from rotatekv.methods import KVMethod
 from rotatekv.parts import Parts, SplitLayer
 from rotatekv.rope import LayerRope, Positions
@@ -61,6 +62,7 @@ class RotateKVCache(Cache):
         fused_call: what a fused kernel needs for the running call; None where the general path is taken.
         parts: the sequences, each in a cache of its own, where padding or packing asks for it; None: all in the layers.
         first_call_is_exact: the running call's queries see its keys and values as they are.
+        names_sinks: the running call's layers name tokens that stay unquantized.
     """
 
     def __init__(self, spec: CacheSpec):
@@ -71,6 +73,7 @@ class RotateKVCache(Cache):
         self.token_mask: torch.Tensor | None = None
         self.mask_is_causal, self.first_call_is_exact = True, False
         self.fused_call: FusedCall | None = None
+        self.names_sinks = False
         self.parts: Parts | None = None
         self._tokens = 0  # that are stored, but for a running call's
         self._running, self._awaited, self._with_sinks = False, set(), set()
@@ -134,6 +137,9 @@ class RotateKVCache(Cache):
                 "give the documents as rows of a batch, padded, with an attention_mask"
             )
         new = position_ids.to(torch.int32).expand(batch_size, -1)
+        # PAPER: sinks are found at prefill; those of massive activations whenever they come.
+        finds_later = self.config.sink_selection == "massive" or self.parts is not None
+        self.names_sinks = self.config.Attention_Sink_Aware and (not cached or finds_later)
         self.mask_is_causal = attention_mask is None or attention_mask.dim() == 2
         self.token_mask = _token_mask(attention_mask, cached, (batch_size, cached + new.shape[1]))
         if cached and self.positions.shape[0] != batch_size:
@@ -227,7 +233,7 @@ class RotateKVCache(Cache):
     def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
         call = self.fused_call
-        if call is None or (torch.is_grad_enabled() and query.requires_grad):
+        if call is None or self.first_call_is_exact or (torch.is_grad_enabled() and query.requires_grad):
             return False
         return self.layers[layer_idx].can_attend(call.kernels(query.device))
 
@@ -239,24 +245,24 @@ class RotateKVCache(Cache):
         which finds this cache by them."""
         if not self._running:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
-        if self.config.Attention_Sink_Aware and layer_idx not in self._with_sinks:
+        if self.names_sinks and layer_idx not in self._with_sinks:
             raise RuntimeError(
                 f"no attention sinks were named in layer {layer_idx}: unpatch_model(model) before you "
                 "exchange its layers, and patch it again"
             )
+        device = key_states.device
+        kernels = kernels_on(device) if self.fused_call is None else self.fused_call.kernels(device)
         if self.parts is None:
-            self.layers[layer_idx].write(key_states, value_states)
+            self.layers[layer_idx].write(key_states, value_states, kernels)
         else:
             for part in self.parts.running():
-                part.cache.layers[layer_idx].write(part.of(key_states, 2), part.of(value_states, 2))
+                part.cache.layers[layer_idx].write(part.of(key_states, 2), part.of(value_states, 2), kernels)
         setattr(key_states, _HANDED, (self, layer_idx))
         self._awaited.add(layer_idx)
         return key_states, value_states
 
     def choose_sinks(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         """Name the call's tokens that stay unquantized in a layer, by its (B, T, hidden_size) input."""
-        if not self.config.Attention_Sink_Aware:
-            return
         self._with_sinks.add(layer_idx)
         if self.parts is None:
             return give_sinks(self.layers[layer_idx], hidden_states, self.token_mask)

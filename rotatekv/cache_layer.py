@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from rotatekv.cropping import MOST_CROPPED, Croppable, RecentTokens, storing
+from rotatekv.cropping import MOST_CROPPED, Croppable, RecentTokens, storing, without_autocast
 from rotatekv.decode import FusedCall
 from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
@@ -161,36 +161,30 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         Returns:
             post-RoPE keys and values, (B, H_kv, T_kept, D), in the dtype of the inputs.
         """
-        self.write(key_states, value_states)
+        self.write(key_states, value_states, kernels_on(key_states.device))
         return self.read()
 
-    @storing
-    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def write(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, kernels: ModuleType | None = None
+    ) -> None:
         """Store T new tokens, (B, H_kv, T, D) each, as ``update`` takes them; ``flushed`` are then those this call has
         packed that some of its own queries still see in their recent window, None where there are none."""
-        # Autocast would round the rotations to its dtype, and cannot join float16 scales.
-        with torch.autocast(key_states.device.type, enabled=False):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            self.dtype = key_states.dtype  # the model's, which may be another one by now
-            window = self._window()
-            differ = window.differs(self._kept(), key_states.shape[2])
-            flushed = self._write(key_states.detach(), value_states.detach(), kernels_on(key_states.device))
-            self.flushed = FlushedTokens(window, *(x.to(self.dtype) for x in flushed)) if differ else None
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.dtype = key_states.dtype  # the model's, which may be another one by now
+        self._write(key_states, value_states, kernels)
 
     @storing
+    @without_autocast
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens that are kept as attention sees them, (B, H_kv, T, D) each, in the model's dtype."""
-        with torch.autocast(self.device.type, enabled=False):
-            kernels, method = kernels_on(self.packed_keys.device or self.device), self.method
-            keys = self._decode(self.packed_keys, kernels, method.key_form, method.decode_keys, method.keys_out)
-            values = self._decode(
-                self.packed_values, kernels, method.value_form, method.decode_values, method.values_out
-            )
-            if self.rope is not None:
-                span = self.dropped, self.get_seq_length()
-                keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
-            return self._with_exact(keys, "keys"), self._with_exact(values, "values")
+        kernels, method = kernels_on(self.packed_keys.device or self.device), self.method
+        keys = self._decode(self.packed_keys, kernels, method.key_form, method.decode_keys, method.keys_out)
+        values = self._decode(self.packed_values, kernels, method.value_form, method.decode_values, method.values_out)
+        if self.rope is not None:
+            span = self.dropped, self.get_seq_length()
+            keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
+        return self._with_exact(keys, "keys"), self._with_exact(values, "values")
 
     def _decode(
         self, packed: Store, kernels: ModuleType | None, form: HeadForm | None,
@@ -233,6 +227,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         return kernels.READS_TOKEN_GROUPS or not self.method.key_tokens_per_scale
 
     @storing
+    @without_autocast
     def attend(self, query: torch.Tensor, scaling: float, call: FusedCall) -> torch.Tensor:
         """Attention of the T tokens just written to all that are kept, in one kernel that reads the packed cache.
 
@@ -242,21 +237,21 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         Returns:
             (B, H, T, D) in the dtype of the query.
         """
-        with torch.autocast(query.device.type, enabled=False):
-            device = query.device
-            rope = None if self.rope is None else self.rope.model.kernel_tables(self.rope.kind, call.length, device)
-            output = call.kernels(device).decode_attention(
-                query.float().contiguous(),
-                self.packed_keys.tensors,
-                self.packed_values.tensors,
-                self.method.key_form.groups_on(device),
-                *call.rows(self.dropped, device),
-                self.packed_keys.length,
-                self._kept(),
-                self.method.decode_options(scaling, rope, device, self.sliding_window),
-                self._exact_tokens(),
-            )
-            return output.to(query.dtype)
+        device, rope = query.device, None
+        if self.rope is not None:
+            rope = self.rope.model.kernel_tables(self.rope.kind, call.length, device)
+        output = call.kernels(device).decode_attention(
+            query.float().contiguous(),
+            self.packed_keys.tensors,
+            self.packed_values.tensors,
+            self.method.key_form.groups_on(device),
+            *call.rows(self.dropped, device),
+            self.packed_keys.length,
+            self._kept(),
+            self.method.decode_options(scaling, rope, device, self.sliding_window or 0),
+            self._exact_tokens(),
+        )
+        return output.to(query.dtype)
 
     def _exact_tokens(self) -> ExactTokens | None:
         """Sinks and recent window, sorted by sequence."""
@@ -285,10 +280,11 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             rows, columns, keys, values = rows[order], columns[order], keys[order], values[order]
         return ExactTokens(rows, columns, keys, values)
 
-    def _write(
-        self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store T new tokens; what was packed by that, (B, H_kv, T_flushed, D) before it was."""
+    @storing
+    @without_autocast
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None) -> None:
+        window = self._window()
+        differ = window.differs(self._kept(), keys.shape[2])
         self._before = self.packed_keys.length, {name: getattr(self, name) for name in _BESIDE}
         self._recent = self._spare = None
         self._shape = keys.shape[0], keys.shape[1], keys.shape[3]
@@ -299,22 +295,22 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             if self._sinks_until is not None:
                 self._put_aside_spare_sinks(self._sinks_until.to(keys.device), keys.shape[2])
         start = self.packed_keys.length
-        if self._window().keeps_tokens:
+        if window.keeps_tokens:
             keys, values = self._to_storage(keys), self._to_storage(values)
-        keys, self.window_keys = self._split_window(self.window_keys, keys, 2)
-        values, self.window_values = self._split_window(self.window_values, values, 2)
+            keys, self.window_keys = self._split_window(self.window_keys, keys, 2)
+            values, self.window_values = self._split_window(self.window_values, values, 2)
         if self._new_massive is not None:
             massive, self.window_massive = self._split_window(self.window_massive, self._new_massive.to(keys.device), 1)
             self._new_massive = None
             if massive.shape[1]:
                 self._add_sinks(massive, keys, values)
-        if self.record_past and self._window().keeps_tokens and keys.shape[2]:
-            first = self._window().packed_of(start + self._window_tokens() + keys.shape[2] - MOST_CROPPED)
+        if self.record_past and window.keeps_tokens and keys.shape[2]:
+            first = window.packed_of(start + self._window_tokens() + keys.shape[2] - MOST_CROPPED)
             recent = (x[:, :, first - start :].clone() for x in (keys, values))
             self._recent = RecentTokens(first, *recent)
         if keys.shape[2]:
             self._pack(keys, values, kernels)
-        return keys, values
+        self.flushed = FlushedTokens(window, *(x.to(self.dtype) for x in (keys, values))) if differ else None
 
     def _pack(self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None) -> None:
         """Quantize (B, H_kv, T, D) tokens that follow the packed ones."""

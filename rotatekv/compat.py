@@ -54,11 +54,22 @@ def disable_compiler(reason: str):
     return torch.compiler.disable(**({"reason": reason} if takes_reason else {}))
 
 
-# Lengths that change at each call, in-place writes and kernels of our own are no compiler's business. A layer of a
-# compiled model has graphs before, between and after them, and the kernels stay in use.
-outside_compiled_graphs = disable_compiler(
-    "a patched model's attention runs outside of compiled graphs: leave out fullgraph=True"
-)
+_disabled = disable_compiler("a patched model's attention runs outside of compiled graphs: leave out fullgraph=True")
+
+
+def outside_compiled_graphs(function):
+    """Lengths that change at each call, in-place writes and kernels of our own are no compiler's business.
+
+    A layer of a compiled model has graphs before, between and after them. The compiler's own switch costs microseconds
+    a call, so it is in use only where a compiler asks.
+    """
+    disabled = _disabled(function)
+
+    @functools.wraps(function)
+    def outside(*args, **kwargs):
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return outside
 
 
 def check_versions() -> None:

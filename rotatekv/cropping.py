@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -47,11 +46,27 @@ def storing(method: Callable) -> Callable:
     ``torch.inference_mode``, which no call outside it could write to."""
 
     @functools.wraps(method)
-    def store(*args, **kwargs):
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
-            return method(*args, **kwargs)
+    def store(layer, *args, **kwargs):
+        if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+            return method(layer, *args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(layer, *args, **kwargs)
 
     return store
+
+
+def without_autocast(method: Callable) -> Callable:
+    """A method of a layer that autocast is not to touch: it would round rotations, and cannot join float16 scales."""
+
+    @functools.wraps(method)
+    def exact(layer, *args, **kwargs):
+        kind = layer.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(layer, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(layer, *args, **kwargs)
+
+    return exact
 
 
 class Croppable:

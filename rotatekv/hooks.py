@@ -87,8 +87,9 @@ def enter_forward(text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     running = [(cache, length, mask)]
     if cache.parts is not None:
         running = [(part.cache, len(part.new), part.token_mask(mask)) for part in cache.parts.running()]
-    for one, new, its_mask in running:
-        one.fused_call = plan_fused_call(one.positions, new, its_mask)
+    if text_model.config._attn_implementation == "sdpa":
+        for one, new, its_mask in running:
+            one.fused_call = plan_fused_call(one.positions, new, its_mask)
     return (), {**kwargs, "position_ids": position_ids, CACHE_NAME: cache}
 
 

@@ -27,6 +27,7 @@ class RTN(KVMethod):
         super().__init__(config, layer, statistics)
         self.k_clip_ratio, self.v_clip_ratio = config.k_clip_ratio, config.v_clip_ratio
         self.key_width = 0  # channels rotated together
+        self._options: dict[tuple, DecodeOptions] = {}
         self.stored_order: StoredOrder | None = None
         self.key_factor = self.key_offset = None  # what keys lack after the inverse rotation, (C,) Constants
         channels = torch.arange(layer.channels, dtype=torch.int32, device="cpu")
@@ -62,9 +63,17 @@ class RTN(KVMethod):
         return self.layer.head_dim % 16 == 0 and self.v_groupsize % 16 == 0
 
     def decode_options(
-        self, softmax_scale: float, rope: RopeTables | None, device: torch.device, sliding_window: int | None = None
+        self, softmax_scale: float, rope: RopeTables | None, device: torch.device, sliding_window: int = 0
     ) -> DecodeOptions:
-        """What the fused decode kernel must know of this layer."""
+        """What the fused decode kernel must know of this layer; made once for the same arguments."""
+        key = softmax_scale, rope, device, sliding_window
+        if key not in self._options:
+            self._options = {key: self._decode_options(*key)}
+        return self._options[key]
+
+    def _decode_options(
+        self, softmax_scale: float, rope: RopeTables | None, device: torch.device, sliding_window: int
+    ) -> DecodeOptions:
         return DecodeOptions(
             head_dim=self.layer.head_dim,
             key_bits=self.k_bits,
@@ -75,7 +84,7 @@ class RTN(KVMethod):
             unrotate_values=self.rotates,
             key_tokens_per_scale=self.key_tokens_per_scale,
             key_affine=self.key_form.affine_on(device),
-            sliding_window=sliding_window or 0,
+            sliding_window=sliding_window,
         )
 
     def key_store(self) -> BlockStore:
