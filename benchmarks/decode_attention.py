@@ -1,5 +1,7 @@
 """One decode step of one layer's attention: the fused kernel over a packed cache against torch over a full one.
 
+Beside it, the write of one token: its key's RoPE undone, key and value rotated, quantized and packed into blocks.
+
     python benchmarks/decode_attention.py --lengths 8192,32768,131072 --output results/decode_attention.csv
 
 All ways run in turn in one process on ``torch.get_num_threads()`` threads, so that whatever else the machine does
@@ -69,6 +71,21 @@ def fused_step(
     size = sum(x.nbytes for blocks in packed for x in blocks.values())
     step = (queries, *packed, group_of_channel, first, first, tokens, tokens, options)
     return lambda: kernels.decode_attention(*step), size
+
+
+def write_step(shape: tuple[int, int, int, int], bits: int) -> tuple[Callable, int]:
+    """Writes one token's key and value as RotateKV does, and the bytes of a block's 16 tokens."""
+    _, kv_heads, dim, group_heads = shape
+    channels = kv_heads * dim
+    heads = torch.randn(1, 1, kv_heads, dim).transpose(1, 2)
+    keys, values = (allocate_blocks(1, 1, channels, kv_heads, bits) for _ in range(2))
+    order, unrope = torch.randperm(channels).int(), (torch.randn(1, 1, dim // 2), torch.randn(1, 1, dim // 2))
+
+    def write() -> None:
+        cpu.quantize_into_blocks(heads, keys, 5, bits, dim, 0.9, order, group_heads * dim, None, unrope)
+        cpu.quantize_into_blocks(heads, values, 5, bits, dim, 0.9, None, dim)
+
+    return write, sum(x.nbytes for blocks in (keys, values) for x in blocks.values())
 
 
 def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:
@@ -164,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         for tokens in map(int, args.lengths.split(",")):
             fused = {f"fused {args.bits}-bit": fused_step(SHAPES[shape], tokens, args.bits)}
             fused["fused, RotateKV+"] = fused_step(SHAPES[shape], tokens, args.bits, "RotateKV+")
+            fused["write of one token"] = write_step(SHAPES[shape], args.bits)
             steps = {**fused, **torch_steps(shape, tokens)}
             times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
             fused = next(iter(times.values()))

@@ -420,6 +420,15 @@ def test_a_call_with_other_arguments_forgets_what_blocks_remember_of_the_last_on
         cpu.decode_attention(**{**kept, "values": shorter})
 
 
+def test_keys_with_scales_per_channel_are_remembered_by_their_values():
+    step, other = (random_step(replace(TOKEN_GROUPS, seed=seed)) for seed in (0, 1))
+    kept = step | {"values": Blocks(step["values"])}
+    for keys in (step["keys"], other["keys"], step["keys"]):
+        plain = {**step, "keys": keys}
+        assert torch.equal(cpu.decode_attention(**{**kept, "keys": keys}), cpu.decode_attention(**plain))
+    assert kept["values"].checked
+
+
 def test_a_write_with_other_arguments_forgets_what_blocks_remember_of_the_last_one():
     write = Write(batch=2, tokens=3, start=17, bits=3, rotary_dim=64, affine=True, reorder=True, heads_per_group=3)
     step, other = random_write(write), random_write(replace(write, seed=1))

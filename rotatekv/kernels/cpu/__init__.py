@@ -24,6 +24,7 @@ from rotatekv.kernels.cpu.checks import (
     rope_pointers,
     strided_pointer,
 )
+from rotatekv.kernels.layout import Blocks
 from rotatekv.kernels.reference import Packed
 from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
 
@@ -232,7 +233,8 @@ def _prepared_decode(
     tables = () if rope is None else (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin)
     factors = () if o.key_affine is None else (o.key_affine.factor, o.key_affine.offset)
     tensors = (*keys.values(), *values.values(), group_of_channel, *tables, *factors)
-    return remembered(keys, "decode", tensors, (len(keys), len(values), len(tables), *numbers), make)
+    blocks = keys if isinstance(keys, Blocks) else values  # keys with scales per channel are a plain dict
+    return remembered(blocks, "decode", tensors, (len(keys), len(values), len(tables), *numbers), make)
 
 
 def _prepared_write(
