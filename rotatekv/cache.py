@@ -77,6 +77,7 @@ class RotateKVCache(Cache):
         self.parts: Parts | None = None
         self._tokens = 0  # that are stored, but for a running call's
         self._running, self._awaited, self._with_sinks = False, set(), set()
+        self._ends_failed: bool | None = None  # how the running call ends, once that is known
 
     def follow(self, spec: CacheSpec) -> None:
         """Take the RoPE of a model whose ``rotary_emb`` is another one by now."""
@@ -126,7 +127,7 @@ class RotateKVCache(Cache):
         # AUTHORS: positions count the left padding there; here every token keeps the position the model gave it.
         if self._running:  # an earlier call never came to its end
             self.end_forward(failed=True)
-        self._running = True
+        self._running, self._ends_failed = True, None
         cached = self._tokens
         self.first_call_is_exact = not cached and not self.config.quantize_prefill
         if not cached and self.parts is not None:
@@ -164,10 +165,10 @@ class RotateKVCache(Cache):
 
     def _split(self, parts: Parts) -> None:
         """Keep each sequence's attention layers in its own cache from now on."""
-        self.parts = parts
-        for number, layer in enumerate(self.layers):
-            if isinstance(layer, RotateKVLayer):
-                self.layers[number] = SplitLayer(parts, number, layer)
+        self.parts, self.layers = parts, [
+            SplitLayer(parts, number, layer) if isinstance(layer, RotateKVLayer) else layer
+            for number, layer in enumerate(self.layers)
+        ]  # fmt: skip
 
     def _padding_matters(self, cached: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether a row would be another one than alone if its padding were stored with it."""
@@ -183,20 +184,22 @@ class RotateKVCache(Cache):
         Raises:
             RuntimeError: some layer of the model has stored nothing, or attended without what it has stored.
         """
-        tokens = 0 if self.positions is None else self.positions.shape[1]
-        missing = sorted({*self._awaited, *self._without(tokens)}) if self._running and not failed else []
-        failed = failed or bool(missing)
-        self.token_mask = self.fused_call = None
-        self.first_call_is_exact, self._running, self._awaited, self._with_sinks = False, False, set(), set()
+        tokens, missing = 0 if self.positions is None else self.positions.shape[1], []
+        if self._ends_failed is None:  # else an interrupt came upon the end, which is now made whole
+            if self._running and not failed:
+                missing = sorted({*self._awaited, *self._without(tokens)})
+            failed = failed or bool(missing)
+            self._ends_failed, self._tokens = failed, self._tokens if failed else tokens
         for layer in self._own_layers():
-            layer.end_call(failed)
+            layer.end_call(self._ends_failed)
         if self.parts is not None:
-            self.parts.end_forward(failed)
+            self.parts.end_forward(self._ends_failed)
         self._positions.forget()
-        if failed:
+        if self._ends_failed:
             self._cut_positions()
-        else:
-            self._tokens = tokens
+        self.token_mask = self.fused_call = None
+        self.first_call_is_exact, self._awaited, self._with_sinks = False, set(), set()
+        self._running, self._ends_failed = False, None
         if missing:
             raise RuntimeError(
                 f"layers {missing} attended without the cache, in full precision: switch gradient checkpointing off, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,9 +21,8 @@ from rotatekv.rope import LayerRope, Positions
 from rotatekv.stores import CodeStore, HeadForm, Store
 from rotatekv.window import FlushedTokens, RecentWindow
 
-_BESIDE = (  # the tensors beside the packed stores
-    "window_keys", "window_values", "window_massive", "sink_rows", "sink_columns", "sink_keys", "sink_values",
-)  # fmt: skip
+_SINKS = ("sink_rows", "sink_columns", "sink_keys", "sink_values")
+_BESIDE = ("window_keys", "window_values", "window_massive", *_SINKS)  # the tensors beside the packed stores
 
 
 class RotateKVLayer(Croppable, CacheLayerMixin):
@@ -70,20 +70,20 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self.window_keys = self.window_values = self.window_massive = self._new_massive = None
         self.sink_rows = self.sink_columns = self.sink_keys = self.sink_values = None
         self._sinks_in_window = True  # maybe; once none is there, only a crop brings one back
-        self._before: tuple[int, dict[str, torch.Tensor | None]] | None = None
         self._sinks_until = self._recent = self._spare = self.flushed = None
         self.dropped = 0
         self.is_initialized = False
+        self._before: tuple[int, dict[str, torch.Tensor | None]] | None = None
 
     def end_call(self, failed: bool = False) -> None:
         """The running call is done; ``failed``: take back what it has stored here."""
-        before, self._before, self._new_massive, self.flushed = self._before, None, None, None
+        if failed and self._before is not None:
+            self._take_back(*self._before)
+        elif not failed and self.sliding_window is not None:
+            self._drop_unseen()
         if self.sink_keys is None:
             self.sink_rows = self.sink_columns = None  # named, not stored
-        if before is not None and failed:
-            self._take_back(*before)
-        elif self.sliding_window is not None:
-            self._drop_unseen()
+        self._before = self._new_massive = self.flushed = None  # last: an interrupt before it, and all is done again
 
     @storing
     def _take_back(self, packed: int, beside: dict[str, torch.Tensor | None]) -> None:
@@ -102,16 +102,18 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         count = min(unseen, self.packed_keys.length) // step * step
         if count <= 0:
             return
-        self.packed_keys.drop(count)
-        self.packed_values.drop(count)
-        self.dropped += count
+        new = {"packed_keys": copy.copy(self.packed_keys), "packed_values": copy.copy(self.packed_values)}
+        for store in new.values():
+            store.drop(count)
         if self.sink_keys is not None:
-            self._keep_sinks(self.sink_rows, (self.sink_columns >= count).nonzero()[:, 0])
-            self.sink_columns = self.sink_columns - count
+            left = self.sink_columns >= count
+            new |= {name: getattr(self, name)[left] for name in _SINKS}
+            new["sink_columns"] = new["sink_columns"] - count
         if self._recent is not None:
-            self._recent = self._recent._replace(start=self._recent.start - count)
+            new["_recent"] = self._recent._replace(start=self._recent.start - count)
         if self._spare is not None:
-            self._spare = self._spare.dropped(count)
+            new["_spare"] = self._spare.dropped(count)
+        vars(self).update(new, dropped=self.dropped + count)  # at once: an interrupt finds all or nothing
 
     @property
     def keys(self) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ import pickle
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -225,8 +226,8 @@ def lines_of_patching(model) -> list[tuple[str, int]]:
     return lines
 
 
-def break_off_at(model, number: int, error: type[BaseException]) -> None:
-    """Patch, with ``error`` raised before the line of that number."""
+def ends_before(number: int, error: type[BaseException], call) -> bool:
+    """``call()``, with ``error`` raised before the package's line of that number; whether it came so far."""
     left = number
 
     def count(frame):
@@ -235,8 +236,12 @@ def break_off_at(model, number: int, error: type[BaseException]) -> None:
         if left < 0:
             raise error
 
-    with pytest.raises(error), traced(count):
-        patch_model(model, ROTATEKV2)
+    try:
+        with traced(count):
+            call()
+        return False
+    except error:
+        return True
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -257,7 +262,8 @@ def test_patching_broken_off_at_any_line_leaves_the_model_as_it_was():
         seen.add(line)
     assert len(places) > 400 and {lines[number][0] for number in places} >= {"proof.py", "hooks.py", "cache.py"}
     for number in places:
-        break_off_at(model, number, KeyboardInterrupt if number % 2 else MemoryError)
+        error = KeyboardInterrupt if number % 2 else MemoryError
+        assert ends_before(number, error, lambda: patch_model(model, ROTATEKV2))
         assert is_as_it_was(model, before, weights), lines[number]
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert torch.equal(torch.get_rng_state(), random)
@@ -275,23 +281,43 @@ def test_unpatching_broken_off_at_any_line_is_done_by_unpatching_again():
     before, weights, number, broken_off = everything(model), [x.clone() for x in model.state_dict().values()], 0, True
     while broken_off:
         patch_model(model, ROTATEKV2)
-        left, number = number, number + 3
-
-        def count(frame):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-
-        try:
-            with traced(count):
-                unpatch_model(model)
-            broken_off = False
-        except KeyboardInterrupt:
-            if is_patched(model):
-                unpatch_model(model)
+        broken_off = ends_before(number, KeyboardInterrupt, lambda: unpatch_model(model))
+        if is_patched(model):
+            unpatch_model(model)
         assert is_as_it_was(model, before, weights), number
+        number += 3
     assert number > 100
+
+
+# --- Ctrl-C at any line of a call ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "window", "padding"), [("RotateKV2", 24, 0), ("KIVI2", None, 5), ("KIVI2", 24, 5)])
+def test_a_call_broken_off_at_any_line_is_made_whole_or_not_at_all(name, window, padding):
+    """What ``get_seq_length`` says then is what the cache holds, at the latest when it is used again."""
+    model, ids = tiny_model("mistral", num_hidden_layers=1, sliding_window=window), token_ids(122).view(2, 61)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+
+    def same(one, other):
+        ours, theirs = list(one.tensors()), list(other.tensors())
+        return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+    with patch_model(model, CONFIGS[name]), torch.no_grad():
+        cache, outcomes = RotateKVCache.for_model(model), []
+        for start, stop in ((0, 37), (37, 38), (38, 61)):
+            call = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            before, number, broken_off = copy.deepcopy(cache), start, True
+            model(**call, past_key_values=cache)
+            while broken_off:
+                tried = copy.deepcopy(before)
+                broken_off = ends_before(number, KeyboardInterrupt, partial(model, **call, past_key_values=tried))
+                expected = {start: before, stop: cache}[tried.get_seq_length()]
+                tried.settle()
+                assert same(tried, expected), number
+                outcomes.append((broken_off, expected is cache))
+                number += 41
+    assert outcomes.count((True, False)) > 20 and outcomes.count((False, True)) == 3
 
 
 def test_a_cache_is_copied_whole(patched):
