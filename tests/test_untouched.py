@@ -18,8 +18,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
-from rotatekv.cache_layer import RotateKVLayer
-from rotatekv.kernels import cpu
 from rotatekv.patch import handle_of, is_patched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,36 +296,6 @@ def test_a_model_without_weights_is_refused(tiny):
     with pytest.raises(UserError, match="meta device, without weights: load them first"):
         patch_model(tiny.to("meta"), ROTATEKV2)
     assert not is_patched(tiny)
-
-
-# --- the compiler ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
-def test_a_compiled_model_attends_in_the_kernels_with_few_graphs_a_layer(monkeypatch):
-    monkeypatch.setenv("ROTATEKV_BACKEND", "cpu")
-    torch._dynamo.reset()
-    attend, calls, graphs = RotateKVLayer.attend, [], []
-
-    def noted(*args):
-        calls.append(1)
-        return attend(*args)
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(RotateKVLayer, "attend", noted)
-    model = tiny_model().requires_grad_(False)
-    with patch_model(model, ROTATEKV2), torch.no_grad():
-        expected, cache = logits(model), RotateKVCache.for_model(model)
-        eager, compiled = len(calls), torch.compile(model, backend=count)
-        got = [compiled(IDS[:, : STEPS[0]], past_key_values=cache).logits]
-        assert 2 < len(graphs) <= 2 * 3 + 3
-        got += [compiled(IDS[:, [step]], past_key_values=cache).logits for step in (36, 37)]
-        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, :38])
-        assert eager == 2 * 3 and len(calls) - eager == 2 * 2
-    torch._dynamo.reset()
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
