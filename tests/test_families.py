@@ -127,6 +127,19 @@ def test_fp16_is_the_stock_model(name):
     assert differences.pop("prefill") == 0 and all(found <= 1e-5 * slides for found in differences.values())
 
 
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_16_bit_models_are_taken(name):
+    """With eager attention too. What FP16 then differs by is far less than what 16 bits do to the model."""
+    model, ids, mask = FAMILIES[name].build(torch.bfloat16), token_ids(2, TOKENS), left_padding(TOKENS, 0, PADDING)
+    slides = any(DynamicCache(config=model.config).is_sliding)
+    for attention in {model.config._attn_implementation, "eager"}:
+        model.set_attn_implementation(attention)
+        stock = in_chunks(model, DynamicCache(config=model.config), ids, mask)[0].float()
+        with patch_model(model, "FP16"):
+            ours = in_chunks(model, RotateKVCache.for_model(model), ids, mask)[0].float()
+        assert (ours - stock).std() <= 0.01 * slides * stock.std()
+
+
 def test_the_docs_have_a_row_for_every_family():
     rows = re.findall(r"^\| (.+?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert {*FAMILIES, *MORE} <= {*rows}
