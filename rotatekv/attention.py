@@ -58,7 +58,7 @@ def attention(
     if handed is None:
         return stock_attention(module)(module, query, key, value, attention_mask, **options)
     cache, layer = handed
-    if cache.parts is None:
+    if cache.parts is None or (cache.first_call_is_exact and not cache.parts.is_packed):
         return _attend(cache, layer, module, query, key, value, attention_mask, options)
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
     for part in cache.parts.running():  # each sequence in its own cache; zeros for padding

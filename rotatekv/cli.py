@@ -38,7 +38,7 @@ _METHOD_FLAGS: dict[str, tuple[type, str]] = {
     ),
     "residual_length": (int, "most recent tokens kept in 16 bits"),
     "extra_bit_share": (float, "share of all layers' keys and values that take a bit more (RotateKV+), in [0, 1]"),
-    "quantize_prefill": (bool, "False: the first call's queries see exact keys and values; stored is the same"),
+    "quantize_prefill": (bool, "False: the first call's queries see exact keys and values; the cache is quantized"),
 }
 
 

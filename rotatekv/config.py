@@ -38,7 +38,8 @@ class QuantConfig:
         extra_bit_share: share of all layers' keys and values, the most sensitive of them, in [0, 1], that take a bit
             more than k_bits or v_bits (``rotatekv_plus``).
         quantize_prefill: the first call's queries see keys and values as they decode (paper). ``False`` gives them the
-            exact ones, as KIVI and transformers do; what is stored is the same.
+            exact ones, as KIVI and transformers do. What is stored of given keys and values is the same; layers after
+            the first are given others, as their inputs are exact.
 
     Raises:
         UserError: a value outside its range.
