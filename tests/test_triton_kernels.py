@@ -31,7 +31,7 @@ def interpreted(tmp_path_factory) -> dict[str, str]:
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--junitxml={report}",
                "--rootdir", str(TESTS.parent), str(TESTS / "interpreted_triton.py")]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, env=_environment(TRITON_INTERPRET="1"), timeout=300, cwd=report.parent
+        command, capture_output=True, text=True, env=_environment(TRITON_INTERPRET="1"), timeout=900, cwd=report.parent
     )
     assert report.exists(), done.stdout[-2000:] + done.stderr[-2000:]
     cases = {}
