@@ -16,7 +16,7 @@ def quantize_into_blocks_reference(
     order: torch.Tensor | None = None, rotation_width: int = 0, affine: Affine | None = None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """T tokens (B, H_kv, T, D) into blocks in place from token ``start`` on, with all that comes before rounding.
+    """Quantize (B, H_kv, T, D) heads and write them in place into blocks, from token ``start`` on.
 
     In this order, each where it is there:
 
