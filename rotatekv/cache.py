@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -77,6 +78,7 @@ class RotateKVCache(Cache):
         self.parts: Parts | None = None
         self._tokens = 0  # that are stored, but for a running call's
         self._running, self._awaited, self._with_sinks = False, set(), set()
+        self._is_spoilt = False  # a failed call may have changed transformers' own layers
         self._ends_failed: bool | None = None  # how the running call ends, once that is known
 
     def follow(self, spec: CacheSpec) -> None:
@@ -130,8 +132,13 @@ class RotateKVCache(Cache):
         self._running, self._ends_failed = True, None
         cached = self._tokens
         self.first_call_is_exact = not cached and not self.config.quantize_prefill
-        if not cached and self.parts is not None:
-            self.parts, self.layers = None, self._spec.new_layers(self._positions)
+        if not cached and (self.parts is not None or self._is_spoilt):
+            self._start_again()
+        elif self._is_spoilt:
+            raise RuntimeError(
+                "a call failed half-way, and this model's linear-attention layers cannot be taken back: "
+                "start with a new cache"
+            )
         elif self.parts is not None and self.parts.is_packed:
             raise UserError(
                 "a packed batch (position_ids that restart) filled this cache, it cannot go on: "
@@ -170,6 +177,13 @@ class RotateKVCache(Cache):
             for number, layer in enumerate(self.layers)
         ]  # fmt: skip
 
+    def _start_again(self) -> None:
+        """New layers in place of those of an empty cache."""
+        records = any(self.is_recording_past(number) for number in range(len(self.layers)))
+        self.parts, self.layers, self._is_spoilt = None, self._spec.new_layers(self._positions), False
+        if records:
+            self.activate_past_recording()
+
     def _padding_matters(self, cached: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether a row would be another one than alone if its padding were stored with it."""
         if attention_mask is None or attention_mask.dim() != 2:
@@ -187,7 +201,7 @@ class RotateKVCache(Cache):
         tokens, missing = 0 if self.positions is None else self.positions.shape[1], []
         if self._ends_failed is None:  # else an interrupt came upon the end, which is now made whole
             if self._running and not failed:
-                missing = sorted({*self._awaited, *self._without(tokens)})
+                missing = sorted({*self._awaited, *self._without()})
             failed = failed or bool(missing)
             self._ends_failed, self._tokens = failed, self._tokens if failed else tokens
         for layer in self._own_layers():
@@ -196,6 +210,7 @@ class RotateKVCache(Cache):
             self.parts.end_forward(self._ends_failed)
         self._positions.forget()
         if self._ends_failed:
+            self._is_spoilt |= tokens > self._tokens and None in self._spec.methods
             self._cut_positions()
         self.token_mask = self.fused_call = None
         self.first_call_is_exact, self._awaited, self._with_sinks = False, set(), set()
@@ -206,10 +221,11 @@ class RotateKVCache(Cache):
                 "unpatch_model(model) before training, and before you exchange its layers"
             )
 
-    def _without(self, tokens: int) -> list[int]:
-        """The attention layers that do not hold so many tokens."""
+    def _without(self) -> list[int]:
+        """The attention layers that do not hold all tokens."""
         if self.parts is not None:
-            return []
+            return [number for part in self.parts.running() for number in part.cache._without()]
+        tokens = self.positions.shape[1]
         own = ((number, layer) for number, layer in enumerate(self.layers) if isinstance(layer, RotateKVLayer))
         return [number for number, layer in own if layer.get_seq_length() != tokens]
 
@@ -226,12 +242,6 @@ class RotateKVCache(Cache):
         if layer_idx == 0 and not isinstance(self.layers[0], RotateKVLayer | SplitLayer):  # transformers' default
             layer_idx = next(i for i, method in enumerate(self._spec.methods) if method is not None)
         return self.layers[layer_idx].get_mask_sizes(query_length)
-
-    def activate_past_recording(self) -> None:
-        for cache in self._holders():
-            for layer in cache.layers:
-                if hasattr(layer, "activate_past_recording"):
-                    layer.activate_past_recording()
 
     def attends(self, layer_idx: int, query: torch.Tensor) -> bool:
         """Whether a fused kernel attends for this layer in the running call; not under gradients."""
@@ -278,11 +288,21 @@ class RotateKVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         self.settle()
-        super().crop(tokens_to_remove)
+        tokens_to_remove = operator.index(tokens_to_remove)
+        self.check_crop(tokens_to_remove)
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, RotateKVLayer)):
+            layer.crop(tokens_to_remove)  # transformers' own first, which may refuse too
         if self.parts is not None:
             self.parts.crop(tokens_to_remove)
-        self._tokens = max(self._tokens + int(tokens_to_remove), 0)
+        self._tokens = max(self._tokens + tokens_to_remove, 0)
         self._cut_positions()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what a layer's ``crop`` would raise, before any layer has given up a token."""
+        for layer in self._own_layers():
+            layer.check_crop(tokens_to_remove)
+        if self.parts is not None:
+            self.parts.check_crop(tokens_to_remove)
 
     def _cut_positions(self) -> None:
         if self.positions is not None and self.positions.shape[1] > self._tokens:
@@ -313,8 +333,8 @@ class RotateKVCache(Cache):
 
     def reset(self) -> None:
         self.settle()
-        if self.parts is not None:
-            self.parts, self.layers = None, self._spec.new_layers(self._positions)
+        if self.parts is not None or self._is_spoilt:
+            self._start_again()
         super().reset()
         self._positions.set(None)
         self._tokens = 0

@@ -84,6 +84,16 @@ class Croppable:
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what ``crop`` raises, and changes nothing."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        if tokens_to_remove and self.dropped and self._kept() + tokens_to_remove < self.sliding_window - 1:
+            raise RuntimeError(
+                f"{-tokens_to_remove} tokens cannot be cropped: the layer has dropped what a window of "
+                f"{self.sliding_window} tokens would see then; call activate_past_recording() before the calls to crop"
+            )
+
     @storing
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens; ``tokens_to_remove`` ≤ 0, an integer or a tensor of one.
@@ -94,17 +104,11 @@ class Croppable:
         """
         # generate of transformers 5.17 hands in a tensor of no dimension
         tokens_to_remove = operator.index(tokens_to_remove)
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        self.check_crop(tokens_to_remove)
         recent, self._recent, spare, self._spare = self._recent, None, self._spare, None
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         length = self._kept() + tokens_to_remove
-        if self.dropped and length < self.sliding_window - 1:
-            raise RuntimeError(
-                f"{-tokens_to_remove} tokens cannot be cropped: the layer has dropped what a window of "
-                f"{self.sliding_window} tokens would see then; call activate_past_recording() before the calls to crop"
-            )
         if length <= 0:
             return self._clear()
         if recent is not None and recent.start <= length:

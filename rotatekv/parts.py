@@ -73,9 +73,12 @@ class Part:
 
     def crop(self, length: int) -> None:
         """Drop the tokens that lie past the row's first ``length``."""
-        kept = self.columns[self.columns < length]
-        self.cache.crop(len(kept) - len(self.columns))
-        self.columns = kept
+        self.cache.crop(self.past(length))
+        self.columns = self.columns[self.columns < length]
+
+    def past(self, length: int) -> int:
+        """Minus the number of tokens that lie past the row's first ``length``."""
+        return -int((self.columns >= length).sum())
 
 
 class Parts:
@@ -130,9 +133,13 @@ class Parts:
             part.columns = part.columns[part.columns < self.tokens]
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.tokens = max(self.tokens + int(tokens_to_remove), 0)
+        self.tokens = max(self.tokens + tokens_to_remove, 0)
         for part in self.parts:
             part.crop(self.tokens)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        for part in self.parts:
+            part.cache.check_crop(max(tokens_to_remove, part.past(self.tokens + tokens_to_remove)))
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row ``i`` gets copies of the parts that row ``rows[i]`` had."""
@@ -175,6 +182,29 @@ class SplitLayer(CacheLayerMixin):
                 whole = heads.new_zeros(rows, heads.shape[1], self.parts.tokens, heads.shape[3])
             whole[part.row, :, part.columns[-heads.shape[2] :].to(heads.device)] = heads[0]
         return whole
+
+    @property
+    def record_past(self) -> bool:
+        return any(layer.record_past for layer in self._of_parts())
+
+    @record_past.setter
+    def record_past(self, records: bool) -> None:
+        for layer in self._of_parts():
+            layer.record_past = records
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def _of_parts(self) -> list[RotateKVLayer]:
+        return [cache.layers[self.number] for cache in self.parts.caches()]
+
+    def offload(self) -> None:
+        for layer in self._of_parts():
+            layer.offload()
+
+    def prefetch(self) -> None:
+        for layer in self._of_parts():
+            layer.prefetch()
 
     def get_seq_length(self) -> int:
         return self.parts.tokens
@@ -219,7 +249,9 @@ def warn_of_padding(handle: PatchHandle, input_ids: torch.Tensor, pad_token_id: 
 
     Some rows, not all, begin or end with a padding token: the model's, or 0, which lm_eval pads with.
     """
-    matters = handle.config.Attention_Sink_Aware or any(m.tokens_per_flush > 1 for m in handle.spec.methods)
+    matters = handle.config.Attention_Sink_Aware or any(
+        method is not None and method.tokens_per_flush > 1 for method in handle.spec.methods
+    )
     if not matters or handle.warned_of_padding:
         return
     outer = input_ids[:, [0, -1]]
