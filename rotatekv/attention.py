@@ -88,6 +88,8 @@ def _attend(
     if cache.first_call_is_exact:
         return stock(module, query, key, value, attention_mask, **options)
     flushed, (keys, values) = layer.flushed, layer.read()  # (B, H_kv, T_kept, D)
+    if attention_mask is not None and attention_mask.shape[-1] == layer.get_seq_length():
+        attention_mask = attention_mask[..., layer.dropped :]  # a caller's own is of all tokens
     if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
         keys, values = _NoGradient.apply(keys, key), _NoGradient.apply(values, value)
     if flushed is not None:  # packed by now, but the call's first queries have them in their recent window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import families
 import pytest
 import torch
 from conftest import tiny_model
@@ -329,6 +330,22 @@ def test_a_mask_in_a_dict_is_that_mask(torch_alone):
         causal = model(ids, attention_mask={"full_attention": None}).logits
         torch.testing.assert_close(causal, model(ids).logits)
         assert not torch.allclose(causal, want)
+
+
+@pytest.mark.parametrize("name", ["RTN2", "RotateKV2", "KIVI2"])
+def test_a_callers_mask_of_all_tokens_where_a_window_has_slid(name, torch_alone):
+    model, config = families.FAMILIES["gemma3"].build().double(), small(name)
+    config = replace(config, Outlier_Aware_Key_Rotation=False, residual_length=6)
+    ids, got = families.token_ids(2, 56), []
+    with patch_model(model, config), torch.no_grad():
+        cache = RotateKVCache.for_model(model)
+        for start, stop in ((0, 50), (50, 55), (55, 56)):
+            query, key = torch.arange(start, stop)[:, None], torch.arange(stop)
+            seen = (key <= query)[None, None].expand(2, -1, -1, -1)
+            masks = {"full_attention": seen, "sliding_attention": seen & (query - key < families.WINDOW)}
+            got.append(model(ids[:, start:stop], attention_mask=masks, past_key_values=cache).logits)
+        assert cache.layers[0].dropped
+        torch.testing.assert_close(torch.cat(got, 1), logits(model, ids, (50, 5, 1)), rtol=0, atol=1e-9)
 
 
 def test_sdpa_told_not_to_be_causal_sees_all_tokens_whatever_the_window(tiny):

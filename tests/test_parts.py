@@ -1,4 +1,4 @@
-"""Caches whose rows are kept each alone, and those with layers of transformers' own: what goes wrong changes nothing."""
+"""Caches whose rows are kept each alone, and those with layers of transformers' own: what fails changes nothing."""
 
 from __future__ import annotations
 
