@@ -23,7 +23,7 @@ from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.texts import cut_windows, load_text
-from rotatekv.evals.tokens import check_windows, context_length
+from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
 from rotatekv.external import use_method
 from rotatekv.methods import method_class
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     name, quant_config = method_from_args(args)
     text = load_text(args.dataset or "wikitext2", args.data_dir)
     model, tokenizer = load_model(**model_flags(args))
-    windows = cut_windows(tokenizer, text, args.PPL_seq_length, context_length(model))
+    windows = cut_windows(tokenizer, text, args.PPL_seq_length, context_length(model), bos_of_windows(model))
     check_windows(model, windows, "--PPL_seq_length")
 
     dataset = {"id": text.name, "sha256": text.sha256}

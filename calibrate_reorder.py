@@ -26,7 +26,7 @@ from rotatekv.calibration_reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
-from rotatekv.evals.tokens import check_windows, context_length
+from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
 from rotatekv.families import check_supported, find_text_model
 from rotatekv.models import ALIASES, model_revision
 from rotatekv.patch import first_geometry, resolved_head_group
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     if not ids.numel():
         raise UserError(f"the text {args.dataset} has no tokens")
     length = min(args.seq_length or min(2048, context_length(model)), ids.shape[1])
-    windows = list(windows_of(ids, length))
+    windows = list(windows_of(ids, length, bos_of_windows(model)))
     check_windows(model, windows, "--seq_length")
 
     metadata = {

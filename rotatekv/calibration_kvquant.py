@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from rotatekv.config import SUPPORTED_BITS
 from rotatekv.errors import UserError
+from rotatekv.head import TOKENS_AT_ONCE, head_logits, run_without_head
 from rotatekv.methods.kvquant import OUTLIER_SHARE, outliers_per_token
 from rotatekv.nonuniform import LevelHistogram, split_values
 from rotatekv.patch import first_geometry
@@ -136,9 +137,10 @@ def _with_gradients(model: nn.Module, text_model: nn.Module, window: torch.Tenso
 
     with torch.enable_grad(), watching(text_model, take):
         ids = window.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum")
-        gradients = torch.autograd.grad(loss, [x for layer in got.values() for x in (layer.key, layer.value)])
+        output = run_without_head(model, input_ids=ids, use_cache=False)
+        by_hidden = _gradient_of_loss(model, output, ids[0, 1:])
+        inputs = [x for layer in got.values() for x in (layer.key, layer.value)]
+        gradients = torch.autograd.grad(output.last_hidden_state[:, :-1], inputs, by_hidden)
     found = {}
     for attended, by_key, by_value in zip(got.values(), gradients[::2], gradients[1::2], strict=True):
         keys = attended.before_rope(attended.key.detach()), attended.gradient_before_rope(by_key)
@@ -147,3 +149,15 @@ def _with_gradients(model: nn.Module, text_model: nn.Module, window: torch.Tenso
             tuple(heads_to_channels(x)[:, 1:].flatten(0, 1).float() for x in pair) for pair in pairs
         )
     return found
+
+
+def _gradient_of_loss(model: nn.Module, output, targets: torch.Tensor) -> torch.Tensor:
+    """By all hidden states but the last, (1, T − 1, hidden_size), of the loss summed over the (T − 1,) next tokens."""
+    gradients = []
+    hidden = output.last_hidden_state[:, :-1].detach()
+    for part, tokens in zip(hidden.split(TOKENS_AT_ONCE, 1), targets.split(TOKENS_AT_ONCE), strict=True):
+        part = part.requires_grad_()
+        logits = head_logits(model, output, part)[0].float()
+        loss = cross_entropy(logits, tokens.to(logits.device), reduction="sum")
+        gradients += torch.autograd.grad(loss, part)
+    return torch.cat(gradients, 1)

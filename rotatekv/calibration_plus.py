@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.families import attention_modules, find_text_model, layer_geometry
+from rotatekv.head import TOKENS_AT_ONCE, head_logits, run_without_head
 from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
 from rotatekv.methods.rotatekv_plus import RotateKVPlus
@@ -146,7 +147,7 @@ def rank_sensitivity(
         L counts layers with attention; the others come last, above 1.
     """
     attentions = attention_modules(find_text_model(model))
-    windows = [(window.to(model.device), _log_probabilities(model, window)) for window in windows]
+    windows = [(window.to(model.device), list(_log_probabilities(model, window))) for window in windows]
     config = replace(PRESETS["RotateKV2+"], extra_bit_share=0.0)
     exact = [
         None if attention is None else _Exact(config, layer_geometry(attention), threshold.item())
@@ -161,17 +162,21 @@ def rank_sensitivity(
                 methods = list(exact)
                 methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
                 handle.held_spec = replace(handle.held_spec, methods=tuple(methods))  # of the caches to come
-                found = (_log_probabilities(model, window) for window, _ in windows)
-                differences = (want.exp() * (want - got) for (_, want), got in zip(windows, found, strict=True))
-                costs[number, column] = sum(difference.sum().item() for difference in differences)
+                costs[number, column] = sum(
+                    (want.exp() * (want - got)).sum().item()
+                    for window, wanted in windows
+                    for want, got in zip(wanted, _log_probabilities(model, window), strict=True)
+                )
     places = costs.flatten().argsort(descending=True, stable=True).argsort().float()
     return ((places + 0.5) / (2 * len(measured))).view_as(costs)
 
 
-def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """(T, V) float32."""
-    with torch.no_grad():
-        return torch.log_softmax(model(input_ids=window.to(model.device), use_cache=False).logits[0].float(), -1)
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, window: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(≤ 512, V) float32, one part of the window after another."""
+    output = run_without_head(model, input_ids=window.to(model.device), use_cache=False)
+    for hidden in output.last_hidden_state.split(TOKENS_AT_ONCE, dim=1):
+        yield torch.log_softmax(head_logits(model, output, hidden)[0].float(), -1)
 
 
 class _Exact(KVMethod):

@@ -16,7 +16,7 @@ from rotatekv.cli import add_switch, method_from_args, model_flags
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, cut_windows, load_text
-from rotatekv.evals.tokens import check_windows, context_length
+from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
 from rotatekv.families import attention_modules, check_supported, find_text_model
 from rotatekv.models import load_model
 from rotatekv.patch import build_methods, first_geometry
@@ -90,7 +90,7 @@ def _text_within_reach(args: argparse.Namespace) -> Text:
 
 
 def _window(model, tokenizer, text: Text, args: argparse.Namespace) -> torch.Tensor:
-    windows = cut_windows(tokenizer, text, args.PPL_seq_length, context_length(model))
+    windows = cut_windows(tokenizer, text, args.PPL_seq_length, context_length(model), bos_of_windows(model))
     if args.save_sample >= len(windows):
         raise UserError(
             f"{text.name} has {len(windows)} windows of {args.PPL_seq_length} tokens: "

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from rotatekv.cli import exit_on_user_error
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.texts import load_text, tokenize, windows_of
+from rotatekv.evals.tokens import bos_of_windows
 from rotatekv.models import EMBEDDED_MODEL, GEMMA_MODEL, load_model
 from rotatekv.patch import patch_model
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, tokenizer = load_model(args.model)
     text = load_text("essays")
-    windows = list(windows_of(tokenize(tokenizer, text), SEQ_LENGTH))[:WINDOWS]
+    windows = list(windows_of(tokenize(tokenizer, text), SEQ_LENGTH, bos_of_windows(model)))[:WINDOWS]
     rows = []
     with tqdm(total=len(METHODS) * len(windows), desc="demo", unit="window") as bar:
         for name in METHODS:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, join_wikitext_rows, load_text, windows_of
+from rotatekv.evals.tokens import bos_of_windows
 
 
 def refuse_hub(*args, **kwargs):
@@ -143,3 +146,18 @@ def test_a_folder_bytes_that_are_no_text_and_a_wrong_data_dir_are_refused(tmp_pa
         with pytest.raises(UserError) as caught:
             load_text(str(dataset), data_dir)
         one_line(caught)
+
+
+@pytest.mark.parametrize("starts_with_bos", [True, False])
+def test_windows_that_each_begin_with_bos(starts_with_bos):
+    text = torch.arange(10, 31).unsqueeze(0)
+    ids = torch.cat([torch.tensor([[2]]), text], dim=1) if starts_with_bos else text
+    windows = list(windows_of(ids, 6, bos=2))
+    assert [window.tolist() for window in windows] == [
+        [[2, *range(start, start + 5)]] for start in (10, 15, 20, 25)
+    ]  # fmt: skip
+
+
+def test_gemma_alone_begins_every_window_with_bos():
+    models = {kind: SimpleNamespace(config=AutoConfig.for_model(kind)) for kind in ("gemma", "gemma3", "llama")}
+    assert {kind: bos_of_windows(model) for kind, model in models.items()} == {"gemma": 2, "gemma3": 2, "llama": None}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from rotatekv.compat import CACHE_NAME
 from rotatekv.evals.running import cache_use
 from rotatekv.external import new_cache
-
-_LOSS_CHUNK = 512  # tokens whose logits are held at once
+from rotatekv.head import TOKENS_AT_ONCE, head_logits, run_without_head
 
 
 def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> dict:
@@ -36,9 +32,11 @@ def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> 
             chunk = window[:, start : start + (chunk_size or length)]
             # A chunk's last logits predict the next chunk's first token; the window's last predict nothing.
             targets = window[0, start + 1 : start + 1 + chunk.shape[1]]
-            for part, logits in zip(targets.split(_LOSS_CHUNK), _logits(model, chunk, cache), strict=False):
-                nll = F.cross_entropy(logits[: len(part)].float(), part.to(logits.device), reduction="sum")
-                total += nll.double().cpu()
+            output = run_without_head(model, input_ids=chunk.to(model.device), use_cache=True, **{CACHE_NAME: cache})
+            hidden = output.last_hidden_state[:, : len(targets)].split(TOKENS_AT_ONCE, dim=1)
+            for part, tokens in zip(hidden, targets.split(TOKENS_AT_ONCE), strict=True):
+                logits = head_logits(model, output, part)[0].float()
+                total += F.cross_entropy(logits, tokens.to(logits.device), reduction="sum").double().cpu()
     return {"nll": float(total) / (length - 1), **cache_use(cache)}
 
 
@@ -51,29 +49,3 @@ def perplexity(nlls: list[float | None]) -> float:
         return math.exp(sum(math.nan if nll is None else nll for nll in nlls) / len(nlls))
     except OverflowError:
         return math.inf
-
-
-def _logits(model, ids: torch.Tensor, cache) -> Iterator[torch.Tensor]:
-    """The (≤ 512, vocabulary) logits of one call, part by part: a large vocabulary's would be gigabytes.
-
-    The model without its head runs once. What is made of a part of its output is the model's own forward's: that of a
-    shallow copy, whose inner model gives that part.
-    """
-    base = getattr(model, model.base_model_prefix)
-    output = base(input_ids=ids.to(model.device), use_cache=True, **{CACHE_NAME: cache})
-    head = copy.copy(model)
-    for part in output.last_hidden_state.split(_LOSS_CHUNK, dim=1):
-        held = _Held(type(output)(**{**output, "last_hidden_state": part}))
-        head._modules = {**model._modules, model.base_model_prefix: held}
-        yield type(model).forward(head, input_ids=ids[:, : part.shape[1]]).logits[0]
-
-
-class _Held(nn.Module):
-    """Stands where a model was: its output is there already."""
-
-    def __init__(self, output):
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args, **kwargs):
-        return self.output

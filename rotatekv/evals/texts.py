@@ -64,20 +64,31 @@ def tokenize(tokenizer, text: Text) -> torch.Tensor:
     return torch.tensor([encode(tokenizer, text.content)], dtype=torch.int64, device="cpu")
 
 
-def windows_of(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
-    """The non-overlapping (1, length) windows of (1, tokens) ids; the rest at the end is dropped."""
-    for start in range(0, ids.shape[1] - length + 1, length):
-        yield ids[:, start : start + length]
+def windows_of(ids: torch.Tensor, length: int, bos: int | None = None) -> Iterator[torch.Tensor]:
+    """The non-overlapping (1, length) windows of (1, tokens) ids; the rest at the end is dropped.
+
+    Args:
+        bos: the token that begins each of them, see ``bos_of_windows``; None: what the text has at its start.
+    """
+    if bos is None:
+        yield from (ids[:, start : start + length] for start in range(0, ids.shape[1] - length + 1, length))
+        return
+    begin = torch.full_like(ids[:, :1], bos)
+    for window in windows_of(ids[:, int(ids[0, 0] == bos) :], length - 1):
+        yield torch.cat([begin, window], dim=1)
 
 
-def cut_windows(tokenizer, text: Text, length: int, context: int) -> list[torch.Tensor]:
+def cut_windows(tokenizer, text: Text, length: int, context: int, bos: int | None = None) -> list[torch.Tensor]:
     """The windows of a text, for a model of ``context`` tokens.
+
+    Args:
+        bos: as for ``windows_of``.
 
     Raises:
         UserError: it has fewer tokens than one.
     """
     ids = tokenize(tokenizer, text)
-    windows = list(windows_of(ids, length))
+    windows = list(windows_of(ids, length, bos))
     if not windows:
         have = ids.shape[1]
         mend = f"pass --PPL_seq_length {min(have, context)} or less" if have > 1 else "pass a longer text"

@@ -73,6 +73,15 @@ def context_length(model) -> int:
     return model.config.get_text_config().max_position_embeddings
 
 
+def bos_of_windows(model) -> int | None:
+    """The BOS that begins every window of a text; None: it stands at the text's start alone, as in the papers.
+
+    Gemma attends to it from everywhere: Gemma 3 270M's perplexity is 36 without, 18 with it (windows of 512).
+    """
+    config = model.config.get_text_config()
+    return config.bos_token_id if config.model_type.startswith("gemma") else None
+
+
 def check_tokenizer(model, tokenizer, prompt: str) -> None:
     """``check_token_ids`` of a run's first prompt, before its folder is made."""
     check_token_ids(model, encode(tokenizer, prompt))
