@@ -85,6 +85,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_positive(args, "calibration_tokens", "seq_length")
+    if args.seq_length == 1:
+        raise UserError("--seq_length must be at least 2 (a token and its successor), not 1")
     usual = Path("reorder_indices") / file_name(args.statistics, ALIASES.get(args.model, args.model))
     output = Path(args.output) if args.output else usual
     check_output(output, args.overwrite)
