@@ -85,8 +85,8 @@ class TokenStore(Store):
         self.length += next(iter(new.values())).shape[1]
         if self.tensors:
             self.tensors = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in new.items()}
-        else:  # a copy: they may be views of a whole projection's output
-            self.tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in new.items()}
+        else:
+            self.tensors = {name: _whole(x) for name, x in new.items()}
 
     def tokens(self) -> Packed:
         return self.tensors
@@ -99,6 +99,12 @@ class TokenStore(Store):
     def drop(self, count: int) -> None:
         self.length -= count
         self._each(lambda x: x[:, count:].clone())
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it is a view of a larger one, such as a whole projection's output."""
+    is_whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    return x if is_whole else x.clone(memory_format=torch.contiguous_format)
 
 
 class Constant:
