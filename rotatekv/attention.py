@@ -63,7 +63,7 @@ def attention(
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
     for part in cache.parts.running():  # each sequence in its own cache; zeros for padding
         heads = (part.of(x, 2) for x in (query, key, value))
-        mask = part.attention_mask(attention_mask, layer)
+        mask = part.attention_mask(attention_mask)
         of_part, weights = _attend(part.cache, layer, module, *heads, mask, options)
         output[part.row, part.new] = of_part[0].to(output.dtype)  # under autocast it is another one
         if weights is not None:

@@ -61,12 +61,12 @@ class Part:
         """Those of ``columns`` that a layer keeps, after its sliding window."""
         return self.columns[self.cache.layers[layer].dropped :]
 
-    def attention_mask(self, mask: torch.Tensor | None, layer: int) -> torch.Tensor | None:
-        """The (B or 1, ·, T or 1, T_cached) mask that attention is given → (1, ·, T_new or 1, T_kept)."""
+    def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The (B or 1, ·, T or 1, T_cached) mask that attention is given → (1, ·, T_new or 1, T_part)."""
         if mask is None:
             return None
         queries = self.of(mask, 2) if mask.shape[2] > 1 else self._row(mask)
-        return queries.index_select(3, self.columns_of(layer).to(mask.device))
+        return queries.index_select(3, self.columns.to(mask.device))
 
     def _row(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.row : self.row + 1] if x.shape[0] > 1 else x
