@@ -16,7 +16,7 @@ from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache
 
-from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
+from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.calibration import save_reorder_indices
 from rotatekv.cropping import MOST_CROPPED
 from rotatekv.kernels import cpu
@@ -39,10 +39,10 @@ def built(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return family_of(name).build(dtype)
 
 
-def patch_rotatekv2(folder: Path, model: nn.Module):
-    """``patch_model(model, RotateKV2)`` with the oracle's reorder indices."""
+def patch_rotatekv2(folder: Path, model: nn.Module, config: QuantConfig = ROTATEKV2):
+    """``patch_model(model, config)`` with the oracle's reorder indices."""
     orders = save_reorder_indices(folder / "order.safetensors", random_orders(model), {})
-    return patch_model(model, ROTATEKV2, orders)
+    return patch_model(model, config, orders)
 
 
 @pytest.fixture
@@ -169,6 +169,19 @@ def test_rotatekv2_is_the_oracle(name, run, patched, monkeypatch):
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     found = error(name, run, patched, assert_same_cache)
     assert found.median() < 2e-5 and found.max() < 0.01  # a sink may differ in its last place
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rotatekv_of_more_bits_is_the_oracle(bits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    model, ids = built("llama"), token_ids(2, TOKENS, seed=0)
+    with watching(OracleCache(model, FAMILIES["llama"], random_orders(model), bits=bits, clip=1.0)) as oracle:
+        want = in_chunks(model, oracle, ids, PADDED)[PADDED.bool()]
+    assert oracle.margin > MARGIN, "take another seed"
+    config = replace(PRESETS[f"RotateKV{bits}"], num_sink_entries=5)
+    with patch_rotatekv2(tmp_path, model, config):
+        got = in_chunks(model, RotateKVCache.for_model(model), ids, PADDED)[PADDED.bool()]
+    assert (got - want).abs().median() < 2e-5 and (got - want).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("name", MORE)
