@@ -188,7 +188,7 @@ class RotateKVCache(Cache):
         """Whether a row would be another one than alone if its padding were stored with it."""
         if attention_mask is None or attention_mask.dim() != 2:
             return False
-        if any(layer.method.tokens_per_flush > 1 for layer in self._own_layers()):
+        if self.config.residual_length or any(layer.method.tokens_per_flush > 1 for layer in self._own_layers()):
             return not bool(self.token_mask.all())
         return self.config.Attention_Sink_Aware and cached == 0 and not bool(self.token_mask.any(1).all())
 

@@ -86,7 +86,9 @@ def enter_forward(text_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         handle.rope.forget_stale()
     running = [(cache, length, mask)]
     if cache.parts is not None:
-        running = [(part.cache, len(part.new), part.token_mask(mask)) for part in cache.parts.running()]
+        # A sliding window counts a row's padding, where it lies between its tokens, but no kernel does.
+        parts = [part for part in cache.parts.running() if not (any(cache.is_sliding) and part.has_gaps)]
+        running = [(part.cache, len(part.new), part.token_mask(mask)) for part in parts]
     if text_model.config._attn_implementation == "sdpa":
         for one, new, its_mask in running:
             one.fused_call = plan_fused_call(one.positions, new, its_mask)

@@ -1,8 +1,9 @@
 """Batches whose sequences are kept each in a cache of its own: its own tokens, without padding and other sequences'.
 
 Two kinds of batches need it. *Packed*: documents one after the other in a row, known by ``position_ids`` that restart.
-*Padded*, where it matters from which token on a sequence counts: KIVI and RotateKV+ pack tokens in groups, and sinks
-are chosen in the first call that has a token of the sequence. So a sequence's numbers are those it has alone.
+*Padded*, where it matters which tokens count: KIVI and RotateKV+ pack them in groups, a recent window holds the last
+ones, and sinks are chosen in the first call that has a token of the sequence. So a sequence's numbers are those it has
+alone, but that a sliding window is as long as transformers' own, which counts padding between tokens.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Part:
             return mask
         unnamed = int(self.columns[-1]) + 1 - mask.shape[1]  # by a short mask: hidden
         return self._row(pad(mask, (0, max(unnamed, 0)))).index_select(1, self.columns.to(mask.device))
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there is padding between the sequence's tokens."""
+        return int(self.columns[-1] - self.columns[0]) >= len(self.columns)
 
     def columns_of(self, layer: int) -> torch.Tensor:
         """Those of ``columns`` that a layer keeps, after its sliding window."""

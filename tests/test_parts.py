@@ -11,7 +11,7 @@ from families import find_decoder as decoder_of
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
 
-KIVI = replace(PRESETS["KIVI2"], k_groupsize=4, v_groupsize=8, residual_length=5)
+KIVI = replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=5)
 MASK = left_padding(70, 0, 5)
 IDS = token_ids(2, 70)
 
@@ -126,3 +126,23 @@ def test_a_failed_call_is_made_again_or_refused_where_layers_cannot_be_taken_bac
         cache.reset()
         logits(lfm2, cache, IDS, (40, 10), MASK)
     assert torch.equal(after(lfm2, cache), after(lfm2, filled(lfm2)))
+
+
+def test_kernels_count_padding_between_tokens_in_a_sliding_window_as_transformers_does(gemma, monkeypatch):
+    mask, found = MASK.clone(), []
+    mask[1, 30:38] = 0
+    for backend in ("reference", "cpu"):
+        monkeypatch.setenv("ROTATEKV_BACKEND", backend)
+        found.append(logits(gemma, RotateKVCache.for_model(gemma), IDS, (38, 4, 1, 1), mask)[mask[:, :44] == 1])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("first, last", [(40, 50), (10, 14)], ids=["at the right", "in the middle"])
+def test_a_recent_window_counts_no_padding(first, last):
+    model, mask = FAMILIES["llama"].build(torch.float64), torch.ones_like(IDS)
+    mask[1, first:last] = 0
+    with patch_model(model, replace(PRESETS["RTN2"], residual_length=6)):
+        batch = logits(model, RotateKVCache.for_model(model), IDS, (50, 4, 1), mask)[1, mask[1, :55] == 1]
+        alone = IDS[1:, mask[1] == 1]
+        want = logits(model, RotateKVCache.for_model(model), alone, (50 - last + first, 4, 1))[0]
+    torch.testing.assert_close(batch, want, rtol=0, atol=1e-6)
