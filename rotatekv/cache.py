@@ -54,6 +54,17 @@ class CacheSpec:
         ]  # fmt: skip
 
 
+class Unattended(RuntimeError):
+    """Layers of the model have stored nothing, or attended without what they have stored."""
+
+    def __init__(self, layers: list[int]):
+        super().__init__(
+            f"layers {layers} attended without the cache, in full precision: switch gradient checkpointing off, "
+            "unpatch_model(model) before training, and before you exchange its layers"
+        )
+        self.layers = layers
+
+
 class RotateKVCache(Cache):
     """The cache of a patched model; make one with ``RotateKVCache.for_model(model)`` or let ``generate`` do it.
 
@@ -196,7 +207,7 @@ class RotateKVCache(Cache):
         """The running call is done; ``failed``: take back what it has stored, so that it may be made again.
 
         Raises:
-            RuntimeError: some layer of the model has stored nothing, or attended without what it has stored.
+            Unattended: some layer of the model has stored nothing, or attended without what it has stored.
         """
         tokens, missing = 0 if self.positions is None else self.positions.shape[1], []
         if self._ends_failed is None:  # else an interrupt came upon the end, which is now made whole
@@ -216,10 +227,7 @@ class RotateKVCache(Cache):
         self.first_call_is_exact, self._awaited, self._with_sinks = False, set(), set()
         self._running, self._ends_failed = False, None
         if missing:
-            raise RuntimeError(
-                f"layers {missing} attended without the cache, in full precision: switch gradient checkpointing off, "
-                "unpatch_model(model) before training, and before you exchange its layers"
-            )
+            raise Unattended(missing)
 
     def _without(self) -> list[int]:
         """The attention layers that do not hold all tokens."""

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from rotatekv.cropping import MOST_CROPPED, Croppable, RecentTokens, storing, without_autocast
+from rotatekv.cropping import MOST_CROPPED, SINKS, Croppable, RecentTokens, storing, without_autocast
 from rotatekv.decode import FusedCall
 from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
-from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.reference_attention import ExactTokens
 from rotatekv.methods import KVMethod
 from rotatekv.rope import LayerRope, Positions
 from rotatekv.stores import CodeStore, HeadForm, Store
 from rotatekv.window import FlushedTokens, RecentWindow
 
-_SINKS = ("sink_rows", "sink_columns", "sink_keys", "sink_values")
-_BESIDE = ("window_keys", "window_values", "window_massive", *_SINKS)  # the tensors beside the packed stores
+_BESIDE = ("window_keys", "window_values", "window_massive", *SINKS)  # the tensors beside the packed stores
 
 
 class RotateKVLayer(Croppable, CacheLayerMixin):
@@ -84,36 +80,6 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         if self.sink_keys is None:
             self.sink_rows = self.sink_columns = None  # named, not stored
         self._before = self._new_massive = self.flushed = None  # last: an interrupt before it, and all is done again
-
-    @storing
-    def _take_back(self, packed: int, beside: dict[str, torch.Tensor | None]) -> None:
-        if not packed and beside["window_keys"] is None and not self.dropped:
-            return self._clear()
-        self._keep_packed(packed)
-        for name, tensor in beside.items():
-            setattr(self, name, tensor)
-        self._recent, self._spare, self._sinks_in_window = None, None, True
-
-    @storing
-    def _drop_unseen(self) -> None:
-        """Drop the whole blocks of tokens that no later query sees, a crop's own included."""
-        unseen = self._kept() - self.sliding_window + 1 - (MOST_CROPPED if self.record_past else 0)
-        step = math.lcm(BLOCK, self.method.tokens_per_flush)
-        count = min(unseen, self.packed_keys.length) // step * step
-        if count <= 0:
-            return
-        new = {"packed_keys": copy.copy(self.packed_keys), "packed_values": copy.copy(self.packed_values)}
-        for store in new.values():
-            store.drop(count)
-        if self.sink_keys is not None:
-            left = self.sink_columns >= count
-            new |= {name: getattr(self, name)[left] for name in _SINKS}
-            new["sink_columns"] = new["sink_columns"] - count
-        if self._recent is not None:
-            new["_recent"] = self._recent._replace(start=self._recent.start - count)
-        if self._spare is not None:
-            new["_spare"] = self._spare.dropped(count)
-        vars(self).update(new, dropped=self.dropped + count)  # at once: an interrupt finds all or nothing
 
     @property
     def keys(self) -> torch.Tensor | None:

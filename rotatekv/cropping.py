@@ -1,14 +1,20 @@
-"""How a cache layer gives up its last tokens: rejected candidates, a call that failed, a conversation cut back."""
+"""How a cache layer gives up tokens: rejected candidates, a call that failed, a conversation cut back, and those that a
+sliding window has left behind."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from rotatekv.kernels.layout import BLOCK
+
+SINKS = ("sink_rows", "sink_columns", "sink_keys", "sink_values")
 MOST_CROPPED = 64  # tokens of the last call that a recording layer gives up without a trace
 
 
@@ -70,7 +76,7 @@ def without_autocast(method: Callable) -> Callable:
 
 
 class Croppable:
-    """The part of ``RotateKVLayer`` that crops.
+    """The part of ``RotateKVLayer`` that gives up tokens.
 
     transformers calls ``activate_past_recording`` where it means to crop. From then on each call keeps in 16 bits what
     a crop of up to ``MOST_CROPPED`` of its tokens must give back: what it has packed of the window's tokens, and of a
@@ -173,3 +179,33 @@ class Croppable:
         self.sink_rows = rows if renamed else rows[source]
         self.sink_columns = self.sink_columns[source]
         self.sink_keys, self.sink_values = self.sink_keys[source], self.sink_values[source]
+
+    @storing
+    def _take_back(self, packed: int, beside: dict[str, torch.Tensor | None]) -> None:
+        if not packed and beside["window_keys"] is None and not self.dropped:
+            return self._clear()
+        self._keep_packed(packed)
+        for name, tensor in beside.items():
+            setattr(self, name, tensor)
+        self._recent, self._spare, self._sinks_in_window = None, None, True
+
+    @storing
+    def _drop_unseen(self) -> None:
+        """Drop the whole blocks of tokens that no later query sees, a crop's own included."""
+        unseen = self._kept() - self.sliding_window + 1 - (MOST_CROPPED if self.record_past else 0)
+        step = math.lcm(BLOCK, self.method.tokens_per_flush)
+        count = min(unseen, self.packed_keys.length) // step * step
+        if count <= 0:
+            return
+        new = {"packed_keys": copy.copy(self.packed_keys), "packed_values": copy.copy(self.packed_values)}
+        for store in new.values():
+            store.drop(count)
+        if self.sink_keys is not None:
+            left = self.sink_columns >= count
+            new |= {name: getattr(self, name)[left] for name in SINKS}
+            new["sink_columns"] = new["sink_columns"] - count
+        if self._recent is not None:
+            new["_recent"] = self._recent._replace(start=self._recent.start - count)
+        if self._spare is not None:
+            new["_spare"] = self._spare.dropped(count)
+        vars(self).update(new, dropped=self.dropped + count)  # at once: an interrupt finds all or nothing

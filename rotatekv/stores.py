@@ -229,7 +229,6 @@ class BlockStore(CodeStore):
     ) -> None:  # fmt: skip
         if kernels is None:
             return super().add(heads, encode)
-        heads = heads.float() if heads.dtype == torch.float64 else heads
         batch, count, tokens, dim = heads.shape
         self.reserve(batch, tokens, count * dim, heads.device)
         order = None if self.order is None else self.order.position32.on(heads.device)

@@ -9,7 +9,9 @@ import torch
 from families import FAMILIES, left_padding, logits, token_ids
 from families import find_decoder as decoder_of
 
-from rotatekv import PRESETS, RotateKVCache, patch_model
+from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
+from rotatekv.compat import CACHE_NAME
+from rotatekv.patch import is_patched
 
 KIVI = replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=5)
 MASK = left_padding(70, 0, 5)
@@ -146,3 +148,24 @@ def test_a_recent_window_counts_no_padding(first, last):
         alone = IDS[1:, mask[1] == 1]
         want = logits(model, RotateKVCache.for_model(model), alone, (50 - last + first, 4, 1))[0]
     torch.testing.assert_close(batch, want, rtol=0, atol=1e-6)
+
+
+def test_attention_that_gets_other_keys_than_the_caches_is_refused_by_name():
+    model = FAMILIES["llama"].build()
+    attention = decoder_of(model).layers[1].self_attn
+    forward = attention.forward
+
+    class Copying:
+        def __init__(self, cache):
+            self.cache = cache
+
+        def update(self, *args, **kwargs):
+            return tuple(x.clone() for x in self.cache.update(*args, **kwargs))
+
+    def copying(*args, **kwargs):
+        return forward(*args, **{**kwargs, CACHE_NAME: Copying(kwargs[CACHE_NAME])})
+
+    attention.forward = copying
+    with pytest.raises(UserError, match=r"^layers\.1\.self_attn attends to other keys than its cache gives it"):
+        patch_model(model, "RTN2")
+    assert attention.forward is copying and not is_patched(model)
