@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import save_tiny_folder, tiny_model, tiny_text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import calibrate_reorder
 from rotatekv import PRESETS, UserError, patch_model
@@ -50,23 +50,6 @@ def test_the_group_size_named_where_one_does_not_fit(config):
     model = tiny_model("llama", head_dim=72)
     name, size = re.search(r"--([kv]_groupsize) (\d+) does", refusal(model, config)).groups()
     works(model, replace(config, **{name: int(size)}))
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mistral", {"sliding_window": 64}), ("phi3", {"sliding_window": 64}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}),
-    ],
-)  # fmt: skip
-def test_the_way_to_load_a_model_without_its_sliding_window(family, changes, tmp_path):
-    model = tiny_model(family, **changes)
-    options = eval(re.search(r"from_pretrained\(\.\.\., (.*)\)$", refusal(model, "RTN2"))[1].join(["dict(", ")"]))
-    model.save_pretrained(tmp_path)
-    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path, **options), torch.arange(3, 63)[None]
-    with torch.no_grad(), patch_model(loaded, "FP16"):
-        assert torch.equal(loaded(ids).logits, model(ids).logits), "texts within the window see no window"
 
 
 @pytest.mark.parametrize(
