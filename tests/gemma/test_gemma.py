@@ -117,7 +117,7 @@ def test_patched_without_loss_it_is_the_stock_model_beyond_its_sliding_window(ge
     torch.testing.assert_close(torch.cat(got)[1000:], want, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("method", ["RotateKV2", "KVQuant2"])
+@pytest.mark.parametrize("method", ["RotateKV2", "RotateKV2+", "KVQuant2"])
 def test_shipped_statistics_are_of_these_weights_and_help(gemma, windows, method):
     """RTN2, which needs none, loses more."""
     model, _ = gemma
