@@ -599,11 +599,14 @@ def test_models_that_take_no_pictures_are_refused(pictures, tmp_path, capsys):
     assert "cannot load model" in error_of(capsys, flags(tmp_path / "nowhere", pictures, tmp_path / "out"))
 
 
-def test_a_sliding_window_in_the_text_model_is_refused():
-    text = tiny_model("mistral", sliding_window=64)
+def test_a_sliding_window_in_the_text_model_is_kept():
+    text = tiny_model("mistral", sliding_window=24)
     model, _ = random_llava(text, tokenizer_with_image(), "<image>")
-    with pytest.raises(UserError, match="sliding-window"):
-        patch_model(model, "FP16")
+    with torch.no_grad(), patch_model(model, "FP16"):
+        cache = RotateKVCache.for_model(model)
+        model(input_ids=torch.arange(6, 70)[None], past_key_values=cache)
+        assert [layer.sliding_window for layer in cache.layers] == [24, 24]
+        assert all(layer.keys.shape[2] < 64 for layer in cache.layers)
 
 
 def tokenizer_with_image():
