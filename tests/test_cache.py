@@ -14,6 +14,7 @@ from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.calibration import save_reorder_indices
 from rotatekv.patch import handle_of
 
+HOLDERS = ("RotateKVCache", "RotateKVLayer", "Positions", "TokenStore", "BlockStore", "PlaneStore")
 LAYERS, KV_HEADS, DIM = 2, 3, 16
 CHANNELS = KV_HEADS * DIM
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, num_sink_entries=6)
@@ -70,7 +71,7 @@ def bytes_held(cache) -> int:
         elif isinstance(thing, (list, tuple)):
             for item in thing:
                 visit(item)
-        elif type(thing).__name__ in ("RotateKVCache", "RotateKVLayer", "Positions", "TokenStore", "BlockStore", "PlaneStore"):
+        elif type(thing).__name__ in HOLDERS:
             visit(vars(thing))
 
     visit(cache)

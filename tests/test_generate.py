@@ -142,7 +142,9 @@ def test_left_padded_rows_equal_the_single_rows(family, strategy, tmp_path):
     assert_rows_equal_singles(double_model(family), ROTATEKV2, strategy, tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"residual_length": 4}, {"quantize_prefill": False}, {"Attention_Sink_Aware": False}])
+@pytest.mark.parametrize(
+    "changes", [{"residual_length": 4}, {"quantize_prefill": False}, {"Attention_Sink_Aware": False}]
+)
 def test_left_padded_rows_equal_the_single_rows_whatever_is_switched(changes, tmp_path):
     assert_rows_equal_singles(double_model(), replace(ROTATEKV2, **changes), "greedy", tmp_path)
 
