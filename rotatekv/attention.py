@@ -87,7 +87,8 @@ def _attend(
     stock = stock_attention(module)
     if cache.first_call_is_exact:
         return stock(module, query, key, value, attention_mask, **options)
-    flushed, (keys, values) = layer.flushed, layer.read()  # (B, H_kv, T_kept, D)
+    flushed, layer.flushed = layer.flushed, None  # as large as all the layer's new keys and values: for its turn alone
+    keys, values = layer.read()  # (B, H_kv, T_kept, D)
     if attention_mask is not None and attention_mask.shape[-1] == layer.get_seq_length():
         attention_mask = attention_mask[..., layer.dropped :]  # a caller's own is of all tokens
     if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):

@@ -95,3 +95,16 @@ def test_which_windows_differ():
     assert not RecentWindow(4, 1).differs(10, 1) and RecentWindow(4, 1).differs(10, 2)
     assert not RecentWindow(4, 16).differs(20, 15) and RecentWindow(4, 16).differs(20, 16)
     assert not RecentWindow(4, 16, packed=64).differs(40, 20)  # cropped: as much stays packed
+
+
+@pytest.mark.parametrize("quantize_prefill", [True, False])
+def test_tokens_that_left_a_window_are_held_for_their_layers_turn_alone(quantize_prefill):
+    """All layers' together would be the cache in full precision."""
+    model, config, held = tiny_model(), replace(CONFIGS["KIVI2"], quantize_prefill=quantize_prefill), []
+    with patch_model(model, config), torch.no_grad():
+        cache = RotateKVCache.for_model(model)
+        first, second = cache.layers
+        model.model.layers[1].register_forward_pre_hook(lambda *args: held.append(first.flushed))
+        for ids in token_ids(1, 90).split((60, 30), dim=1):
+            model(ids, past_key_values=cache)
+    assert held == [None, None] and first.packed_keys.length == second.packed_keys.length == 80
