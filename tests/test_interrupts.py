@@ -29,7 +29,13 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 def interrupted(environment, *command) -> subprocess.CompletedProcess:
     whole = [sys.executable, *command]
-    return subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 60}
+    return subprocess.run(whole, preexec_fn=_as_in_a_shell, **options)
+
+
+def _as_in_a_shell() -> None:
+    """Ctrl-C reaches it, where the tests themselves run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_all_scripts_are_known():
