@@ -27,6 +27,14 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
+@pytest.fixture(autouse=True)
+def pythons_own_handler():
+    """A process in the background has another: it ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(environment, *command) -> subprocess.CompletedProcess:
     whole = [sys.executable, *command]
     options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 60}
