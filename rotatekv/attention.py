@@ -14,12 +14,14 @@ un-rotates values once, in its output; a prefill decodes the layer's cache, and 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache import RotateKVCache, handed_over
@@ -27,7 +29,7 @@ from rotatekv.compat import CACHE_NAMES, outside_compiled_graphs
 from rotatekv.window import attend_with_own_windows
 
 NAME = "rotatekv"  # of the attention function
-STOCK_CONFIG = "_rotatekv_stock_config"  # on the config of a patched attention module: the one it had
+_STOCK_CONFIG = "_rotatekv_stock_config"  # on the config of a patched attention module: the one it had
 _OTHERWISE = ("dropout", "position_bias", "softcap")  # what would make it more than softmax(scaling·q·k)·v
 _CACHE_NAMES = (*CACHE_NAMES, "layer_past")  # GPT-NeoX
 
@@ -99,9 +101,18 @@ def _attend(
     return stock(module, query, keys, values, attention_mask, **options)
 
 
+def renamed_config(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """A copy of an attention module's config that names another attention function; ``stock_attention`` finds the one
+    that ``config`` names."""
+    renamed = copy.copy(config)
+    renamed._attn_implementation_internal = name
+    setattr(renamed, _STOCK_CONFIG, config)
+    return renamed
+
+
 def stock_attention(module: nn.Module) -> Attention:
     """What would attend in the unpatched model."""
-    config = getattr(module.config, STOCK_CONFIG, module.config)
+    config = getattr(module.config, _STOCK_CONFIG, module.config)
     family = sys.modules[type(module).__module__]
     return ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, getattr(family, "eager_attention_forward", None)

@@ -138,8 +138,7 @@ class RotateKVCache(Cache):
             UserError: a packed batch filled the cache.
         """
         # AUTHORS: positions count the left padding there; here every token keeps the position the model gave it.
-        if self._running:  # an earlier call never came to its end
-            self.end_forward(failed=True)
+        self.settle()
         self._running, self._ends_failed = True, None
         cached = self._tokens
         self.first_call_is_exact = not cached and not self.config.quantize_prefill

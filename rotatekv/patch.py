@@ -7,7 +7,6 @@ cache its positions; hooks of the decoder layers name attention sinks; ``generat
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from torch import nn
 from transformers import GenerationMixin
 
-from rotatekv.attention import NAME, STOCK_CONFIG, choose_sinks
+from rotatekv.attention import NAME, choose_sinks, renamed_config
 from rotatekv.cache import CacheSpec
 from rotatekv.calibration import CalibrationTarget, load_statistics, placeholders
 from rotatekv.changes import Changes
@@ -148,10 +147,7 @@ def _put_in(handle: PatchHandle, config: QuantConfig) -> None:
     for number, (layer, attention) in enumerate(zip(text_model.layers, attention_modules(text_model), strict=True)):
         if attention is None:
             continue
-        named = copy.copy(attention.config)
-        named._attn_implementation_internal = NAME
-        setattr(named, STOCK_CONFIG, attention.config)
-        changes.set(attention, "config", named)
+        changes.set(attention, "config", renamed_config(attention.config, NAME))
         if config.Attention_Sink_Aware:
             changes.hook(layer, "forward_pre", partial(choose_sinks, layer=number), with_kwargs=True)
     changes.hook(text_model, "forward_pre", enter_forward, with_kwargs=True)

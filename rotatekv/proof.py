@@ -88,8 +88,9 @@ def prove(handle: PatchHandle, put_in: Callable[[], None]) -> None:
         try:
             _run(text_model, RotateKVCache(lossless), found, stock.inputs)
         except Unattended as error:
-            name = _name(text_model, attention_modules(text_model)[error.layers[0]])
-            raise UserError(f"{name} attends to other keys than its cache gives it: not supported") from None
+            attention = attention_modules(text_model)[error.layers[0]]
+            why = "attends to other keys than its cache gives it: not supported"
+            raise _refusal(text_model, attention, why) from None
     _compare(text_model, stock, found)
     handle.held_spec = replace(spec, ropes=ropes)
 
@@ -143,17 +144,15 @@ def _find_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...], stoc
         if rope is None:
             found.append(None)
             continue
-        name = _name(text_model, attention)
         if (0, number) not in stock.keys:
-            raise UserError(f"{name} hands no keys to the cache: this model's cache cannot be quantized")
+            raise _refusal(text_model, attention, "hands no keys to the cache: this model's cache cannot be quantized")
         keys, values = stock.keys[0, number]
         shape = layer_geometry(attention)
         expected = (len(ids), shape.num_key_value_heads, _TOKENS, shape.head_dim)
         if keys.shape != expected or values.shape != expected:
-            raise UserError(
-                f"{name} caches keys {tuple(keys.shape)} and values {tuple(values.shape)}, not {expected} as its "
-                "config says: this model's cache cannot be quantized"
-            )
+            held = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+            why = f"caches {held}, not {expected} as its config says: this model's cache cannot be quantized"
+            raise _refusal(text_model, attention, why)
         at_zero = level.keys[0, number][0]
         if torch.equal(at_zero, keys):
             found.append(None)
@@ -161,7 +160,9 @@ def _find_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...], stoc
         tables = (rope.model.tables(rope.kind, x, keys.dtype) for x in (positions, torch.zeros_like(positions)))
         before, expected = (rope.unturn(x, table) for x, table in zip((keys, at_zero), tables, strict=True))
         if not _error(before, expected) < _limit(keys.dtype):
-            raise UserError(f"{name} turns its keys in a way that its rotary function does not undo: not supported")
+            raise _refusal(
+                text_model, attention, "turns its keys in a way that its rotary function does not undo: not supported"
+            )
         found.append(rope)
     return tuple(found)
 
@@ -176,15 +177,13 @@ def _lossless(text_model: nn.Module, spec: CacheSpec) -> CacheSpec:
 
 
 def _compare(text_model: nn.Module, stock: _Run, found: _Run) -> None:
-    names = [_name(text_model, attention) for attention in attention_modules(text_model)]
+    attentions = attention_modules(text_model)
     for (call, number), expected in stock.outputs.items():
         what = "a padded prompt" if call == 0 else "the step after a padded prompt"
         error = _error(found.outputs[call, number], expected)
         if not error < _limit(expected.dtype):  # not NaN either
-            raise UserError(
-                f"{names[number]} attends otherwise with the cache than without, by {error:.1e} for {what}: this model "
-                "is not supported"
-            )
+            why = f"attends otherwise with the cache than without, by {error:.1e} for {what}: this model is not"
+            raise _refusal(text_model, attentions[number], f"{why} supported")
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -207,8 +206,9 @@ def _prompt(text_model: nn.Module, padding: int) -> tuple[torch.Tensor, torch.Te
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _name(text_model: nn.Module, attention: nn.Module | None) -> str:
-    return next((name for name, module in text_model.named_modules() if module is attention), "")
+def _refusal(text_model: nn.Module, attention: nn.Module, why: str) -> UserError:
+    """One line that begins with the attention module's name."""
+    return UserError(f"{next(name for name, module in text_model.named_modules() if module is attention)} {why}")
 
 
 @contextmanager
@@ -231,12 +231,11 @@ def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[
         call[0] = number
 
     with passing_changes() as changes:
-        for number, layer in enumerate(text_model.layers):
+        for number, (layer, attention) in enumerate(zip(text_model.layers, attention_modules(text_model), strict=True)):
             changes.hook(
                 layer, "forward_pre", lambda module, args, kwargs, number=number: before(number, args, kwargs),
                 with_kwargs=True, prepend=True,
             )  # fmt: skip
-            attention = attention_modules(text_model)[number]
             if attention is not None:
                 changes.hook(attention, "forward", lambda m, args, output, number=number: after(number, output))
         yield start

@@ -42,9 +42,6 @@ class ModelRope:
         """The layer's type, where tables depend on it."""
         return self._types[layer_idx] if self._takes_type else None
 
-    def kinds(self) -> list[str | None]:
-        return sorted(set(self._types)) if self._takes_type else [None]
-
     def tables(self, kind: str | None, positions: torch.Tensor, dtype: torch.dtype) -> Tables:
         """cos and sin as the model makes them for (B, T) positions: (B, T, ·) each, of ``dtype``."""
         stub = torch.empty(0, dtype=dtype, device=positions.device)  # rotary_emb only reads its dtype and device

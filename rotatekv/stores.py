@@ -26,6 +26,8 @@ from rotatekv.kernels.layout import (
 class Store(ABC):
     """The first ``length`` tokens of (B, T, ...) tensors. ``tensors`` are those held, whatever their layout."""
 
+    is_written_by_kernels = False
+
     def __init__(self) -> None:
         self.length = 0
         self.tensors: Packed = {}
@@ -45,8 +47,6 @@ class Store(ABC):
             unrope: what the kernel undoes RoPE with first; see ``quantize_into_blocks_reference``.
         """
         self.append(encode(heads))
-
-    is_written_by_kernels = False
 
     @abstractmethod
     def tokens(self) -> Packed:
@@ -207,14 +207,14 @@ class BlockStore(CodeStore):
         order: how the blocks order the channels; None: as they come.
     """
 
+    is_written_by_kernels = True
+
     def __init__(
         self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None, fine: bool = False
     ):
         super().__init__(bits)
         self.tensors = Blocks({})
         self.group_size, self.clip_ratio, self.order, self.fine = group_size, clip_ratio, order, fine
-
-    is_written_by_kernels = True
 
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)

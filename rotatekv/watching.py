@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rotatekv.attention import STOCK_CONFIG, stock_attention
+from rotatekv.attention import renamed_config, stock_attention
 from rotatekv.cache_layer import RotateKVLayer
+from rotatekv.changes import passing_changes
 from rotatekv.families import attention_modules
 from rotatekv.methods import KVMethod
 from rotatekv.patch import layer_ropes
@@ -101,7 +101,6 @@ def watching(text_model: nn.Module, take: Take) -> Iterator[None]:
     Raises:
         UserError: a layer turns its keys in a way that cannot be undone.
     """
-    undo: list[Callable[[], None]] = []
     inputs: dict[int, torch.Tensor] = {}
 
     def note(number: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -111,21 +110,15 @@ def watching(text_model: nn.Module, take: Take) -> Iterator[None]:
         take(Attended(number, module, inputs.pop(number), *got, rope))
 
     ropes = proven_ropes(text_model, layer_ropes(text_model))
-    try:
+    with passing_changes() as changes:
         for number, (attention, rope) in enumerate(zip(attention_modules(text_model), ropes, strict=True)):
             if attention is None:
                 continue
-            hook = text_model.layers[number].register_forward_pre_hook(partial(note, number), with_kwargs=True)
-            undo += [hook.remove, partial(setattr, attention, "config", attention.config)]
-            watched = copy.copy(attention.config)
-            watched._attn_implementation_internal = NAME
-            setattr(watched, STOCK_CONFIG, attention.config)
+            changes.hook(text_model.layers[number], "forward_pre", partial(note, number), with_kwargs=True)
+            watched = renamed_config(attention.config, NAME)
             setattr(watched, _TAKE, partial(give, number, rope))
-            attention.config = watched
+            changes.set(attention, "config", watched)
         yield
-    finally:
-        for step in undo:
-            step()
 
 
 def stream_attention(model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor], take: Take) -> None:
