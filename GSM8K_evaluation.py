@@ -15,10 +15,10 @@ from rotatekv.cli import check_positive, evaluation_parser, exit_on_user_error, 
 from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete, decoding
 from rotatekv.evals.records import records_sha256
+from rotatekv.evals.results import Run
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.tokens import check_tokenizer
 from rotatekv.external import use_method
-from rotatekv.results import Run
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

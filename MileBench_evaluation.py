@@ -23,7 +23,7 @@ from rotatekv.evals.milebench_metrics import category_of, rescored, score_record
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.external import use_method
-from rotatekv.vision_models import RANDOM_LLAVA, VISION_ALIASES, load_vision_model
+from rotatekv.models.vision import RANDOM_LLAVA, VISION_ALIASES, load_vision_model
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import calibrate_reorder
 from rotatekv import load_model
-from rotatekv.capture_flags import add_capture_arguments, save_captures, wanted_kinds
+from rotatekv.capture.flags import add_capture_arguments, save_captures, wanted_kinds
 from rotatekv.cli import (
     add_switch,
     check_positive,

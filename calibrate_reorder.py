@@ -6,7 +6,7 @@ of each layer, two passes a layer over the first window. KVQuant's statistics ta
 gradients, and more memory.
 
 At the end each preset that has its statistics is tried on the first tokens of two windows: a table of the relative
-error of the attention scores, with a warning where it is large (rotatekv/score_errors.py).
+error of the attention scores, with a warning where it is large (rotatekv/calibration/score_errors.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from rotatekv import QuantConfig, load_model
-from rotatekv.calibration import KINDS, file_name, save_statistics
-from rotatekv.calibration_kvquant import collect_key_ranges, collect_levels
-from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
-from rotatekv.calibration_reorder import collect_key_sums, indices_from_key_sums
+from rotatekv.calibration.kvquant import collect_key_ranges, collect_levels
+from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
+from rotatekv.calibration.score_errors import check_presets
 from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
 from rotatekv.families import check_supported, find_text_model
-from rotatekv.models import ALIASES, model_revision
-from rotatekv.patch import first_geometry, resolved_head_group
-from rotatekv.score_errors import check_presets
-from rotatekv.weights import calibration_digests
+from rotatekv.models.text import ALIASES, model_revision
+from rotatekv.models.weights import calibration_digests
+from rotatekv.patching.patch import first_geometry, resolved_head_group
+from rotatekv.statistics import KINDS, file_name, save_statistics
 
 if TYPE_CHECKING:
     import torch

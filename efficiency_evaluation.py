@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rotatekv import distributed, load_model
+from rotatekv.cache.spec import handle_of
 from rotatekv.cli import (
     add_switch,
     check_positive,
@@ -40,7 +41,6 @@ from rotatekv.evals.peak_memory import measures_peak
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples
 from rotatekv.evals.texts import load_text, tokenize
 from rotatekv.evals.tokens import check_token_ids
-from rotatekv.patch import handle_of
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

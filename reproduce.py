@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from rotatekv.cli import check_positive, exit_on_user_error, make_parser
 from rotatekv.errors import UserError
-from rotatekv.evals.paper_figures import load_paper_figures
-from rotatekv.evals.reproduce_ablation import ablation_cells
-from rotatekv.evals.reproduce_estimate import list_commands
-from rotatekv.evals.reproduce_plan import TABLES, Cell, Options, check_methods, default_methods, method_cells
-from rotatekv.evals.reproduce_runs import Runs
-from rotatekv.evals.reproduce_tables import write_tables
-from rotatekv.models import DTYPES, EMBEDDED_MODEL
+from rotatekv.models.text import DTYPES, EMBEDDED_MODEL
+from rotatekv.reproduce.ablation import ablation_cells
+from rotatekv.reproduce.estimate import list_commands
+from rotatekv.reproduce.paper_figures import load_paper_figures
+from rotatekv.reproduce.plan import TABLES, Cell, Options, check_methods, default_methods, method_cells
+from rotatekv.reproduce.runs import Runs
+from rotatekv.reproduce.tables import write_tables
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from rotatekv import results
+from rotatekv.evals import results
 from rotatekv.kernels import cpu
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.cpu.build import chosen_instruction_set
+from rotatekv.kernels.decode_attention import DecodeOptions
 from rotatekv.kernels.layout import BLOCK, allocate_blocks
-from rotatekv.kernels.reference_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 
 # name: query heads, key/value heads, head_dim, heads per rotation group

@@ -15,17 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from benchmarks.decode_attention import fused_step, percentile
-from benchmarks.gpu_check import Part, heads_of
+from benchmarks.gpu_check_part import Part, heads_of
 from benchmarks.random_models import patch_random, random_llama
 from rotatekv import RotateKVCache
 from rotatekv.compat import CACHE_NAME
+from rotatekv.evals.results import environment as versions
 from rotatekv.kernels import triton as kernels
+from rotatekv.kernels.blocks import dequantize_blocks_reference
+from rotatekv.kernels.decode_attention import decode_attention_reference
+from rotatekv.kernels.hadamard import channels_to_heads, head_group_size, rotate_channels
 from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks
-from rotatekv.kernels.reference_attention import decode_attention_reference
-from rotatekv.kernels.reference_blocks import dequantize_blocks_reference
-from rotatekv.quantize import dequantize_groups, quantize_groups
-from rotatekv.results import environment as versions
-from rotatekv.transforms import channels_to_heads, head_group_size, rotate_channels
+from rotatekv.kernels.quantize import dequantize_groups, quantize_groups
 from tests.kernel_cases import Shape, error, random_step
 
 # Relative errors of all numbers together. Rounding an output to bfloat16 costs 2e-3.

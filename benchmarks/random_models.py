@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rotatekv import QuantConfig, patch_model
-from rotatekv.calibration import KINDS, save_statistics
 from rotatekv.config import resolve_config
 from rotatekv.families import find_text_model, layer_geometry
 from rotatekv.methods import method_class
-from rotatekv.patch import PatchHandle
+from rotatekv.patching.handle import PatchHandle
+from rotatekv.statistics import KINDS, save_statistics
 
 
 def random_llama(

@@ -1,7 +1,7 @@
 """The attention of a patched model, for every family. Start reading here.
 
 Hugging Face's own forwards run: projections, norms and RoPE are theirs. Two things are ours. Their ``cache.update``
-stores the new tokens (rotatekv/cache_layer.py), by a codec of ``rotatekv/methods/``:
+stores the new tokens (rotatekv/cache/layer.py), by a codec of ``rotatekv/methods/``:
 
     keys     undo RoPE → rotate groups of heads → reorder channels → 2-bit codes     (write)
              codes → inverse reorder → inverse rotation → RoPE again                 (read)
@@ -24,9 +24,9 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rotatekv.cache import RotateKVCache, handed_over
+from rotatekv.cache.cache import RotateKVCache, handed_over
+from rotatekv.cache.window import attend_with_own_windows
 from rotatekv.compat import CACHE_NAMES, outside_compiled_graphs
-from rotatekv.window import attend_with_own_windows
 
 NAME = "rotatekv"  # of the attention function
 _STOCK_CONFIG = "_rotatekv_stock_config"  # on the config of a patched attention module: the one it had

@@ -16,7 +16,7 @@ from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.external import EXTERNAL, ExternalConfig
 from rotatekv.files import FULL_DISK, write_error
-from rotatekv.models import ALIASES, DTYPES, EMBEDDED_MODEL, GEMMA_MODEL
+from rotatekv.models.text import ALIASES, DTYPES, EMBEDDED_MODEL, GEMMA_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
 METHOD_NAMES = (*PRESETS, *EXTERNAL)

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from transformers import QuantizedCache
 
-from rotatekv.cache import RotateKVCache
+from rotatekv.cache.cache import RotateKVCache
+from rotatekv.cache.spec import is_patched
 from rotatekv.compat import check_versions
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.patch import PatchHandle, is_patched, patch_model
+from rotatekv.patching.handle import PatchHandle
+from rotatekv.patching.patch import patch_model
 
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 _HANDLE = "_rotatekv_external"

@@ -39,7 +39,7 @@ def attention_modules(text_model: nn.Module) -> list[nn.Module | None]:
 
 
 def check_supported(text_model: nn.Module) -> None:
-    """Raises UserError for a RoPE, an attention or a kind of layer that would be silently wrong; see proof.py."""
+    """Raises UserError for a RoPE, an attention or a kind of layer that would be silently wrong (patching/proof.py)."""
     config = text_model.config
     for number, kind in enumerate(getattr(config, "layer_types", None) or []):
         if kind not in (*_LAYER_TYPES, *_OWN_CACHE):

@@ -111,7 +111,7 @@ def statistics(tmp_path_factory):
     from test_kvquant import random_statistics as kvquant_statistics
     from test_rotatekv_plus import random_statistics as plus_statistics
 
-    from rotatekv.calibration import save_reorder_indices, save_statistics
+    from rotatekv.statistics import save_reorder_indices, save_statistics
 
     folder = tmp_path_factory.mktemp("statistics")
     order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])

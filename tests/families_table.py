@@ -19,7 +19,7 @@ from test_families import PAGE, PLAIN, RUNS, built, error, family_of, fp16_diffe
 from rotatekv import UserError, patch_model
 from rotatekv.families import find_text_model
 from rotatekv.files import write_output
-from rotatekv.patch import first_geometry
+from rotatekv.patching.patch import first_geometry
 
 _SHORT = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 

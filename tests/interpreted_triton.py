@@ -20,9 +20,9 @@ from kernel_cases import Shape, Write, assert_written, error, random_step, rando
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import triton as kernels
 from rotatekv.kernels.affine import Affine
+from rotatekv.kernels.blocks import dequantize_blocks_reference, quantize_into_blocks_reference
+from rotatekv.kernels.decode_attention import decode_attention_reference
 from rotatekv.kernels.layout import allocate_blocks
-from rotatekv.kernels.reference_attention import decode_attention_reference
-from rotatekv.kernels.reference_blocks import dequantize_blocks_reference, quantize_into_blocks_reference
 from rotatekv.kernels.triton.start import unusable
 
 _patch_tensor = interpreter._patch_lang_tensor

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from rotatekv.kernels.affine import Affine
+from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, allocate_blocks, allocate_planes, pack_blocks, unpack_blocks, write_codes
-from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.quantize import dequantize_groups, wide_scale
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.quantize import dequantize_groups, wide_scale
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from rotatekv import PRESETS
-from rotatekv.cache import CacheSpec, RotateKVCache
+from rotatekv.cache.cache import RotateKVCache
+from rotatekv.cache.spec import CacheSpec
 from rotatekv.methods import LayerGeometry, build_method
 
 TOKENS = 8192

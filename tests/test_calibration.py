@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import calibrate_reorder
 from rotatekv import UserError, load_model, patch_model
-from rotatekv import calibration as calibration_module
-from rotatekv.calibration import load_reorder_indices, model_slug, save_reorder_indices
-from rotatekv.calibration_reorder import collect_key_sums, indices_from_key_sums
+from rotatekv import statistics as statistics_module
+from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.families import find_text_model
+from rotatekv.statistics import load_reorder_indices, model_slug, save_reorder_indices
 
 LAYERS, CHANNELS, GROUP = 2, 48, 3
 METADATA = {
@@ -183,7 +183,7 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_a_model_without_indices_names_the_three_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_module, "INDEX_FOLDERS", (tmp_path,))
+    monkeypatch.setattr(statistics_module, "INDEX_FOLDERS", (tmp_path,))
     with pytest.raises(UserError, match=r"calibrate_reorder.py.*--calibration_file.*Outlier_Aware") as caught:
         load(None)
     assert "\n" not in str(caught.value)
@@ -193,7 +193,7 @@ def test_without_a_path_the_first_folder_with_the_models_name_counts(tmp_path, m
     folders = tuple(tmp_path / name for name in ("none", "first", "second"))
     save_reorder_indices(folders[1] / "tiny.safetensors", random_indices(), METADATA)
     save_reorder_indices(folders[2] / "tiny.safetensors", random_indices().flip(-1), METADATA)
-    monkeypatch.setattr(calibration_module, "INDEX_FOLDERS", folders)
+    monkeypatch.setattr(statistics_module, "INDEX_FOLDERS", folders)
     assert torch.equal(load(None, model_id="org/Tiny").indices, random_indices())
 
 
@@ -402,7 +402,7 @@ def test_wrong_flags_of_the_calibrate_command(tiny_folder, words_file, capsys, f
 
 
 def test_shipped_indices_fit_the_embedded_model():
-    path = calibration_module._ROOT / "reorder_indices" / "smollm2-135m.safetensors"
+    path = statistics_module._ROOT / "reorder_indices" / "smollm2-135m.safetensors"
     found = load_reorder_indices("smollm2-135m", 30, 192, 3, path)
     assert found.indices.shape == (30, 192)
     for row in found.indices.tolist():

@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 
-from rotatekv.calibration import load_reorder_indices
 from rotatekv.errors import UserError
+from rotatekv.statistics import load_reorder_indices
 
 LAYERS, CHANNELS = 2, 48
 ROWS = torch.stack([torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(n)) for n in range(LAYERS)])

@@ -11,14 +11,15 @@ from conftest import save_tiny_folder, tiny_model, tiny_text
 from safetensors.torch import load_file, save_file
 
 import PPL_evaluation
-from rotatekv import QuantConfig, capture_flags, patch_model
-from rotatekv.calibration import save_reorder_indices
-from rotatekv.capture import KINDS, CaptureRequest, capture_bytes, capture_window, relative_error
-from rotatekv.capture_files import CaptureInfo, read_capture, write_capture
+from rotatekv import QuantConfig, patch_model
+from rotatekv.capture import flags as capture_flags
+from rotatekv.capture.files import CaptureInfo, read_capture, write_capture
+from rotatekv.capture.hooks import KINDS, CaptureRequest, capture_bytes, capture_window, relative_error
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.families import find_text_model
-from rotatekv.patch import build_methods
+from rotatekv.patching.patch import build_methods
+from rotatekv.statistics import save_reorder_indices
 
 TOKENS = 40
 NO_ORDER = ("--Outlier_Aware_Key_Rotation", "False")
@@ -63,7 +64,7 @@ def test_rotated_keys_are_one_dense_matrix_away_and_reordered_ones_a_permutation
     tiny.name_or_path = "tiny"
     rotation = build_methods(tiny, tiny.model, PRESETS["RotateKV2"], path)
     _, found = capture(tiny, "k_pre_rope", "k_rotated", rotation=rotation)
-    from rotatekv.transforms import hadamard_matrix
+    from rotatekv.kernels.hadamard import hadamard_matrix
 
     for number in (0, 1):
         plain = found["k_pre_rope"][f"layers.{number}.keys"].transpose(0, 1).flatten(1).double()  # (T, 48)
@@ -261,7 +262,7 @@ def test_errors_of_a_model_without_indices_are_those_of_the_flags(folder, tmp_pa
 
 def test_over_2_gb_is_refused_with_its_size_unless_forced(folder, tmp_path, capsys, monkeypatch):
     assert capture_flags._LARGEST == 2_000_000_000
-    monkeypatch.setattr("rotatekv.capture_flags._LARGEST", 10_000)
+    monkeypatch.setattr("rotatekv.capture.flags._LARGEST", 10_000)
     flags = ["--save_attention_scores", "--save_heads", "all", "--save_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as end:
         run(folder, *flags)
@@ -271,7 +272,7 @@ def test_over_2_gb_is_refused_with_its_size_unless_forced(folder, tmp_path, caps
 
 
 def test_the_essays_stand_in_for_a_dataset_out_of_reach_and_it_says_so(embedded, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rotatekv.capture_flags.load_model", lambda **flags: embedded)
+    monkeypatch.setattr("rotatekv.capture.flags.load_model", lambda **flags: embedded)
     PPL_evaluation.main(["--save_massive_activations", "True", "--PPL_seq_length", "64", "--save_dir", str(tmp_path)])
     assert "WikiText-2 is out of reach" in capsys.readouterr().err
     found = read_capture(tmp_path / "smollm2-135m", "massive_activations")

@@ -277,7 +277,7 @@ def test_a_gated_model_names_the_token(at, capfd, monkeypatch):
     def gated(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it\n401 Client Error.")
 
-    monkeypatch.setattr("rotatekv.models.AutoTokenizer.from_pretrained", gated)
+    monkeypatch.setattr("rotatekv.models.text.AutoTokenizer.from_pretrained", gated)
     assert "HF_TOKEN" in fail(capfd, at, "--model", "llama3_8b")
 
 

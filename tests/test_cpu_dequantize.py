@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kernel_cases import random_affine, random_planes
 
 from rotatekv.kernels import cpu
+from rotatekv.kernels.hadamard import hadamard_matrix
 from rotatekv.kernels.layout import allocate_blocks, pack_blocks, unpack_codes
-from rotatekv.transforms import hadamard_matrix
 
 if not cpu.available("portable"):
     pytest.skip("no g++", allow_module_level=True)

@@ -17,11 +17,11 @@ from kernel_cases import Shape, Write, assert_written, error, random_step, rando
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.affine import Affine
+from rotatekv.kernels.blocks import quantize_into_blocks_reference
 from rotatekv.kernels.cpu import build
+from rotatekv.kernels.decode_attention import decode_attention_reference
+from rotatekv.kernels.hadamard import has_hadamard
 from rotatekv.kernels.layout import Blocks, allocate_blocks, pack_blocks, unpack_blocks, write_blocks
-from rotatekv.kernels.reference_attention import decode_attention_reference
-from rotatekv.kernels.reference_blocks import quantize_into_blocks_reference
-from rotatekv.transforms import has_hadamard
 
 if build._load("attention", "portable") is None:
     pytest.skip("no g++", allow_module_level=True)

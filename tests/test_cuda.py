@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu_check import heads_of
+from benchmarks.gpu_check_part import heads_of
 from benchmarks.random_models import patch_random, random_llama
 from rotatekv import PRESETS, RotateKVCache, patch_model
 from rotatekv.kernels import cpu, triton

@@ -15,9 +15,9 @@ import needle_evaluation
 from rotatekv import RotateKVCache, load_model, patch_model
 from rotatekv.errors import UserError
 from rotatekv.evals.generation import complete
-from rotatekv.evals.reproduce_plan import Cell
-from rotatekv.evals.reproduce_runs import Runs
-from rotatekv.results import config_hash
+from rotatekv.evals.results import config_hash
+from rotatekv.reproduce.plan import Cell
+from rotatekv.reproduce.runs import Runs
 
 NASTY = {
     "use_cache": False, "do_sample": True, "temperature": 5.0, "top_k": 7, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5,

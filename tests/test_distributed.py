@@ -21,8 +21,8 @@ from tqdm import tqdm
 import GSM8K_evaluation
 import PPL_evaluation
 from rotatekv import distributed
+from rotatekv.evals.results import Run
 from rotatekv.evals.running import score_samples
-from rotatekv.results import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"task": "toy", "seed": 0}

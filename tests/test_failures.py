@@ -18,8 +18,8 @@ from test_rotatekv_plus import random_statistics
 
 import rotatekv
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
-from rotatekv.calibration import save_statistics
-from rotatekv.patch import is_patched
+from rotatekv.cache.spec import is_patched
+from rotatekv.statistics import save_statistics
 
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, num_sink_entries=6)
 CONFIGS = {
@@ -179,7 +179,7 @@ def test_early_exit_is_refused_before_it_starts():
 # --- patching is all or nothing --------------------------------------------------------------------------------------
 
 PACKAGE = Path(rotatekv.__file__).parent
-CHANGES_THE_MODEL = ("changes.py", "patch.py")
+CHANGES_THE_MODEL = ("patching/changes.py", "patching/patch.py")
 
 
 def everything(model) -> list:
@@ -260,7 +260,8 @@ def test_patching_broken_off_at_any_line_leaves_the_model_as_it_was():
         if line[0] in CHANGES_THE_MODEL or (line not in seen and len(seen) % 4 == 0):
             places.append(number)
         seen.add(line)
-    assert len(places) > 400 and {lines[number][0] for number in places} >= {"proof.py", "hooks.py", "cache.py"}
+    files = {"patching/proof.py", "patching/hooks.py", "cache/cache.py"}
+    assert len(places) > 400 and {lines[number][0] for number in places} >= files
     for number in places:
         error = KeyboardInterrupt if number % 2 else MemoryError
         assert ends_before(number, error, lambda: patch_model(model, ROTATEKV2))

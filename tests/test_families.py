@@ -17,9 +17,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
-from rotatekv.calibration import save_reorder_indices
-from rotatekv.cropping import MOST_CROPPED
+from rotatekv.cache.cropping import MOST_CROPPED
 from rotatekv.kernels import cpu
+from rotatekv.statistics import save_reorder_indices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROTATEKV2 = replace(PRESETS["RotateKV2"], num_sink_entries=5)

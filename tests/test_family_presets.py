@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
-from rotatekv.cache_layer import RotateKVLayer
-from rotatekv.calibration import save_statistics
+from rotatekv.cache.layer import RotateKVLayer
+from rotatekv.statistics import save_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KIVI = {"k_groupsize": 16, "v_groupsize": 16, "residual_length": 8}

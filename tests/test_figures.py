@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import PPL_evaluation
-from rotatekv.calibration import save_reorder_indices
-from rotatekv.capture_files import read_capture, write_capture
-from rotatekv.transforms import heads_to_channels
+from rotatekv.capture.files import read_capture, write_capture
+from rotatekv.kernels.hadamard import heads_to_channels
+from rotatekv.statistics import save_reorder_indices
 from visualize.attention_sinks import draw_received, mean_received
 from visualize.common import set_title, token_label
 from visualize.keys_3d import draw_surface
@@ -212,7 +212,7 @@ def test_methods_are_ordered_by_bits_whatever_flags_changed():
 
 
 def test_outlier_spread_shows_the_keys_before_per_head_grouped_and_reordered(captures):
-    from rotatekv.transforms import hadamard_matrix
+    from rotatekv.kernels.hadamard import hadamard_matrix
 
     plain = read_capture(captures, "k_pre_rope").get(1, "keys").transpose(0, 1).flatten(1)  # (T, 48)
     stages = list(stages_of(read_capture(captures, "k_rotated"), 0 + 1).values())

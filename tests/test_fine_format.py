@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rotatekv.quantize import dequantize_groups, quantize_groups, wide_scale
+from rotatekv.kernels.quantize import dequantize_groups, quantize_groups, wide_scale
 
 
 def numpy_scales() -> np.ndarray:

@@ -11,9 +11,10 @@ import torch
 from gguf import GGUFWriter
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
-from rotatekv import UserError, gemma, load_model
-from rotatekv.gemma import convert, convert_gguf
-from rotatekv.models import gemma_folder
+from rotatekv import UserError, load_model
+from rotatekv.models import gemma
+from rotatekv.models.gemma import convert, convert_gguf
+from rotatekv.models.text import gemma_folder
 
 LAYERS = 7  # six make one layer of full attention
 SPECIAL = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 3, "<mask>": 3, "\n": 4, "\n\n": 4, "  ": 4, "<b>": 4}

@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_model
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
-from rotatekv.calibration import save_reorder_indices
+from rotatekv.statistics import save_reorder_indices
 
 TOKENS = 10
 

@@ -7,9 +7,10 @@ import torch
 from families import FAMILIES, VOCABULARY
 from torch.nn import functional as F
 
-from rotatekv import head, patch_model
+from rotatekv import patch_model
 from rotatekv.evals import perplexity
-from rotatekv.head import head_logits, run_without_head
+from rotatekv.models import head
+from rotatekv.models.head import head_logits, run_without_head
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "llava llama"])

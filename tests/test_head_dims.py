@@ -10,8 +10,8 @@ from conftest import tiny_model
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import cpu
+from rotatekv.kernels.hadamard import base_matrix, hadamard_base, hadamard_matrix, has_hadamard, rotate_channels
 from rotatekv.kernels.layout import pack_blocks
-from rotatekv.transforms import base_matrix, hadamard_base, hadamard_matrix, has_hadamard, rotate_channels
 
 HEAD_DIMS = (56, 72, 88, 100, 104, 112, 120, 144)
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the kernels are not built")
@@ -65,10 +65,10 @@ def shaped(head_dim: int, heads: int) -> torch.nn.Module:
 
 def calibrated(model, preset: str, folder):
     """The preset, and a file of made-up statistics where it needs one."""
-    from rotatekv.calibration import KINDS, save_statistics
     from rotatekv.families import find_text_model
     from rotatekv.methods import method_class
-    from rotatekv.patch import resolved_head_group
+    from rotatekv.patching.patch import resolved_head_group
+    from rotatekv.statistics import KINDS, save_statistics
 
     kind, text_model = method_class(PRESETS[preset]).statistics_kind(PRESETS[preset]), find_text_model(model)
     if kind is None:

@@ -161,7 +161,7 @@ def test_the_wheel_is_whole_and_runs_without_what_only_evaluations_need(tmp_path
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys('datasets gguf lm_eval matplotlib peft rouge_score PIL'.split()))\n"
-        "import torch, rotatekv, rotatekv.cli, rotatekv.calibration, rotatekv.evals.efficiency\n"
+        "import torch, rotatekv, rotatekv.cli, rotatekv.statistics, rotatekv.evals.efficiency\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, head_dim=16,\n"
         "    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4))\n"

@@ -10,9 +10,9 @@ import torch
 from conftest import tiny_model
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
-from rotatekv.cache_layer import RotateKVLayer
+from rotatekv.cache.layer import RotateKVLayer
 from rotatekv.methods import LayerGeometry, build_method
-from rotatekv.stores import PlaneStore
+from rotatekv.methods.stores import PlaneStore
 
 HEADS, DIM, GROUP, WINDOW = 2, 16, 8, 5
 CONFIG = replace(PRESETS["KIVI2"], k_groupsize=GROUP, v_groupsize=8, residual_length=WINDOW)

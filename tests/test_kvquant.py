@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 import calibrate_reorder
 from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model
-from rotatekv import calibration as calibration_module
-from rotatekv.calibration import CalibrationTarget, load_statistics, save_reorder_indices, save_statistics
-from rotatekv.calibration_kvquant import _with_gradients, collect_key_ranges, collect_levels
+from rotatekv import statistics as statistics_module
+from rotatekv.cache.sinks import first_tokens
+from rotatekv.calibration.kvquant import _with_gradients, collect_key_ranges, collect_levels
 from rotatekv.methods import LayerGeometry, build_method
-from rotatekv.nonuniform import LevelHistogram, nearest_level
-from rotatekv.sinks import first_tokens
-from rotatekv.stores import PlaneStore
+from rotatekv.methods.nonuniform import LevelHistogram, nearest_level
+from rotatekv.methods.stores import PlaneStore
+from rotatekv.statistics import CalibrationTarget, load_statistics, save_reorder_indices, save_statistics
 
 LAYERS, HEADS, DIM = 2, 3, 16
 CHANNELS = HEADS * DIM
@@ -364,7 +364,7 @@ def test_the_calibrate_command_makes_what_patch_model_finds(tmp_path, monkeypatc
 
 
 def test_shipped_statistics_fit_the_embedded_model():
-    path = calibration_module._ROOT / "reorder_indices" / "smollm2-135m.kvquant.safetensors"
+    path = statistics_module._ROOT / "reorder_indices" / "smollm2-135m.kvquant.safetensors"
     tensors = load_statistics("kvquant", CalibrationTarget("smollm2-135m", 30, 192), path)
     assert path.stat().st_size < 100_000
     for name in ("key_levels2", "value_levels4"):

@@ -10,10 +10,10 @@ import torch
 from conftest import tiny_model
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
-from rotatekv.cache import _token_mask
+from rotatekv.cache.cache import _token_mask
 from rotatekv.methods import KVMethod, LayerGeometry
 from rotatekv.methods.rtn import RTN
-from rotatekv.patch import patch_with_methods
+from rotatekv.patching.patch import patch_with_methods
 
 STEPPED = ("FP16", "RTN2", "KIVI2", "QuaRot2", "TurboQuant2", "KVQuant2", "RotateKV2", "RotateKV2+")  # one a method
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")

@@ -38,7 +38,7 @@ from rotatekv.evals.milebench_metrics import (
     summarize,
 )
 from rotatekv.methods.fp16 import FP16
-from rotatekv.vision_models import load_vision_model, random_llava
+from rotatekv.models.vision import load_vision_model, random_llava
 
 Image = pytest.importorskip("PIL.Image")
 NO_REORDER = ["--Outlier_Aware_Key_Rotation", "False"]

@@ -11,9 +11,13 @@ import torch
 from conftest import tiny_model
 
 from benchmarks.random_models import patch_random, random_llama
-from rotatekv import PRESETS, RotateKVCache, calibration_kvquant, calibration_plus, calibration_reorder, transforms
+from rotatekv import PRESETS, RotateKVCache
+from rotatekv.calibration import kvquant as calibration_kvquant
+from rotatekv.calibration import plus as calibration_plus
+from rotatekv.calibration import reorder as calibration_reorder
 from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
+from rotatekv.kernels import hadamard as transforms
 from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.triton import plan
 

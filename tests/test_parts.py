@@ -10,8 +10,8 @@ from families import FAMILIES, left_padding, logits, token_ids
 from families import find_decoder as decoder_of
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
+from rotatekv.cache.spec import is_patched
 from rotatekv.compat import CACHE_NAME
-from rotatekv.patch import is_patched
 
 KIVI = replace(PRESETS["KIVI2"], k_groupsize=16, v_groupsize=16, residual_length=5)
 MASK = left_padding(70, 0, 5)

@@ -20,9 +20,9 @@ from transformers import (
 import rotatekv.compat
 import rotatekv.methods
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model, unpatch_model
-from rotatekv.calibration import save_reorder_indices
 from rotatekv.methods.rotatekv import RotateKV
-from rotatekv.stores import TokenStore
+from rotatekv.methods.stores import TokenStore
+from rotatekv.statistics import save_reorder_indices
 
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.layout import pack_blocks
-from rotatekv.quantize import dequantize_groups, quantize_groups
-from rotatekv.stores import BlockStore, StoredOrder
+from rotatekv.kernels.quantize import dequantize_groups, quantize_groups
+from rotatekv.methods.stores import BlockStore, StoredOrder
 
 BITS = [2, 3, 4]
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from rotatekv.config import PRESETS
-from rotatekv.results import Run
+from rotatekv.evals.results import Run
 from visualize import report, report_page
 from visualize.report_compare import MOST_LETTERS, MOST_SAMPLES
 from visualize.report_figures import collect_figures

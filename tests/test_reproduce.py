@@ -16,17 +16,17 @@ from conftest import tiny_text
 import PPL_evaluation
 import reproduce
 from rotatekv import external
-from rotatekv.calibration import save_reorder_indices
 from rotatekv.cli import method_from_args
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.evals import paper_figures, reproduce_estimate, reproduce_plan, reproduce_runs, reproduce_tables
-from rotatekv.evals.paper_figures import PaperFigure, load_paper_figures
-from rotatekv.evals.reproduce_ablation import ablation_cells
-from rotatekv.evals.reproduce_plan import STREAMED, Calibration, Options, default_methods, method_cells, ppl_cell
-from rotatekv.evals.reproduce_runs import Outcome, Runs
 from rotatekv.external import EXTERNAL
 from rotatekv.methods import LayerGeometry
+from rotatekv.reproduce.ablation import ablation_cells
+from rotatekv.reproduce.paper_figures import PaperFigure, load_paper_figures
+from rotatekv.reproduce.plan import STREAMED, Calibration, Options, default_methods, method_cells, ppl_cell
+from rotatekv.reproduce.runs import Outcome, Runs
+from rotatekv.statistics import save_reorder_indices
 
 WINDOW, WINDOWS = 32, 6
 

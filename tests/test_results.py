@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rotatekv.errors import UserError
-from rotatekv.results import Run, config_hash, write_json
+from rotatekv.evals.results import Run, config_hash, write_json
 
 CONFIG = {"task": "ppl", "method": "RTN2", "seed": 0, "quant": {"k_bits": 2, "k_groupsize": None}}
 SAMPLES = [{"id": number, "nll": 1.5 + number, "text": "größe\nline"} for number in range(3)]

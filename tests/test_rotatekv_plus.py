@@ -12,13 +12,13 @@ from conftest import save_tiny_folder, tiny_model, tiny_text
 
 import calibrate_reorder
 from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model
-from rotatekv.calibration import CalibrationTarget, load_statistics, save_statistics
-from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.cache.window import RecentWindow
+from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
 from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
+from rotatekv.kernels.hadamard import hadamard_matrix
 from rotatekv.methods import LayerGeometry, build_method
-from rotatekv.transforms import hadamard_matrix
-from rotatekv.window import RecentWindow
+from rotatekv.statistics import CalibrationTarget, load_statistics, save_statistics
 
 LAYERS, HEADS, DIM = 2, 3, 16
 CHANNELS = HEADS * DIM

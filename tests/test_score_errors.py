@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import calibrate_reorder
 from rotatekv import PRESETS
-from rotatekv.patch import build_methods
-from rotatekv.score_errors import LARGE_ERROR, describe, presets_for, score_errors
+from rotatekv.calibration.score_errors import LARGE_ERROR, describe, presets_for, score_errors
+from rotatekv.patching.patch import build_methods
 
 PER_TOKEN = [f"{name}{bits}" for name in ("RTN", "QuaRot", "TurboQuant", "RotateKV") for bits in (2, 3, 4)]
 BY_CHANNEL = ["KIVI2", "KIVI4", *(f"{name}" for bits in (2, 3, 4) for name in (f"KVQuant{bits}", f"RotateKV{bits}+"))]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotatekv import RotateKVCache, patch_model
+from rotatekv.cache.sinks import detect_sinks, first_tokens
 from rotatekv.compat import CACHE_NAME
 from rotatekv.config import PRESETS
-from rotatekv.sinks import detect_sinks, first_tokens
 
 
 def naive_sinks(hidden_states: torch.Tensor, num_entries: int, token_mask=None) -> list[tuple[int, int]]:

@@ -18,8 +18,8 @@ from test_rotatekv_plus import random_statistics as plus_statistics
 from test_sinks import naive_sinks
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
-from rotatekv.calibration import save_statistics
-from rotatekv.cropping import MOST_CROPPED
+from rotatekv.cache.cropping import MOST_CROPPED
+from rotatekv.statistics import save_statistics
 
 NAMES = [
     "FP16", "RTN2", "KIVI2", "KIVI4", "QuaRot2", "TurboQuant2", "KVQuant2", "RotateKV2", "RotateKV3", "RotateKV4",

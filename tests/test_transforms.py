@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rotatekv.errors import UserError
-from rotatekv.transforms import (
+from rotatekv.kernels.hadamard import (
     channels_to_heads,
     hadamard,
     hadamard_matrix,

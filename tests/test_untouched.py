@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model, unpatch_model
-from rotatekv.patch import handle_of, is_patched
+from rotatekv.cache.spec import handle_of, is_patched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, num_sink_entries=6)

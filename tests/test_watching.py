@@ -14,14 +14,14 @@ from torch import nn
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, patch_model
-from rotatekv.calibration import CalibrationTarget, load_statistics, save_statistics
-from rotatekv.calibration_kvquant import collect_key_ranges, collect_levels
-from rotatekv.calibration_plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
-from rotatekv.calibration_reorder import collect_key_sums, indices_from_key_sums
-from rotatekv.capture import CaptureRequest, capture_window
+from rotatekv.calibration.kvquant import collect_key_ranges, collect_levels
+from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
+from rotatekv.calibration.score_errors import describe, presets_for, score_errors
+from rotatekv.capture.hooks import CaptureRequest, capture_window
 from rotatekv.families import attention_modules
-from rotatekv.score_errors import describe, presets_for, score_errors
-from rotatekv.watching import Attended, stream_attention, watching
+from rotatekv.patching.watching import Attended, stream_attention, watching
+from rotatekv.statistics import CalibrationTarget, load_statistics, save_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 40  # longer than the windows

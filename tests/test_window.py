@@ -10,9 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rotatekv import patch_model
-from rotatekv.cache import RotateKVCache
+from rotatekv.cache.cache import RotateKVCache
+from rotatekv.cache.window import QUERIES_AT_ONCE, FlushedTokens, RecentWindow, attend_with_own_windows
 from rotatekv.config import PRESETS
-from rotatekv.window import QUERIES_AT_ONCE, FlushedTokens, RecentWindow, attend_with_own_windows
 
 NO_SINKS = {"Attention_Sink_Aware": False}
 CONFIGS = {

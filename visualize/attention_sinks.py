@@ -17,9 +17,9 @@ from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds
 # isort: split
 import torch
 
-from rotatekv.capture_files import Capture, read_capture
+from rotatekv.capture.files import Capture, read_capture
 from rotatekv.cli import check_positive, exit_on_user_error
-from rotatekv.colours import COLOURS, PALETTE
+from rotatekv.evals.colours import COLOURS, PALETTE
 from visualize.common import (
     SINK_COLOUR,
     Figure,

@@ -16,10 +16,10 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-from rotatekv.capture_files import Capture, read_capture
+from rotatekv.capture.files import Capture, read_capture
 from rotatekv.cli import make_parser
-from rotatekv.colours import PALETTE
 from rotatekv.errors import UserError
+from rotatekv.evals.colours import PALETTE
 from rotatekv.files import write_output
 
 SINK_COLOUR = PALETTE[1]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.capture_files import Capture, read_capture
+from rotatekv.capture.files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
-from rotatekv.colours import COLOURS, PALETTE
 from rotatekv.errors import UserError
+from rotatekv.evals.colours import COLOURS, PALETTE
 from visualize.common import (
     SINK_COLOUR,
     Figure,

@@ -17,10 +17,10 @@ from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds
 # isort: split
 import torch
 
-from rotatekv.capture_files import Capture, read_capture
+from rotatekv.capture.files import Capture, read_capture
 from rotatekv.cli import exit_on_user_error
-from rotatekv.colours import PALETTE
-from rotatekv.transforms import rotate_channels
+from rotatekv.evals.colours import PALETTE
+from rotatekv.kernels.hadamard import rotate_channels
 from visualize.common import Figure, add_layer_argument, figure_parser, pick_layer, save_png, set_title
 
 

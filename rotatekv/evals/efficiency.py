@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from rotatekv.cache import RotateKVCache
+from rotatekv.cache.cache import RotateKVCache
 from rotatekv.compat import CACHE_NAME
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.peak_memory import PeakMemory, available_bytes
 from rotatekv.evals.running import cache_use
 from rotatekv.kernels.backend import kernels_on
-from rotatekv.patch import patch_model
+from rotatekv.patching.patch import patch_model
 
 BASELINE = "HF"  # the unpatched model with transformers' DynamicCache, in the model's dtype
 WARM_UP_STEPS = 2

@@ -7,10 +7,10 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rotatekv.calibration import model_slug
-from rotatekv.colours import PALETTE
+from rotatekv.evals.colours import PALETTE
 from rotatekv.evals.efficiency import BASELINE, RATIOS, percentiles, ratios
 from rotatekv.files import write_atomically
+from rotatekv.statistics import model_slug
 
 NOT_MEASURED = "not measured"
 _METHOD_COLOURS = PALETTE[:6]

@@ -12,10 +12,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from rotatekv.compat import CACHE_NAME
 from rotatekv.errors import UserError
+from rotatekv.evals.results import NOT_FINITE
 from rotatekv.evals.running import cache_use
 from rotatekv.evals.tokens import check_token_ids, context_length, encode, end_ids, left_padded, pad_id
 from rotatekv.external import new_cache
-from rotatekv.results import NOT_FINITE
 
 # Greedy, whatever a checkpoint's generation config says. A field that is not named has transformers' own default, which
 # changes no token: no penalty, no forced or suppressed token, no speculation.

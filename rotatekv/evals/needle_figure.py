@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rotatekv.calibration import model_slug
-from rotatekv.colours import COLOURS
 from rotatekv.errors import UserError
+from rotatekv.evals.colours import COLOURS
 from rotatekv.evals.needle import NEEDLE_TYPES, grid_of
 from rotatekv.files import write_json, write_output
+from rotatekv.statistics import model_slug
 
 _LABELS = {"rouge1": "ROUGE-1 F × 100", "recall": "exact recall (%)"}
 _MISSING = "#d9d9d9"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rotatekv.compat import CACHE_NAME
 from rotatekv.evals.running import cache_use
 from rotatekv.external import new_cache
-from rotatekv.head import TOKENS_AT_ONCE, head_logits, run_without_head
+from rotatekv.models.head import TOKENS_AT_ONCE, head_logits, run_without_head
 
 
 def score_window(model, window: torch.Tensor, chunk_size: int | None = None) -> dict:

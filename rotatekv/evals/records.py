@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rotatekv.errors import UserError
-from rotatekv.hub import hub_is_offline
+from rotatekv.models.hub import hub_is_offline
 
 
 def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict]:

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from transformers import QuantizedCache
 
 from rotatekv import distributed
-from rotatekv.cache import RotateKVCache
+from rotatekv.cache.cache import RotateKVCache
 from rotatekv.errors import UserError
+from rotatekv.evals.results import Run
 from rotatekv.external import ExternalHandle, external_use
 from rotatekv.files import write_error
-from rotatekv.models import known_weights, model_revision
-from rotatekv.patch import PatchHandle
-from rotatekv.results import Run
+from rotatekv.models.text import known_weights, model_revision
+from rotatekv.patching.handle import PatchHandle
 
 
 def open_run(

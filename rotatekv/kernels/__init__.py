@@ -1,5 +1,5 @@
 """Quantize and its inverse. ``reference.py`` is the specification in plain torch."""
 
-from rotatekv.kernels.reference import Packed, dequantize, quantize
+from rotatekv.kernels.quantize import Packed, dequantize, quantize
 
 __all__ = ["Packed", "dequantize", "quantize"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
-from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.quantize import FINE_SCALE, Packed
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
-from rotatekv.quantize import FINE_SCALE
 
 
 def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:

@@ -28,8 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.reference import Packed
-from rotatekv.quantize import FINE_SCALE
+from rotatekv.kernels.quantize import FINE_SCALE, Packed
 
 BLOCK = 16  # tokens
 HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token

@@ -11,10 +11,10 @@ import torch
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.kernels import Packed
-from rotatekv.stores import HeadForm, Store, TokenStore
-from rotatekv.transforms import channels_to_heads, heads_to_channels
+from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels
+from rotatekv.methods.stores import HeadForm, Store, TokenStore
 
-Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as calibration.py loads them
+Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as statistics.py loads them
 
 _NEUTRAL = {  # what a flag must be for a method that has no use for it; a switch: False
     "k_groupsize": None, "v_groupsize": None, "k_clip_ratio": 1.0, "v_clip_ratio": 1.0, "head_group_num": 1,

@@ -9,7 +9,7 @@ from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.layout import BLOCK
 from rotatekv.methods.base import LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import RTN
-from rotatekv.stores import HeadForm, PlaneStore
+from rotatekv.methods.stores import HeadForm, PlaneStore
 
 DEFAULT_GROUP = 32  # tokens
 
@@ -27,7 +27,7 @@ class KIVI(RTN):
         scale      (B, T / g, C) float16  of tokens g·r … g·r + g − 1 of the channel
         zero       (B, T / g, C) int8     ``x̂[t, c] = (code[t, c] − zero[t // g, c])·scale[t // g, c]``
 
-    Groups count from a sequence's first token: rows of a padded batch are kept each alone (rotatekv/parts.py).
+    Groups count from a sequence's first token: rows of a padded batch are kept each alone (rotatekv/cache/parts.py).
     Where 16 divides g, the CPU's kernels decode and read them as they lie.
     """
 

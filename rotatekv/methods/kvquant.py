@@ -9,9 +9,9 @@ import torch
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
+from rotatekv.methods.nonuniform import nearest_level, split_values
 from rotatekv.methods.rtn import ROTATION_FLAGS
-from rotatekv.nonuniform import nearest_level, split_values
-from rotatekv.stores import PlaneStore
+from rotatekv.methods.stores import PlaneStore
 
 OUTLIER_SHARE = 0.01  # of all numbers (Dense-and-Sparse Quantization)
 _MOST_CHANNELS = 2**15  # int16 names an outlier's channel

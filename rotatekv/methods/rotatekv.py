@@ -6,15 +6,15 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.methods.base import LayerGeometry, Statistics
-from rotatekv.methods.rtn import RTN
-from rotatekv.stores import Constant, StoredOrder
-from rotatekv.transforms import (
+from rotatekv.kernels.hadamard import (
     channels_to_heads,
     head_group_size,
     heads_to_channels,
     rotate_channels,
 )
+from rotatekv.methods.base import LayerGeometry, Statistics
+from rotatekv.methods.rtn import RTN
+from rotatekv.methods.stores import Constant, StoredOrder
 
 
 class RotateKV(RTN):

@@ -12,7 +12,7 @@ from rotatekv.errors import UserError
 from rotatekv.kernels.layout import BLOCK
 from rotatekv.methods.base import LayerGeometry, Statistics
 from rotatekv.methods.rotatekv import RotateKV
-from rotatekv.stores import Constant
+from rotatekv.methods.stores import Constant
 
 
 class RotateKVPlus(RotateKV):

@@ -8,10 +8,10 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.kernels import dequantize, quantize
-from rotatekv.kernels.reference_attention import DecodeOptions
+from rotatekv.kernels.decode_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
-from rotatekv.stores import BlockStore, Constant, HeadForm, StoredOrder
+from rotatekv.methods.stores import BlockStore, Constant, HeadForm, StoredOrder
 
 ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")
 

@@ -10,10 +10,10 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
+from rotatekv.kernels.hadamard import channels_to_heads, has_hadamard, heads_to_channels, no_hadamard, rotate_channels
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import ROTATION_FLAGS
-from rotatekv.stores import Constant, PlaneStore
-from rotatekv.transforms import channels_to_heads, has_hadamard, heads_to_channels, no_hadamard, rotate_channels
+from rotatekv.methods.stores import Constant, PlaneStore
 
 SIGN_SEED = 2504_19874  # of the rotation's signs: the same for every layer, head and run
 _GRID = 2**14  # intervals on which the density is integrated

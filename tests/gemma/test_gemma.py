@@ -19,7 +19,7 @@ from rotatekv import UserError, load_model, patch_model
 from rotatekv.evals.perplexity import score_window
 from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import bos_of_windows
-from rotatekv.models import GEMMA_MODEL, gemma_folder
+from rotatekv.models.text import GEMMA_MODEL, gemma_folder
 
 TOKENS = {
     "Hello  world\n\n it’s <b>bold</b>\t": [

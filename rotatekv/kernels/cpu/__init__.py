@@ -1,9 +1,9 @@
 """Fused CPU kernels in C++: decode attention over the packed cache, quantize-and-pack into it, and reading it back.
 
-``decode_attention`` equals ``rotatekv.kernels.reference_attention``; ``quantize_into_blocks`` equals
-``rotatekv.kernels.reference_blocks``, bit for bit where nothing is rotated; ``dequantize_blocks`` equals
+``decode_attention`` equals ``rotatekv.kernels.decode_attention``; ``quantize_into_blocks`` equals
+``rotatekv.kernels.blocks``, bit for bit where nothing is rotated; ``dequantize_blocks`` equals
 ``rotatekv.kernels.layout.unpack_blocks``, ``x̂ = (code − zero)·scale`` and
-``rotatekv.transforms.rotate_channels`` with ``inverse``.
+``rotatekv.kernels.hadamard.rotate_channels`` with ``inverse``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rotatekv.kernels.cpu.checks import (
     rope_pointers,
     strided_pointer,
 )
+from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import Blocks
-from rotatekv.kernels.reference import Packed
-from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.quantize import Packed
 
 __all__ = [
     "READS_TOKEN_GROUPS", "available", "available_instruction_sets", "decode_attention", "dequantize_blocks",

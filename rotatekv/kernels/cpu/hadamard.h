@@ -1,5 +1,5 @@
 // Hadamard transforms of vectors of kLanes tokens, un-normalised: y = sqrt(W)·Hᵀ·x, or sqrt(W)·H·x where Forward, with
-// the matrix of rotatekv/transforms.py, which is Sylvester's of order 2^n, or one of Paley's ⊗ Sylvester's.
+// the matrix of rotatekv/kernels/hadamard.py, which is Sylvester's of order 2^n, or one of Paley's ⊗ Sylvester's.
 #pragma once
 
 #include <array>

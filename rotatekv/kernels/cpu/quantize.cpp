@@ -1,4 +1,4 @@
-// Heads → blocks: what channels.h makes of them, quantized as rotatekv/quantize.py does it, in the same order of float32
+// Heads → blocks: what channels.h makes of them, quantized as rotatekv/kernels/quantize.py does it, in the same order of float32
 // operations, bit for bit. Compiled without fused multiply-adds. Rounding is to the nearest, halves to even, throughout.
 
 #include <algorithm>

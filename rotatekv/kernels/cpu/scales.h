@@ -1,4 +1,4 @@
-// The two formats of scales and zero points, see rotatekv/quantize.py, and the factors and offsets of whole channels.
+// The two formats of scales and zero points, see rotatekv/kernels/quantize.py, and the factors and offsets of whole channels.
 #pragma once
 
 #include "arguments.h"

@@ -6,11 +6,11 @@ import torch
 
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import packed_planes, rope_planes, shape_of
+from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.hadamard import has_hadamard
 from rotatekv.kernels.layout import BLOCK
-from rotatekv.kernels.reference import Packed
-from rotatekv.kernels.reference_attention import DecodeOptions, ExactTokens
+from rotatekv.kernels.quantize import Packed
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.transforms import has_hadamard
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

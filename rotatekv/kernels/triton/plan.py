@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from rotatekv.transforms import hadamard_matrix, has_hadamard
+from rotatekv.kernels.hadamard import hadamard_matrix, has_hadamard
 
 SMALLEST_DOT = 16  # tl.dot's smallest side, up to triton 3.4
 

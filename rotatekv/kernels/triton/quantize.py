@@ -3,8 +3,8 @@
 What comes before rounding is a kernel of its own, ``transform.py``: a quantization group may gather its channels from
 all rotation groups. Where nothing comes before it, heads are read as they lie, in any of three dtypes.
 
-Equals ``rotatekv.quantize.quantize_groups`` and ``rotatekv.kernels.layout.write_blocks`` bit for bit: divisions are
-rounded to nearest, roundings go to even, and the launch forbids fused multiply-add.
+Equals ``kernels.quantize.quantize_groups`` and ``kernels.layout.write_blocks`` bit for bit: divisions are rounded to
+nearest, roundings go to even, and the launch forbids fused multiply-add.
 
 Roofline, from public specifications (not run on a GPU). Per token and channel at 2 bits: 4 bytes read, 0.3 written;
 about 25 instructions, ten of them the division. That is 6 a byte against the 4.8 an A100 can do (9.7·10¹² a second over
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
-from rotatekv.kernels.reference import Packed
+from rotatekv.kernels.quantize import Packed
 from rotatekv.kernels.triton.plan import power_of_two
 from rotatekv.kernels.triton.start import start as start_kernel
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, wide_scale

@@ -42,7 +42,7 @@ def read_packed(low, high, scale, zero, block, channel, group, keep, C: tl.const
     if BITS == 4:
         code |= ((tl.load(high + word, mask=keep, other=0) >> (2 * lane)) & 3) << 2
     at = (block * GROUPS + group) * LANES + lane
-    if scale.dtype.element_ty == tl.uint8:  # the fine format of quantize.py
+    if scale.dtype.element_ty == tl.uint8:  # the fine format of kernels/quantize.py
         factor = wide_scale(tl.load(scale + at, mask=keep, other=0))
         offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32) * 0.125
     else:

@@ -1,0 +1,1 @@
+"""What methods take from a calibration text, measured: one file a kind of statistics."""

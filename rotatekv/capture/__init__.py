@@ -1,0 +1,1 @@
+"""Tensors of one text, as figures show them."""

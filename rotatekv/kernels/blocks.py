@@ -1,0 +1,53 @@
+"""Packed blocks written and read in plain torch, with the fused kernels' arguments: what these must compute."""
+
+from __future__ import annotations
+
+import torch
+
+from rotatekv.kernels.affine import Affine
+from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels, rotate_channels
+from rotatekv.kernels.layout import unpack_blocks, write_blocks
+from rotatekv.kernels.quantize import FINE_SCALE, Packed, quantize_groups, wide_scale, wide_zero
+
+
+def quantize_into_blocks_reference(
+    heads: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float = 1.0,
+    order: torch.Tensor | None = None, rotation_width: int = 0, affine: Affine | None = None,
+    unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Quantize (B, H_kv, T, D) heads and write them in place into blocks, from token ``start`` on.
+
+    In this order, each where it is there:
+
+    1. ``unrope``: cos and sin (B, T, rotary_dim / 2) float32 that undo RoPE: channel i and i + rotary_dim / 2 of a head
+       become ``low·cos + high·sin`` and ``high·cos − low·sin`` (YaRN's factor is divided out of them already).
+    2. ``affine``: ``(x − offset) / factor``, the inverse of what a read does.
+    3. ``rotation_width`` W: each W consecutive channels of a token times the Hadamard matrix of order W.
+    4. ``order`` (C,) int32: quantized channel j is channel ``order[j]`` so far, and is stored there.
+    """
+    heads = heads.float()
+    if unrope is not None:
+        cos, sin = (table.unsqueeze(1) for table in unrope)  # (B, 1, T, rotary_dim / 2)
+        low, high, rest = heads.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+        heads = torch.cat([low * cos + high * sin, high * cos - low * sin, rest], dim=-1)
+    x = heads_to_channels(heads)  # (B, T, C)
+    if affine is not None:
+        x = (x - affine.offset) / affine.factor
+    if rotation_width:
+        x = rotate_channels(x, rotation_width)
+    if order is not None:
+        x = x[..., order.long()]
+    codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio, packed["scale"].dtype == FINE_SCALE)
+    write_blocks(packed, start, codes if order is None else codes[..., torch.argsort(order)], scale, zero, bits)
+
+
+def dequantize_blocks_reference(
+    packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, head_dim: int, rotation_width: int = 0,
+    affine: Affine | None = None, dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:  # fmt: skip
+    """The first ``tokens`` tokens as heads of plain numbers, un-rotated: (B, H_kv, T, D), computed in ``dtype``."""
+    codes, scale, zero = unpack_blocks(packed, tokens, bits)
+    zero, scale = (side[..., group_of_channel.long()].to(dtype) for side in (wide_zero(scale, zero), wide_scale(scale)))
+    x = (codes - zero) * scale  # (B, T, C)
+    x = rotate_channels(x, rotation_width, inverse=True) if rotation_width else x
+    return channels_to_heads(x if affine is None else affine(x), head_dim)

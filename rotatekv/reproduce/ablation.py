@@ -1,0 +1,112 @@
+"""The rows of the ablation table: the paper's four steps, and each choice alone against RotateKV2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rotatekv.config import QuantConfig
+from rotatekv.errors import UserError
+from rotatekv.methods import LayerGeometry
+from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
+from rotatekv.reproduce.plan import Calibration, Cell, Options, ppl_cell
+
+METHOD, NOT_CALIBRATED = "RotateKV2", ("--Outlier_Aware_Key_Rotation", "False")
+_NO_CLIP = ("--k_clip_ratio", "1.0", "--v_clip_ratio", "1.0")
+_NO_SINKS = ("--Attention_Sink_Aware", "False")
+_BARE = (*_NO_CLIP, *_NO_SINKS, *NOT_CALIBRATED)
+_TEXTS, _LENGTHS, _DEFAULT_LENGTH = ("essays", "wikitext2"), (2048, 8192, 32768), 32768
+
+# label, flags, the paper's row: cumulatively, as in its ablation.
+_STEPS = (
+    ("rotation, per head after RoPE", (*_BARE, "--Grouped_Head_Key_Rotation", "False"), "rotation"),
+    ("+ grouped heads before RoPE", _BARE, "grouped heads"),
+    ("+ sinks", (*_NO_CLIP, *NOT_CALIBRATED), "sinks"),
+    ("+ reordering", _NO_CLIP, "reordering"),
+    ("+ clip 0.8 = RotateKV2", (), ""),
+)
+
+
+def ablation_cells(
+    model: str, options: Options, figures: dict, geometry: LayerGeometry | None, calibration_flags: tuple[str, ...]
+) -> list[Cell]:
+    """All cells of one model.
+
+    Args:
+        geometry: the model's; None where it is out of reach, so that rows it cannot have are left in, and fail.
+        calibration_flags: what calibrate_reorder.py shares with the evaluations (``--data_dir``, ``--device``, …).
+    """
+    found = []
+    for group, label, method, flags, paper, calibration, dataset in _rows(geometry):
+        if calibration is not None:
+            calibration = replace(calibration, flags=("--model", model, *calibration.flags, *calibration_flags))
+        cell = ppl_cell(
+            model, method, options, table="ablation", group=group, label=label, flags=flags, calibration=calibration,
+            dataset=dataset,
+        )  # fmt: skip
+        found.append(replace(cell, paper=figures.get(("ablation", model, paper))))
+    return found
+
+
+def _rows(geometry: LayerGeometry | None) -> Iterator[tuple]:
+    """group, label, method, flags, the paper's row, calibration, data set (None: the table's)."""
+    yield "steps", "plain rounding", "RTN2", (), "", None, None
+    for label, flags, paper in _STEPS:
+        yield "steps", label, METHOD, flags, paper, None, None
+    for size in (32, 64, 96, 128):
+        # Values share a scale within a head; a size that no head holds is for the keys alone.
+        values = ("--v_groupsize", str(size)) if geometry is None or geometry.head_dim % size == 0 else ()
+        flags = ("--k_groupsize", str(size), *values)
+        if _fits(geometry, QuantConfig(k_groupsize=size)):
+            label = f"{size} channels" if values else f"{size} channels (keys alone)"
+            yield "group size", label, METHOD, flags, f"g = {size}", None, None
+    yield from _head_rows(geometry)
+    for count in (0, 5, 20, 40):
+        flags = ("--num_sink_entries", str(count)) if count else _NO_SINKS
+        yield "sinks", f"{count} entries", METHOD, flags, "", None, None
+    for count in (5, 20):
+        flags = ("--sink_selection", "first", "--num_sink_entries", str(count))
+        yield "sinks", f"first {count} tokens", METHOD, flags, "", None, None
+    for ratio in (0.7, 0.8, 0.9, 1.0):
+        yield "clip ratio", f"{ratio}", METHOD, _clips(ratio, ratio), "", None, None
+    for text in _TEXTS:
+        for length in _LENGTHS:
+            calibration = _calibration(text, length)
+            yield "calibration", f"{text}, {length} tokens", METHOD, (), "", calibration, None
+    for text in _TEXTS:
+        label = f"{text}, {_DEFAULT_LENGTH} tokens, measured on the essays"
+        yield "calibration", label, METHOD, (), "", _calibration(text, _DEFAULT_LENGTH), "essays"
+    for keys, values in ((2, 3), (3, 2), (2, 4), (4, 2), (3, 4), (4, 3)):
+        clips = _clips(*(0.8 if bits == 2 else 1.0 for bits in (keys, values)))  # as the presets clip
+        flags = ("--k_bits", str(keys), "--v_bits", str(values), *clips)
+        yield "bits", f"keys {keys}, values {values}", METHOD, flags, "", None, None
+
+
+def _head_rows(geometry: LayerGeometry | None) -> Iterator[tuple]:
+    for heads in (1, 2, 3, 4):
+        config = QuantConfig(head_group_num=heads)
+        if geometry is not None and key_heads_per_group(config, geometry) != heads:
+            continue  # no such group in this model: it would be a smaller one's row again
+        flags = ("--head_group_num", str(heads))
+        calibration = Calibration(f"{heads}-heads", (*flags, "--dataset", "essays"))
+        yield "heads per group", f"{heads} heads", METHOD, flags, "", calibration, None
+        yield "heads per group", f"{heads} heads, no reordering", METHOD, (*flags, *NOT_CALIBRATED), "", None, None
+
+
+def _calibration(text: str, length: int) -> Calibration:
+    return Calibration(f"{text}-{length}", ("--dataset", text, "--calibration_tokens", str(length)))
+
+
+def _clips(keys: float, values: float) -> tuple[str, ...]:
+    return ("--k_clip_ratio", str(keys), "--v_clip_ratio", str(values))
+
+
+def _fits(geometry: LayerGeometry | None, config: QuantConfig) -> bool:
+    """Whether the model's keys can have these groups."""
+    if geometry is None:
+        return True
+    try:
+        RotateKV(replace(config, Outlier_Aware_Key_Rotation=False), geometry)
+    except UserError:
+        return False
+    return True
