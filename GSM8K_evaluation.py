@@ -62,10 +62,12 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = {"id": "gsm8k/test", "sha256": records_sha256(questions)}
     protocol = {
-        "num_fewshot": args.num_fewshot, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
+        "num_fewshot": args.num_fewshot,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
         "examples_sha256": hashlib.sha256(gsm8k.build_prompt(examples, "").encode()).hexdigest(),
         "decoding": decoding(model, tokenizer, [gsm8k.STOP]),
-    }  # fmt: skip
+    }
 
     def answer(batch: list[dict]) -> list[dict]:
         prompts = [gsm8k.build_prompt(examples, sample["question"]) for sample in batch]

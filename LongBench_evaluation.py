@@ -67,10 +67,13 @@ def main(argv: list[str] | None = None) -> None:
         "sha256": records_sha256([record for _, records in data for record in records]),
     }
     protocol = {
-        "tasks": names, "max_length": args.max_length, "max_new_tokens": args.max_new_tokens,
-        "chat_template": longbench.wants_chat(tokenizer, args.chat_template), "lm_eval": version("lm_eval"),
+        "tasks": names,
+        "max_length": args.max_length,
+        "max_new_tokens": args.max_new_tokens,
+        "chat_template": longbench.wants_chat(tokenizer, args.chat_template),
+        "lm_eval": version("lm_eval"),
         "decoding": decoding(model, tokenizer),
-    }  # fmt: skip
+    }
     samples = [
         {"id": f"{task.name}/{number}", "task": task, "record": record}
         for task, records in data

@@ -38,6 +38,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BI
 
 test: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check --quiet .
 	$(PYTEST) tests --ignore tests/gemma -n $(TEST_PROCESSES) --dist loadfile
 
 test-gemma: install
@@ -66,6 +67,7 @@ resolve: install
 
 lint: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean:
 	rm -rf $(VENV) build *.egg-info results save_tensors report.html

@@ -57,9 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         "sha256": records_sha256(records),
     }
     protocol = {
-        "max_new_tokens": args.max_new_tokens, "adv": args.adv, "combine_image": args.combine_image,
+        "max_new_tokens": args.max_new_tokens,
+        "adv": args.adv,
+        "combine_image": args.combine_image,
         "decoding": decoding(model, processor.tokenizer),
-    }  # fmt: skip
+    }
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "milebench", name, handle, dataset, **protocol)
         if not score_samples(

@@ -105,10 +105,13 @@ def main(argv: list[str] | None = None) -> None:
     check_windows(model, windows, "--seq_length")
 
     metadata = {
-        "model": model.name_or_path, "revision": model_revision(model) or "none",
-        "dataset": text.name, "dataset_sha256": text.sha256, "tokens": length * len(windows),
+        "model": model.name_or_path,
+        "revision": model_revision(model) or "none",
+        "dataset": text.name,
+        "dataset_sha256": text.sha256,
+        "tokens": length * len(windows),
         **calibration_digests(text_model),
-    }  # fmt: skip
+    }
     if args.statistics == "kvquant":
         tensors = kvquant_statistics(model, text_model, windows)
         layers, channels = tensors["key_offset"].shape

@@ -80,10 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     samples = cells[: args.limit]
 
     protocol = {
-        "context_lengths": lengths, "batch_sizes": batch_sizes, "decode_tokens": args.decode_tokens,
-        "prefill_repeats": args.prefill_repeats, "memory_budget_gb": args.memory_budget_gb,
-        "try_batches": args.try_batches, "backend": backend_name(model),
-    }  # fmt: skip
+        "context_lengths": lengths,
+        "batch_sizes": batch_sizes,
+        "decode_tokens": args.decode_tokens,
+        "prefill_repeats": args.prefill_repeats,
+        "memory_budget_gb": args.memory_budget_gb,
+        "try_batches": args.try_batches,
+        "backend": backend_name(model),
+    }
     with ExitStack() as stack:
         hf = baseline_side(model)
         sides = {
@@ -92,9 +96,12 @@ def main(argv: list[str] | None = None) -> None:
         }
         run = open_efficiency_run(args, sides, {"id": text.name, "sha256": text.sha256}, protocol)
         if not score_samples(
-            run, samples, lambda batch: [measure(args, [hf, sides[cell["method"]]], ids, cell) for cell in batch],
-            unit="cell", running=last_speedup,
-        ):  # fmt: skip
+            run,
+            samples,
+            lambda batch: [measure(args, [hf, sides[cell["method"]]], ids, cell) for cell in batch],
+            unit="cell",
+            running=last_speedup,
+        ):
             return
     records = [run.samples[sample["id"]] for sample in samples]
     finish_run(run, records, metric_of(records), len(records) < len(cells), write_report)

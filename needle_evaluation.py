@@ -46,9 +46,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("needle")
     grid = "as a list (10,20,50) or min:max:steps (10:50:5); default"
     group.add_argument(
-        "--needle_type", choices=list(NEEDLE_TYPES), default="standard",
+        "--needle_type",
+        choices=list(NEEDLE_TYPES),
+        default="standard",
         help="standard (default): a sentence; passkey: a random number, which a small model can find",
-    )  # fmt: skip
+    )
     group.add_argument("--context_lengths", default="1024,2048,4096", help=f"prompt tokens, {grid}: %(default)s")
     group.add_argument("--depths", default="0:100:10", help=f"percent before the needle, {grid}: %(default)s")
     group.add_argument("--haystack", default="essays", help="essays (embedded; default), wikitext2, a file or a folder")
@@ -88,10 +90,16 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = {"id": haystack.name, "sha256": haystack.sha256}
     protocol = {
-        "needle_type": args.needle_type, "context_lengths": lengths, "depths": depths, "needle": needle,
-        "retrieval_question": question, "key_phrase": key_phrase, "max_new_tokens": args.max_new_tokens,
-        "chat_template": chat, "decoding": decoding(model, tokenizer, kind.stop_strings),
-    }  # fmt: skip
+        "needle_type": args.needle_type,
+        "context_lengths": lengths,
+        "depths": depths,
+        "needle": needle,
+        "retrieval_question": question,
+        "key_phrase": key_phrase,
+        "max_new_tokens": args.max_new_tokens,
+        "chat_template": chat,
+        "decoding": decoding(model, tokenizer, kind.stop_strings),
+    }
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "needle", name, handle, dataset, **protocol)
         if not score_samples(

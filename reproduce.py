@@ -80,9 +80,16 @@ def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
         for part in (f"--{name}", value)
     ] + (["--dtype", args.dtype] if args.dtype != "auto" else [])
     options = Options(
-        tuple(shared), args.limit, args.chunk_size, args.PPL_seq_length, args.dataset, args.context_lengths,
-        args.depths, args.needle_type, args.max_new_tokens,
-    )  # fmt: skip
+        tuple(shared),
+        args.limit,
+        args.chunk_size,
+        args.PPL_seq_length,
+        args.dataset,
+        args.context_lengths,
+        args.depths,
+        args.needle_type,
+        args.max_new_tokens,
+    )
     if table == "ablation":
         rows = (ablation_cells(model, options, figures, runs.geometry(model), tuple(shared)) for model in models)
         cells = [cell for found in rows for cell in found]

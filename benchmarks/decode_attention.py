@@ -140,9 +140,13 @@ def percentile(values: list[float], share: float) -> float:
 def environment() -> dict[str, str | int]:
     found = results.environment()
     return {
-        "device": cpu_name(), "threads": found["threads"], "instruction_set": chosen_instruction_set(),
-        "torch": found["torch"], "python": found["python"], "commit": (found["git_commit"] or "")[:7],
-    }  # fmt: skip
+        "device": cpu_name(),
+        "threads": found["threads"],
+        "instruction_set": chosen_instruction_set(),
+        "torch": found["torch"],
+        "python": found["python"],
+        "commit": (found["git_commit"] or "")[:7],
+    }
 
 
 def cpu_name() -> str:
@@ -155,9 +159,16 @@ def cpu_name() -> str:
 def row_of(shape: str, tokens: int, way: str, times: list[float], size: int) -> dict:
     p20, p50, p80 = (percentile(times, share) for share in (0.2, 0.5, 0.8))
     return {
-        "shape": shape, "tokens": tokens, "way": way, "p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}",
-        "p80_ms": f"{p80:.4f}", "runs": len(times), "megabytes": f"{size / 1e6:.2f}", "GB/s": f"{size / p50 / 1e6:.2f}",
-    }  # fmt: skip
+        "shape": shape,
+        "tokens": tokens,
+        "way": way,
+        "p20_ms": f"{p20:.4f}",
+        "p50_ms": f"{p50:.4f}",
+        "p80_ms": f"{p80:.4f}",
+        "runs": len(times),
+        "megabytes": f"{size / 1e6:.2f}",
+        "GB/s": f"{size / p50 / 1e6:.2f}",
+    }
 
 
 def bandwidth_row() -> dict:

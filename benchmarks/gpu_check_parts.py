@@ -41,16 +41,22 @@ GIB = 2**30
 def environment(part: Part) -> None:
     found = versions()
     part.row(
-        torch=torch.__version__, transformers=transformers.__version__, triton=_triton_version(),
-        python=platform.python_version(), commit=(found["git_commit"] or "")[:7],
-    )  # fmt: skip
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        triton=_triton_version(),
+        python=platform.python_version(),
+        commit=(found["git_commit"] or "")[:7],
+    )
     if not part.dry:
         card = torch.cuda.get_device_properties(part.device)
         part.row(
-            card=card.name, capability=f"{card.major}.{card.minor}", multiprocessors=card.multi_processor_count,
-            gib=card.total_memory / GIB, cuda=torch.version.cuda,
+            card=card.name,
+            capability=f"{card.major}.{card.minor}",
+            multiprocessors=card.multi_processor_count,
+            gib=card.total_memory / GIB,
+            cuda=torch.version.cuda,
             shared_kib=getattr(card, "shared_memory_per_block_optin", 0) // 1024,
-        )  # fmt: skip
+        )
     part.row(copy_gb_per_s=copy_bandwidth(part))
 
 
@@ -142,11 +148,18 @@ def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new
             continue
         case = _case(shape, tokens, batch, _bits(form), plus=form.endswith("+"))
         case = replace(
-            case, query_tokens=new, window=12 * exact, sinks=5 * exact, padding=(min(3, tokens - new),),
+            case,
+            query_tokens=new,
+            window=12 * exact,
+            sinks=5 * exact,
+            padding=(min(3, tokens - new),),
             heads_per_group=case.heads_per_group if before_rope else int(form.startswith("QuaRot")),
-            rotary_dim=case.head_dim if before_rope else 0, unrotate_values=not form.startswith("RTN"),
-            dropped=(0, 64), sliding_window=200 * exact, exact_dtype=torch.bfloat16,
-        )  # fmt: skip
+            rotary_dim=case.head_dim if before_rope else 0,
+            unrotate_values=not form.startswith("RTN"),
+            dropped=(0, 64),
+            sliding_window=200 * exact,
+            exact_dtype=torch.bfloat16,
+        )
         step = on_device(random_step(case), part.device)
         found = kernels.decode_attention(**step)
         truth = found if part.dry else decode_attention_reference(**step, dtype=torch.float64)
@@ -159,7 +172,7 @@ def _case(shape: str, tokens: int, batch: int, bits: int, plus: bool = False) ->
     group = head_group_size(kv_heads, dim, 4)
     return Shape(
         batch, heads // kv_heads, kv_heads, dim, group, tokens=tokens, key_bits=bits, value_bits=bits, plus=plus
-    )  # fmt: skip
+    )
 
 
 def _bits(form: str) -> int:
@@ -211,9 +224,11 @@ def logits_of(part: Part, model: torch.nn.Module, backend: str) -> tuple[int, to
             for new in [prompt, *steps]:
                 end = start + new
                 out = model(
-                    ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
                     **{CACHE_NAME: cache},
-                )  # fmt: skip
+                )
                 found.append(out.logits[:, -min(new, 16) :])
                 start = end
         finally:
@@ -251,10 +266,18 @@ def layer(part: Part) -> None:
             p20, p50, p80 = (percentile([gpu for gpu, _ in found], share) for share in (0.2, 0.5, 0.8))
             rate = steps[name][1] / max(p50, 1e-6) / 1e6
             part.row(
-                shape=shape, tokens=tokens, way=name, p20_us=1e3 * p20, p50_us=1e3 * p50, p80_us=1e3 * p80,
-                host_us=1e3 * percentile([host for _, host in found], 0.5), megabytes=steps[name][1] / 1e6,
-                gb_per_s=rate, share_of_copy=rate / copied, runs=len(found),
-            )  # fmt: skip
+                shape=shape,
+                tokens=tokens,
+                way=name,
+                p20_us=1e3 * p20,
+                p50_us=1e3 * p50,
+                p80_us=1e3 * p80,
+                host_us=1e3 * percentile([host for _, host in found], 0.5),
+                megabytes=steps[name][1] / 1e6,
+                gb_per_s=rate,
+                share_of_copy=rate / copied,
+                runs=len(found),
+            )
 
 
 def _most(part: Part, times: dict) -> bool:
@@ -267,8 +290,10 @@ def ways(part: Part, shape: str, tokens: int) -> dict[str, Callable[[], tuple[Ca
     full = heads, kv_heads, dim, head_group_size(kv_heads, dim, 4)
 
     def attention(backend: SDPBackend | None) -> tuple[Callable, int]:
-        q, k, v = (torch.randn(1, n, t, dim, dtype=torch.bfloat16, device=part.device)
-                   for n, t in ((heads, 1), (kv_heads, tokens), (kv_heads, tokens)))  # fmt: skip
+        q, k, v = (
+            torch.randn(1, n, t, dim, dtype=torch.bfloat16, device=part.device)
+            for n, t in ((heads, 1), (kv_heads, tokens), (kv_heads, tokens))
+        )
 
         def step() -> torch.Tensor:
             with sdpa_kernel(backend) if backend is not None else nullcontext():
@@ -327,9 +352,16 @@ def one_sequence(part: Part, model: torch.nn.Module, way: str, context: int, fin
     peak = (torch.cuda.max_memory_allocated() - before) / GIB if cuda else 0.0
     held = (torch.cuda.memory_allocated() - before) / GIB if cuda else 0.0
     part.row(
-        way=way, batch=1, context=context, prefill_s=prefill, tokens_per_s=1 / percentile(times, 0.5),
-        p20_ms=1e3 * percentile(times, 0.2), p80_ms=1e3 * percentile(times, 0.8), peak_gib=peak, cache_gib=held,
-    )  # fmt: skip
+        way=way,
+        batch=1,
+        context=context,
+        prefill_s=prefill,
+        tokens_per_s=1 / percentile(times, 0.5),
+        p20_ms=1e3 * percentile(times, 0.2),
+        p80_ms=1e3 * percentile(times, 0.8),
+        peak_gib=peak,
+        cache_gib=held,
+    )
     if find_batch:
         largest_batch(part, model, way, cache, ids)
 

@@ -17,17 +17,30 @@ from rotatekv.statistics import KINDS, save_statistics
 
 
 def random_llama(
-    heads: int, kv_heads: int, head_dim: int, layers: int, device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32, **changes,
-) -> torch.nn.Module:  # fmt: skip
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **changes,
+) -> torch.nn.Module:
     """A Llama whose weights are drawn where it is to run. ``changes`` are those of its ``LlamaConfig``."""
     options = {
-        "vocab_size": 512, "hidden_size": 16 * heads, "intermediate_size": 128, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "vocab_size": 512,
+        "hidden_size": 16 * heads,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "initializer_range": 0.3,  # so that tokens vary
-        "max_position_embeddings": 1 << 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 1 << 20,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "attn_implementation": "sdpa",
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(LlamaConfig(**{**options, **changes}), dtype=dtype).eval()

@@ -76,9 +76,15 @@ def attention(
 
 
 def _attend(
-    cache: RotateKVCache, number: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor,
-    value: torch.Tensor, attention_mask: torch.Tensor | None, options: dict,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    cache: RotateKVCache,
+    number: int,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: dict,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``attention`` over one cache, whose layer ``number`` has stored the call's keys and values by now."""
     layer = cache.layers[number]
     is_plain = options.get("is_causal") is not False and not any(options.get(name) for name in _OTHERWISE)

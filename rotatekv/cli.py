@@ -81,11 +81,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str = EMBEDDED
     group = parser.add_argument_group("model")
     names = f"{EMBEDDED_MODEL} (embedded), {GEMMA_MODEL} (make gemma), {', '.join(ALIASES)}, "
     names = names if default == EMBEDDED_MODEL else ""
-    group.add_argument(
-        "--model",
-        default=default,
-        help=f"{names}a Hub id or a local folder (default: {default})",
-    )
+    group.add_argument("--model", default=default, help=f"{names}a Hub id or a local folder (default: {default})")
     group.add_argument(
         "--dtype",
         default="auto",

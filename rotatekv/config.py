@@ -102,9 +102,14 @@ class QuantConfig:
 
 def _plain_rounding(bits: int) -> QuantConfig:
     return QuantConfig(
-        method="rtn", k_bits=bits, v_bits=bits, head_group_num=1, Grouped_Head_Key_Rotation=False,
-        Outlier_Aware_Key_Rotation=False, Attention_Sink_Aware=False,
-    )  # fmt: skip
+        method="rtn",
+        k_bits=bits,
+        v_bits=bits,
+        head_group_num=1,
+        Grouped_Head_Key_Rotation=False,
+        Outlier_Aware_Key_Rotation=False,
+        Attention_Sink_Aware=False,
+    )
 
 
 def _kivi(bits: int) -> QuantConfig:
@@ -126,9 +131,15 @@ def _rotatekv_plus(bits: int) -> QuantConfig:
     # docs/beyond.md: tuned on WikiText-2 validation.
     clip_ratio = {2: 0.8, 3: 0.9, 4: 0.95}[bits]
     return QuantConfig(
-        method="rotatekv_plus", k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio,
-        sink_selection="massive", residual_length=16, extra_bit_share=0.0 if bits == 4 else 0.2,
-    )  # fmt: skip
+        method="rotatekv_plus",
+        k_bits=bits,
+        v_bits=bits,
+        k_clip_ratio=clip_ratio,
+        v_clip_ratio=clip_ratio,
+        sink_selection="massive",
+        residual_length=16,
+        extra_bit_share=0.0 if bits == 4 else 0.2,
+    )
 
 
 def _kvquant(bits: int) -> QuantConfig:

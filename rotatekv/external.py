@@ -99,9 +99,14 @@ class ExternalHandle:
         config = self.config
         try:
             return QuantizedCache(
-                backend=config.backend, config=self.model.config, nbits=config.nbits, axis_key=config.axis,
-                axis_value=config.axis, q_group_size=config.q_group_size, residual_length=config.residual_length,
-            )  # fmt: skip
+                backend=config.backend,
+                config=self.model.config,
+                nbits=config.nbits,
+                axis_key=config.axis,
+                axis_value=config.axis,
+                q_group_size=config.q_group_size,
+                residual_length=config.residual_length,
+            )
         except (ImportError, ValueError) as error:
             raise UserError(f"HF's {config.backend} cache cannot be made: {error}") from None
 
@@ -169,9 +174,12 @@ def external_use(cache: QuantizedCache) -> dict:
     held = {kind: sum(_bytes(layer, kind) for layer in cache.layers) for kind in ("keys", "values")}
     size = held["keys"] + held["values"]
     return {
-        "tokens": tokens, "cache_bytes": size, "k_bits": 8 * held["keys"] / numbers,
-        "v_bits": 8 * held["values"] / numbers, "total_bits": 4 * size / numbers,
-    }  # fmt: skip
+        "tokens": tokens,
+        "cache_bytes": size,
+        "k_bits": 8 * held["keys"] / numbers,
+        "v_bits": 8 * held["values"] / numbers,
+        "total_bits": 4 * size / numbers,
+    }
 
 
 def _raising_module(trace) -> str:

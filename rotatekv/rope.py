@@ -87,9 +87,7 @@ class ModelRope:
                     ", or set config.rope_parameters['rope_type'] = 'default' before loading if no text exceeds "
                     f"{length}"
                 )
-            raise UserError(
-                f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: {cure}"
-            )
+            raise UserError(f"RoPE type {rope_type!r} is not supported, its frequencies change with the length: {cure}")
 
 
 def rotary_function(attention: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:

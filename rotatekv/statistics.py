@@ -53,25 +53,37 @@ class Kind:
 
 KINDS = {
     "reorder": Kind(
-        "reorder-indices", "", "", ", or do without (--Outlier_Aware_Key_Rotation False)",
+        "reorder-indices",
+        "",
+        "",
+        ", or do without (--Outlier_Aware_Key_Rotation False)",
         {"indices": (torch.int32, _CHANNELS)},
     ),
     "kvquant": Kind(
-        "KVQuant-statistics", ".kvquant", " --statistics kvquant", "",
+        "KVQuant-statistics",
+        ".kvquant",
+        " --statistics kvquant",
+        "",
         {
-            "key_offset": (torch.float32, _CHANNELS), "key_scale": (torch.float32, _CHANNELS),
+            "key_offset": (torch.float32, _CHANNELS),
+            "key_scale": (torch.float32, _CHANNELS),
             **{f"{x}_levels{bits}": (torch.float32, 2**bits) for x in ("key", "value") for bits in SUPPORTED_BITS},
         },
     ),
     "plus": Kind(
-        "RotateKV+-statistics", ".plus", " --statistics plus", "",
+        "RotateKV+-statistics",
+        ".plus",
+        " --statistics plus",
+        "",
         {
-            "key_mean": (torch.float32, _CHANNELS), "key_scale": (torch.float32, _CHANNELS),
-            "reorder_index": (torch.int64, _CHANNELS), "extra_bit_rank": (torch.float32, 2),
+            "key_mean": (torch.float32, _CHANNELS),
+            "key_scale": (torch.float32, _CHANNELS),
+            "reorder_index": (torch.int64, _CHANNELS),
+            "extra_bit_rank": (torch.float32, 2),
             "sink_threshold": (torch.float32, 1),
         },
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -166,11 +178,7 @@ def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | Non
 
 
 def load_reorder_indices(
-    model_id: str,
-    num_layers: int,
-    channels: int,
-    head_group_num: int,
-    path: str | Path | None = None,
+    model_id: str, num_layers: int, channels: int, head_group_num: int, path: str | Path | None = None
 ) -> ReorderIndices:
     """Read and check a model's indices.
 

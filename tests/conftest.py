@@ -40,11 +40,20 @@ DATA_DIR = Path(os.environ.get("ROTATEKV_TEST_DATA", Path(__file__).parents[2] /
 def tiny_model(family: str = "llama", **changes) -> torch.nn.Module:
     """A random causal model of 2 layers, 6 query heads and 3 key/value heads of 16 channels (Hadamard order 48)."""
     options = {
-        "vocab_size": 128, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "initializer_range": 0.3,
-        "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 128,
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "attn_implementation": "sdpa",
-    }  # fmt: skip
+    }
     if family == "mistral":
         options["sliding_window"] = None
     torch.manual_seed(0)

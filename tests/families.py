@@ -72,10 +72,18 @@ def _config(model_type: str, options: dict | None) -> PreTrainedConfig:
         known = AutoConfig.for_model(model_type)
         options = {name: value for name, value in _SMALL.items() if hasattr(known, name)}
     common = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
     return AutoConfig.for_model(model_type, **{**common, **options})
 
 
@@ -101,10 +109,19 @@ _TWO_THETAS = {
 _HALF, _QUARTER = rope("default", partial_rotary_factor=0.5), rope("default", partial_rotary_factor=0.25)
 _YARN = {"factor": 8.0, "original_max_position_embeddings": 16}
 _LATENT = {
-    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-    "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "first_k_dense_replace": 1,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 
 FAMILIES = {
     "llama": Family("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
@@ -130,9 +147,7 @@ FAMILIES = {
     "gemma2": Family(
         "gemma2", {**_HEAD, **_MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0}, fused_layers=0
     ),
-    "gemma3": Family(
-        "gemma3_text", {**_HEAD, **_MIXED, **_TWO_THETAS, "query_pre_attn_scalar": 16},
-    ),
+    "gemma3": Family("gemma3_text", {**_HEAD, **_MIXED, **_TWO_THETAS, "query_pre_attn_scalar": 16}),
     "gemma3, one head of 256": Family(
         "gemma3_text", {**_MIXED, "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
     ),
@@ -140,18 +155,14 @@ FAMILIES = {
     "olmo3": Family("olmo3", {**_MIXED, **_TWO_THETAS}),
     "granite": Family("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.5}),
     "cohere": Family("cohere", {"use_qk_norm": True}, interleaved=True, fused_layers=0),
-    "cohere2": Family(
-        "cohere2", _MIXED, interleaved=True, no_rope=(1,), fused_layers=1
-    ),
+    "cohere2": Family("cohere2", _MIXED, interleaved=True, no_rope=(1,), fused_layers=1),
     "glm": Family("glm", {**_HEAD, **_HALF}, interleaved=True, fused_layers=0),
     "glm4": Family("glm4", {**_HEAD, **_HALF}, interleaved=True, fused_layers=0),
     "stablelm": Family("stablelm", {**_QUARTER, "use_qkv_bias": True}),
     "starcoder2": Family("starcoder2", {"sliding_window": WINDOW}),
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}, no_rope=(1,)),
     "exaone4": Family("exaone4", _MIXED, no_rope=(1,)),
-    "gpt_oss": Family(
-        "gpt_oss", {**_HEAD, **_MIXED, **rope("yarn", **_YARN), "num_local_experts": 4}, fused_layers=0
-    ),
+    "gpt_oss": Family("gpt_oss", {**_HEAD, **_MIXED, **rope("yarn", **_YARN), "num_local_experts": 4}, fused_layers=0),
     "gpt_neox": Family(
         "gpt_neox", {**_QUARTER, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8}
     ),
@@ -160,9 +171,16 @@ FAMILIES = {
     "qwen3_next": Family(
         "qwen3_next",
         {
-            **_HEAD, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32,
-            "layer_types": ["linear_attention", _FULL], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-            "linear_key_head_dim": 16, "linear_value_head_dim": 16, **_QUARTER,
+            **_HEAD,
+            **_EXPERTS,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", _FULL],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            **_QUARTER,
         },
         fused_layers=1,
     ),
@@ -179,19 +197,25 @@ FAMILIES = {
     "deepseek_v3": Family("deepseek_v3", _LATENT, refused="DeepseekV3Attention has no head_dim"),
     "diffllama": Family("diffllama", refused=r"layers\.0\.self_attn attends otherwise with the cache than without"),
     "gpt_neox_japanese": Family("gpt_neox_japanese", refused="GPTNeoXJapaneseAttention has no config"),
-    "hunyuan_v1_dense": Family(
-        "hunyuan_v1_dense", _HEAD, refused=r"layers\.0\.self_attn turns its keys in a way"
-    ),
+    "hunyuan_v1_dense": Family("hunyuan_v1_dense", _HEAD, refused=r"layers\.0\.self_attn turns its keys in a way"),
     "gpt2": Family("gpt2", {"n_embd": 64, "n_head": 4}, refused="has no decoder with rotary attention"),
-}  # fmt: skip
+}
 
 
 # Families that get two of the tests; their configs have what of these fits them.
 _SMALL = {
-    "head_dim": 16, "sliding_window": WINDOW, "num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4,
-    "n_routed_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1,
-}  # fmt: skip
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _MORE = (
     "afmoe apertus arcee aria_text bitnet cwm exaone_moe flex_olmo fuyu glm4_moe granitemoe granitemoeshared hy_v3 "
     "hyperclovax internlm3 iquestcoder jais2 kolibri1 laguna mellum minimax_m2 ministral ministral3 nemotron olmo "

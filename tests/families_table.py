@@ -73,8 +73,10 @@ def main() -> None:
         more = [row_of(name, Path(folder), ["padded chunks"]) for name in MORE]
     refused = [refusal_of(name) for name in REFUSED]
     tables = {
-        "supported": table(f"{head}, kernel", rows), "more": table(head, more), "refused": table("model, line", refused)
-    }  # fmt: skip
+        "supported": table(f"{head}, kernel", rows),
+        "more": table(head, more),
+        "refused": table("model, line", refused),
+    }
     page = PAGE.read_text(encoding="utf-8")
     for name, text in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

@@ -23,8 +23,13 @@ from benchmarks.random_models import patch_random, random_llama
 from rotatekv import PRESETS, RotateKVCache
 from rotatekv.kernels.triton.dry_run import DryRun
 
-HEADS = {"9/3x64": (9, 3, 64), "32/8x128": (32, 8, 128), "32/32x128": (32, 32, 128), "14/2x64": (14, 2, 64),
-         "8/1x256": (8, 1, 256)}  # fmt: skip
+HEADS = {
+    "9/3x64": (9, 3, 64),
+    "32/8x128": (32, 8, 128),
+    "32/32x128": (32, 32, 128),
+    "14/2x64": (14, 2, 64),
+    "8/1x256": (8, 1, 256),
+}
 PROMPTS, BATCHES, NEW_TOKENS, DECODE_STEPS = (1, 17, 239, 240, 4097), (1, 3, 160), range(1, 17), 300
 FUSED = [name for name in PRESETS if name.startswith(("RTN", "QuaRot", "RotateKV"))]  # the others are read by torch
 MOST_SPILLS = 200  # bytes a thread
@@ -57,8 +62,9 @@ def _run(model: torch.nn.Module, batch: int, calls: list[int]) -> None:
 def failures(dry: DryRun) -> list[str]:
     """What a GPU would have refused, what was compiled twice or spills much, what was not launched."""
     refused = [f"{kernel}: {reason}" for kernel, reason in dry.refused.items()]
-    spilled = [f"{kernel.kernel} spills {kernel.spills} bytes" for kernel in dry.compiled
-               if kernel.spills > MOST_SPILLS]  # fmt: skip
+    spilled = [
+        f"{kernel.kernel} spills {kernel.spills} bytes" for kernel in dry.compiled if kernel.spills > MOST_SPILLS
+    ]
     return [*refused, *dry.needless(), *spilled, *(f"no {name}" for name in _KERNELS - set(dry.launches))]
 
 
@@ -79,12 +85,15 @@ def main(argv: list[str] | None = None) -> int:
                         wrong = failures(dry)
                     except Exception as error:
                         wrong = [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
-                shared, spills = (max((getattr(kernel, name) for kernel in dry.compiled), default=0)
-                                  for name in ("shared", "spills"))  # fmt: skip
-                print(f"sm_{capability} {heads:9} {method:10} {dry.launches.total()} launches, {len(dry.compiled)} "
-                      f"kernels, {shared} bytes shared, {spills} spilled, {time.time() - started:.0f} s: "
-                      f"{'; '.join(wrong) or 'ok'}",
-                      flush=True)  # fmt: skip
+                shared, spills = (
+                    max((getattr(kernel, name) for kernel in dry.compiled), default=0) for name in ("shared", "spills")
+                )
+                print(
+                    f"sm_{capability} {heads:9} {method:10} {dry.launches.total()} launches, {len(dry.compiled)} "
+                    f"kernels, {shared} bytes shared, {spills} spilled, {time.time() - started:.0f} s: "
+                    f"{'; '.join(wrong) or 'ok'}",
+                    flush=True,
+                )
                 failed += bool(wrong)
     return bool(failed)
 

@@ -41,33 +41,78 @@ ATTENTION = {
     "ragged_last_block": Shape(tokens=37, rotary_dim=64, unrotate_values=True),
     "several_splits": Shape(tokens=300, rotary_dim=64),
     "sinks_window_padding": Shape(
-        batch=2, tokens=70, window=5, sinks=3, rotary_dim=64, key_bits=3, value_bits=4, padding=(0, 21),
-        query_tokens=3, unrotate_values=True,
+        batch=2,
+        tokens=70,
+        window=5,
+        sinks=3,
+        rotary_dim=64,
+        key_bits=3,
+        value_bits=4,
+        padding=(0, 21),
+        query_tokens=3,
+        unrotate_values=True,
     ),
     "all_but_the_window_padded": Shape(batch=3, tokens=40, window=8, padding=(33, 0, 40), rotary_dim=64, repeat=1),
     "window_alone": Shape(batch=2, tokens=33, window=33, rotary_dim=32, exact_dtype=torch.bfloat16, query_tokens=2),
     "four_heads_of_128": Shape(kv_heads=4, head_dim=128, heads_per_group=4, tokens=33, rotary_dim=128, repeat=4),
     "two_groups_of_four": Shape(kv_heads=8, head_dim=64, heads_per_group=4, tokens=20, rotary_dim=64, sinks=20),
     "head_dim_80_paley_20": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, rotary_dim=80, key_bits=4),
-    "head_dim_80_alone": Shape(kv_heads=2, head_dim=80, heads_per_group=1, tokens=19, rotary_dim=32, window=2,
-                               unrotate_values=True),
-    "head_dim_96_paley_12": Shape(kv_heads=2, head_dim=96, heads_per_group=1, tokens=35, rotary_dim=96, repeat=7,
-                                  query_tokens=5, value_bits=3, unrotate_values=True),
+    "head_dim_80_alone": Shape(
+        kv_heads=2, head_dim=80, heads_per_group=1, tokens=19, rotary_dim=32, window=2, unrotate_values=True
+    ),
+    "head_dim_96_paley_12": Shape(
+        kv_heads=2,
+        head_dim=96,
+        heads_per_group=1,
+        tokens=35,
+        rotary_dim=96,
+        repeat=7,
+        query_tokens=5,
+        value_bits=3,
+        unrotate_values=True,
+    ),
     "heads_of_16": Shape(kv_heads=3, head_dim=16, heads_per_group=3, tokens=50, rotary_dim=8, value_group=16),
     "sixteen_queries": Shape(tokens=45, query_tokens=16, rotary_dim=64, repeat=4, value_group=32, padding=(2,)),
     "not_rotated": Shape(kv_heads=2, head_dim=112, heads_per_group=0, tokens=33, rotary_dim=56, repeat=1),
     "plus": Shape(batch=2, tokens=60, rotary_dim=64, sinks=4, window=11, plus=True, padding=(0, 9), key_bits=3),
-    "plus_four_heads_of_128": Shape(kv_heads=8, head_dim=128, heads_per_group=4, tokens=33, rotary_dim=128, repeat=4,
-                                    plus=True, unrotate_values=True),
+    "plus_four_heads_of_128": Shape(
+        kv_heads=8,
+        head_dim=128,
+        heads_per_group=4,
+        tokens=33,
+        rotary_dim=128,
+        repeat=4,
+        plus=True,
+        unrotate_values=True,
+    ),
     "plus_head_dim_80": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, plus=True, value_bits=3),
     "not_rotated_after_rope": Shape(batch=2, kv_heads=2, head_dim=64, heads_per_group=0, tokens=20, padding=(17, 3)),
     "sinks_beside_rotated_values": Shape(batch=2, tokens=40, sinks=5, unrotate_values=True, exact_dtype=torch.bfloat16),
-    "sliding": Shape(batch=2, tokens=90, sliding_window=33, dropped=(40, 7), padding=(0, 70), rotary_dim=64, sinks=9,
-                     window=4, query_tokens=5, repeat=2, unrotate_values=True),
-    "sliding_past_tiles": Shape(tokens=120, sliding_window=20, dropped=(48,), rotary_dim=32, query_tokens=16, repeat=8,
-                                kv_heads=1, heads_per_group=1),
+    "sliding": Shape(
+        batch=2,
+        tokens=90,
+        sliding_window=33,
+        dropped=(40, 7),
+        padding=(0, 70),
+        rotary_dim=64,
+        sinks=9,
+        window=4,
+        query_tokens=5,
+        repeat=2,
+        unrotate_values=True,
+    ),
+    "sliding_past_tiles": Shape(
+        tokens=120,
+        sliding_window=20,
+        dropped=(48,),
+        rotary_dim=32,
+        query_tokens=16,
+        repeat=8,
+        kv_heads=1,
+        heads_per_group=1,
+    ),
     "sliding_past_the_packed": Shape(batch=2, tokens=60, window=30, sliding_window=17, kv_heads=2, heads_per_group=2),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -124,22 +169,51 @@ PLAIN = {
     "three_bits_of_80": Write(kv_heads=2, head_dim=80, tokens=33, bits=3, group_size=80, reorder=True, layout="slice"),
     "large": Write(batch=2, head_dim=16, tokens=40, start=20, bits=4, group_size=16, magnitude=3e4),
     "small_groups_across_heads": Write(tokens=16, start=16, group_size=96, magnitude=1e-7, reorder=True),
-    "bfloat16": Write(batch=2, kv_heads=4, head_dim=128, tokens=5, start=14, bits=3, group_size=128, reorder=True,
-                      dtype=torch.bfloat16, layout="tokens"),
+    "bfloat16": Write(
+        batch=2,
+        kv_heads=4,
+        head_dim=128,
+        tokens=5,
+        start=14,
+        bits=3,
+        group_size=128,
+        reorder=True,
+        dtype=torch.bfloat16,
+        layout="tokens",
+    ),
     "nothing": Write(tokens=0, start=3, bits=4),
     "unrope": Write(batch=2, tokens=20, start=5, rotary_dim=32, dtype=torch.float16, layout="tokens"),
-    "unrope_and_affine": Write(batch=2, head_dim=80, tokens=18, group_size=80, rotary_dim=80, affine=True,
-                               reorder=True),
-}  # fmt: skip
+    "unrope_and_affine": Write(
+        batch=2, head_dim=80, tokens=18, group_size=80, rotary_dim=80, affine=True, reorder=True
+    ),
+}
 ROTATED = {
     "three_heads": Write(batch=2, tokens=21, start=7, heads_per_group=3, reorder=True, clip_ratio=0.9),
-    "one_token_of_four_heads": Write(kv_heads=8, head_dim=128, start=18, group_size=128, heads_per_group=4,
-                                     reorder=True, rotary_dim=128, dtype=torch.bfloat16, layout="tokens"),
-    "paley_20": Write(kv_heads=4, head_dim=80, tokens=40, bits=4, group_size=80, heads_per_group=4, rotary_dim=32,
-                      layout="slice", dtype=torch.float16),
+    "one_token_of_four_heads": Write(
+        kv_heads=8,
+        head_dim=128,
+        start=18,
+        group_size=128,
+        heads_per_group=4,
+        reorder=True,
+        rotary_dim=128,
+        dtype=torch.bfloat16,
+        layout="tokens",
+    ),
+    "paley_20": Write(
+        kv_heads=4,
+        head_dim=80,
+        tokens=40,
+        bits=4,
+        group_size=80,
+        heads_per_group=4,
+        rotary_dim=32,
+        layout="slice",
+        dtype=torch.float16,
+    ),
     "paley_12_alone": Write(batch=2, kv_heads=2, head_dim=96, tokens=33, bits=3, group_size=96, heads_per_group=1),
     "plus": Write(batch=2, tokens=37, start=3, bits=3, heads_per_group=3, affine=True, rotary_dim=64, reorder=True),
-}  # fmt: skip
+}
 
 
 def _written(write: Write, fine: bool, damage=lambda heads: None) -> tuple[dict, dict, dict]:
@@ -183,10 +257,21 @@ def test_quantize_rotated_costs_a_large_token_nothing_to_its_neighbours():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "name",
-    ["ragged_last_block", "sinks_window_padding", "four_heads_of_128", "head_dim_80_paley_20", "head_dim_80_alone",
-     "head_dim_96_paley_12", "heads_of_16", "not_rotated", "one_token", "plus", "plus_four_heads_of_128",
-     "plus_head_dim_80"],
-)  # fmt: skip
+    [
+        "ragged_last_block",
+        "sinks_window_padding",
+        "four_heads_of_128",
+        "head_dim_80_paley_20",
+        "head_dim_80_alone",
+        "head_dim_96_paley_12",
+        "heads_of_16",
+        "not_rotated",
+        "one_token",
+        "plus",
+        "plus_four_heads_of_128",
+        "plus_head_dim_80",
+    ],
+)
 def test_dequantize(name, dtype):
     step, shape = random_step(ATTENTION[name]), ATTENTION[name]
     options, tokens = step["options"], step["packed_tokens"]
@@ -205,20 +290,31 @@ def test_damaged_arguments_are_refused():
     step = random_step(Shape(batch=2, tokens=70, window=5, sinks=3, rotary_dim=64, key_bits=3, value_bits=4))
     exact, low = step["exact"], step["keys"]["low"]
     bad = [
-        {"queries": step["queries"].double()}, {"queries": torch.zeros(2, 9, 17, 64)}, {"first": step["first"][:1]},
-        {"queries": torch.zeros(2, 8, 1, 64)}, {"group_of_channel": step["group_of_channel"].long()},
-        {"keys": {**step["keys"], "low": low[:, :-1]}}, {"keys": {**step["keys"], "low": low.transpose(0, 1)}},
-        {"packed_tokens": 1000, "total_tokens": 1000}, {"total_tokens": 3}, {"origin": step["origin"][:1]},
+        {"queries": step["queries"].double()},
+        {"queries": torch.zeros(2, 9, 17, 64)},
+        {"first": step["first"][:1]},
+        {"queries": torch.zeros(2, 8, 1, 64)},
+        {"group_of_channel": step["group_of_channel"].long()},
+        {"keys": {**step["keys"], "low": low[:, :-1]}},
+        {"keys": {**step["keys"], "low": low.transpose(0, 1)}},
+        {"packed_tokens": 1000, "total_tokens": 1000},
+        {"total_tokens": 3},
+        {"origin": step["origin"][:1]},
         {"exact": type(exact)(exact.rows.long(), exact.columns, exact.keys, exact.values)},
         {"exact": type(exact)(exact.rows, exact.columns, exact.keys.float(), exact.values)},
         {"exact": type(exact)(exact.rows, exact.columns, exact.keys.flatten(1), exact.values.flatten(1))},
-    ]  # fmt: skip
+    ]
     for change in bad:
         with pytest.raises(ValueError):
             kernels.decode_attention(**{**step, **change})
             pytest.fail(f"accepted {change}")
-    for change in ({"rotation_width": 100}, {"rotation_width": 128}, {"head_dim": 32}, {"key_bits": 2},
-                   {"sliding_window": -1}):  # fmt: skip
+    for change in (
+        {"rotation_width": 100},
+        {"rotation_width": 128},
+        {"head_dim": 32},
+        {"key_bits": 2},
+        {"sliding_window": -1},
+    ):
         with pytest.raises(ValueError):
             kernels.decode_attention(**with_options(step, **change))
             pytest.fail(f"accepted {change}")
@@ -233,12 +329,25 @@ def test_damaged_arguments_are_refused():
             kernels.dequantize_blocks(*keys, out=out)
     packed, cos = allocate_blocks(2, 2, 48, 3, 3), torch.ones(2, 5, 4)
     good = {"heads": torch.ones(2, 3, 5, 16), "packed": packed, "start": 0, "bits": 3, "group_size": 16}
-    for change in ({"start": 28}, {"start": -1}, {"bits": 2}, {"group_size": 24}, {"clip_ratio": 0.0},
-                   {"heads": torch.zeros(2, 5, 48)}, {"heads": torch.ones(2, 3, 5, 15)}, {"order": torch.arange(48)},
-                   {"heads": torch.ones(2, 3, 16, 5).transpose(2, 3)}, {"heads": torch.ones(2, 3, 5, 16).double()},
-                   {"rotation_width": 24}, {"rotation_width": -16}, {"affine": Affine(*torch.ones(2, 47))},
-                   *({"unrope": pair} for pair in ((cos, cos[:1]), (cos.half(),) * 2, (cos, cos.mT.contiguous().mT),
-                                                   (torch.ones(2, 5, 9),) * 2))):  # fmt: skip
+    for change in (
+        {"start": 28},
+        {"start": -1},
+        {"bits": 2},
+        {"group_size": 24},
+        {"clip_ratio": 0.0},
+        {"heads": torch.zeros(2, 5, 48)},
+        {"heads": torch.ones(2, 3, 5, 15)},
+        {"order": torch.arange(48)},
+        {"heads": torch.ones(2, 3, 16, 5).transpose(2, 3)},
+        {"heads": torch.ones(2, 3, 5, 16).double()},
+        {"rotation_width": 24},
+        {"rotation_width": -16},
+        {"affine": Affine(*torch.ones(2, 47))},
+        *(
+            {"unrope": pair}
+            for pair in ((cos, cos[:1]), (cos.half(),) * 2, (cos, cos.mT.contiguous().mT), (torch.ones(2, 5, 9),) * 2)
+        ),
+    ):
         with pytest.raises(ValueError):
             kernels.quantize_into_blocks(**{**good, **change})
             pytest.fail(f"accepted {change}")
@@ -251,7 +360,7 @@ MODELS = {
     "rotatekv3_window": replace(PRESETS["RotateKV3"], Outlier_Aware_Key_Rotation=False, residual_length=4),
     "rtn4": PRESETS["RTN4"],
     "kivi2": NOT_FUSED,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -49,10 +49,17 @@ def random_step(shape: Shape) -> dict:
         frequencies = 10000.0 ** (-torch.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)
         rope = RopeTables.build(frequencies, shape.tokens + max(shape.dropped, default=0), attention_scaling=1.2)
     options = DecodeOptions(
-        shape.head_dim, shape.key_bits, shape.value_bits, shape.head_dim**-0.5,
-        shape.heads_per_group * shape.head_dim, rope, shape.unrotate_values, shape.tokens_per_scale,
-        random_affine(channels, generator) if shape.plus else None, shape.sliding_window,
-    )  # fmt: skip
+        shape.head_dim,
+        shape.key_bits,
+        shape.value_bits,
+        shape.head_dim**-0.5,
+        shape.heads_per_group * shape.head_dim,
+        rope,
+        shape.unrotate_values,
+        shape.tokens_per_scale,
+        random_affine(channels, generator) if shape.plus else None,
+        shape.sliding_window,
+    )
     heads = shape.repeat * shape.kv_heads
     first, dropped = (
         torch.tensor([*given, *[0] * shape.batch][: shape.batch], dtype=torch.int32)
@@ -157,9 +164,13 @@ def random_write(write: Write) -> dict:
         heads = torch.nn.functional.pad(heads, (0, 0, 1, 2))[:, :, 1:-2]
     heads = heads.transpose(1, 2)
     packed = allocate_blocks(
-        write.batch, -(-(write.start + write.tokens) // BLOCK) + 1, channels, channels // write.group_size, write.bits,
+        write.batch,
+        -(-(write.start + write.tokens) // BLOCK) + 1,
+        channels,
+        channels // write.group_size,
+        write.bits,
         fine=write.fine,
-    )  # fmt: skip
+    )
     for plane in packed.values():
         plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
     unrope = None

@@ -23,9 +23,14 @@ LIST = Path(__file__).with_name("installs.json")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 FILES = ("requirements.txt", "requirements-dev.txt")
 CPU_REQUIRES = (  # of torch 2.13.0+cpu: PyPI's without triton and the CUDA libraries
-    "filelock", "typing-extensions>=4.10.0", "setuptools>=77.0.3", "sympy>=1.13.3", "networkx>=2.5.1", "jinja2",
+    "filelock",
+    "typing-extensions>=4.10.0",
+    "setuptools>=77.0.3",
+    "sympy>=1.13.3",
+    "networkx>=2.5.1",
+    "jinja2",
     "fsspec>=0.8.5",
-)  # fmt: skip
+)
 
 
 def resolve(python: str, *arguments: str) -> dict[str, str]:

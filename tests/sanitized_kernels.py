@@ -15,8 +15,23 @@ from rotatekv.kernels.layout import allocate_blocks
 SHAPES = [
     Shape(tokens=1, rotary_dim=64),
     Shape(batch=2, tokens=17, window=3, sinks=5, rotary_dim=32, padding=(0, 9), value_bits=3, key_bits=4),
-    Shape(batch=2, tokens=290, repeat=7, kv_heads=4, head_dim=80, heads_per_group=4, rotary_dim=80, query_tokens=5,
-          key_bits=3, value_bits=4, value_group=16, unrotate_values=True, sinks=20, window=40, padding=(270, 5)),
+    Shape(
+        batch=2,
+        tokens=290,
+        repeat=7,
+        kv_heads=4,
+        head_dim=80,
+        heads_per_group=4,
+        rotary_dim=80,
+        query_tokens=5,
+        key_bits=3,
+        value_bits=4,
+        value_group=16,
+        unrotate_values=True,
+        sinks=20,
+        window=40,
+        padding=(270, 5),
+    ),
     Shape(tokens=33, kv_heads=2, head_dim=112, heads_per_group=0, repeat=1),
     Shape(tokens=300, kv_heads=4, head_dim=128, heads_per_group=4, repeat=4, rotary_dim=128, unrotate_values=True),
     Shape(batch=2, tokens=290, repeat=5, kv_heads=2, head_dim=16, heads_per_group=0, tokens_per_scale=48, value_bits=3),
@@ -26,7 +41,7 @@ SHAPES = [
     Shape(batch=2, tokens=700, rotary_dim=64, sliding_window=300, query_tokens=3, sinks=9, dropped=(16, 0)),
     Shape(batch=2, tokens=40, query_tokens=2, sliding_window=1, window=9, dropped=(0, 5), padding=(38, 9)),
     Shape(tokens=40, window=40, kv_heads=4, head_dim=96, heads_per_group=4, rotary_dim=96),
-]  # fmt: skip
+]
 
 
 WRITES = [
@@ -34,7 +49,7 @@ WRITES = [
     Write(batch=2, tokens=33, start=5, bits=3, heads_per_group=3, rotary_dim=64, reorder=True, fine=True),
     Write(kv_heads=20, head_dim=80, group_size=80, bits=4, heads_per_group=1, dtype=torch.bfloat16, affine=True),
     Write(kv_heads=2, head_dim=112, group_size=56, tokens=2, heads_per_group=2, dtype=torch.float16, rotary_dim=112),
-]  # fmt: skip
+]
 
 
 def main() -> None:

@@ -22,9 +22,14 @@ from rotatekv.statistics import load_reorder_indices, model_slug, save_reorder_i
 
 LAYERS, CHANNELS, GROUP = 2, 48, 3
 METADATA = {
-    "model": "org/Tiny", "revision": "none", "head_group_num": GROUP, "order": 48,
-    "dataset": "words", "dataset_sha256": "0" * 64, "tokens": 128,
-}  # fmt: skip
+    "model": "org/Tiny",
+    "revision": "none",
+    "head_group_num": GROUP,
+    "order": 48,
+    "dataset": "words",
+    "dataset_sha256": "0" * 64,
+    "tokens": 128,
+}
 
 
 def random_indices(layers: int = LAYERS, channels: int = CHANNELS) -> torch.Tensor:

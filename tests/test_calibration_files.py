@@ -79,10 +79,21 @@ def write_safetensors(path, dtype: str, shape: list[int], content: bytes):
 @pytest.mark.parametrize(
     ("dtype", "shape", "content"),
     [
-        *((dtype, [LAYERS, CHANNELS], bytes(LAYERS * CHANNELS * bits // 8)) for dtype, bits in (
-            ("F4", 4), ("F6_E2M3", 6), ("F8_E4M3", 8), ("F8_E8M0", 8), ("BF16", 16), ("F64", 64), ("C64", 64),
-            ("BOOL", 8), ("U64", 64), ("NEW", 8),
-        )),
+        *(
+            (dtype, [LAYERS, CHANNELS], bytes(LAYERS * CHANNELS * bits // 8))
+            for dtype, bits in (
+                ("F4", 4),
+                ("F6_E2M3", 6),
+                ("F8_E4M3", 8),
+                ("F8_E8M0", 8),
+                ("BF16", 16),
+                ("F64", 64),
+                ("C64", 64),
+                ("BOOL", 8),
+                ("U64", 64),
+                ("NEW", 8),
+            )
+        ),
         ("I64", [0, CHANNELS], b""),
         ("I64", [LAYERS, 0], b""),
         ("I64", [10**9, 10**9], bytes(16)),
@@ -90,7 +101,7 @@ def write_safetensors(path, dtype: str, shape: list[int], content: bytes):
         ("I64", [LAYERS, CHANNELS], ROWS.clamp(max=46).numpy().tobytes()),
     ],
     ids=lambda value: "bytes" if isinstance(value, bytes) else str(value),
-)  # fmt: skip
+)
 def test_safetensors_of_other_numbers_and_shapes_are_one_line(tmp_path, dtype, shape, content):
     refused(write_safetensors(tmp_path / "new.safetensors", dtype, shape, content))
 

@@ -145,8 +145,9 @@ def test_value_errors_are_those_of_plain_rounding(tiny):
 
 
 def test_each_layer_is_measured_with_its_own_order(tiny, tmp_path):
-    orders = [torch.stack([torch.arange(48), torch.randperm(48, generator=torch.Generator().manual_seed(n))])
-              for n in (1, 2)]  # fmt: skip
+    orders = [
+        torch.stack([torch.arange(48), torch.randperm(48, generator=torch.Generator().manual_seed(n))]) for n in (1, 2)
+    ]
     errors = []
     for number, order in enumerate(orders):
         path = save_reorder_indices(tmp_path / f"{number}.safetensors", order, {"head_group_num": 3})
@@ -199,8 +200,10 @@ def test_the_script_saves_what_was_asked_and_no_more(folder, tmp_path, capsys):
     run(folder, *flags, "--save_dir", str(tmp_path), "--save_sample", "2", "--save_heads", "1,4")
     made = tmp_path / "tiny-llama"
     assert sorted(path.name for path in made.iterdir()) == [
-        "attention_scores.safetensors", "k_pre_rope.safetensors", "massive_activations.safetensors",
-    ]  # fmt: skip
+        "attention_scores.safetensors",
+        "k_pre_rope.safetensors",
+        "massive_activations.safetensors",
+    ]
     keys, scores = read_capture(made, "k_pre_rope"), read_capture(made / "attention_scores.safetensors")
     assert keys.info.layers == (1,) and scores.info.heads == (1, 4) and keys.info.window == 2
     assert read_capture(made, "massive_activations").info.layers == (0, 1)
@@ -284,10 +287,20 @@ def test_the_essays_stand_in_for_a_dataset_out_of_reach_and_it_says_so(embedded,
 
 def info_of(tensors: dict, **changes) -> CaptureInfo:
     values = {
-        "kind": "k_pre_rope", "model": "tiny", "text": "text.txt", "text_sha256": "0", "window": 0, "tokens": 4,
-        "layers": (0,), "heads": (0, 1), "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-        "heads_per_group": 1, "token_texts": ("a", "b", "c", "é"),
-    }  # fmt: skip
+        "kind": "k_pre_rope",
+        "model": "tiny",
+        "text": "text.txt",
+        "text_sha256": "0",
+        "window": 0,
+        "tokens": 4,
+        "layers": (0,),
+        "heads": (0, 1),
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "heads_per_group": 1,
+        "token_texts": ("a", "b", "c", "é"),
+    }
     return CaptureInfo(**{**values, **changes})
 
 
@@ -357,8 +370,11 @@ def test_tensors_must_be_those_of_the_kind_and_name_tokens_of_the_window(tmp_pat
     errors = {"layers.0.RTN2.keys": torch.ones(4), "layers.0.RTN2.values": torch.ones(4)}
     rotated = {"layers.0.rotated": torch.ones(4, 8), "layers.0.reordered": torch.ones(4, 8)}
     good = {
-        "massive_activations": massive, "attention_scores": scores, "quantization_error": errors, "k_rotated": rotated,
-    }  # fmt: skip
+        "massive_activations": massive,
+        "attention_scores": scores,
+        "quantization_error": errors,
+        "k_rotated": rotated,
+    }
     for kind, tensors in good.items():
         assert read_capture(write_capture(tmp_path, info_of(tensors, kind=kind), tensors)).info.kind == kind
         for name in tensors:

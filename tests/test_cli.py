@@ -41,11 +41,19 @@ def method(*flags: str) -> tuple[str, QuantConfig]:
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ([], False), (["--x"], True), (["--x", "True"], True), (["--x", "False"], False), (["--x=False"], False),
-        (["--x", "true"], True), (["--x", "false"], False), (["--x", "1"], True), (["--x", "0"], False),
-        (["--x", "False", "--x"], True), (["--x", "--x", "False"], False),
+        ([], False),
+        (["--x"], True),
+        (["--x", "True"], True),
+        (["--x", "False"], False),
+        (["--x=False"], False),
+        (["--x", "true"], True),
+        (["--x", "false"], False),
+        (["--x", "1"], True),
+        (["--x", "0"], False),
+        (["--x", "False", "--x"], True),
+        (["--x", "--x", "False"], False),
     ],
-)  # fmt: skip
+)
 def test_switches_take_nothing_true_or_false(flags, expected):
     parser = make_parser("switch")
     add_switch(parser, "x", "a switch")
@@ -97,14 +105,23 @@ def test_two_methods_at_once_are_refused_by_name(flags, names):
 @pytest.mark.parametrize(
     "flag, value, expected",
     [
-        ("k_bits", "3", 3), ("v_bits", "4", 4), ("k_groupsize", "16", 16), ("v_groupsize", "8", 8),
-        ("k_clip_ratio", "0.5", 0.5), ("v_clip_ratio", "0.7", 0.7), ("head_group_num", "1", 1),
-        ("Outlier_Aware_Key_Rotation", "False", False), ("Attention_Sink_Aware", "False", False),
-        ("Grouped_Head_Key_Rotation", "False", False), ("quantize_prefill", "False", False),
-        ("num_sink_entries", "5", 5), ("residual_length", "32", 32), ("extra_bit_share", "0.3", 0.3),
+        ("k_bits", "3", 3),
+        ("v_bits", "4", 4),
+        ("k_groupsize", "16", 16),
+        ("v_groupsize", "8", 8),
+        ("k_clip_ratio", "0.5", 0.5),
+        ("v_clip_ratio", "0.7", 0.7),
+        ("head_group_num", "1", 1),
+        ("Outlier_Aware_Key_Rotation", "False", False),
+        ("Attention_Sink_Aware", "False", False),
+        ("Grouped_Head_Key_Rotation", "False", False),
+        ("quantize_prefill", "False", False),
+        ("num_sink_entries", "5", 5),
+        ("residual_length", "32", 32),
+        ("extra_bit_share", "0.3", 0.3),
         ("sink_selection", "first", "first"),
     ],
-)  # fmt: skip
+)
 def test_a_flag_overrides_the_preset_and_nothing_else(flag, value, expected):
     name, config = method("--method", "RotateKV2", f"--{flag}", value)
     assert (name, config) == ("RotateKV2*", replace(PRESETS["RotateKV2"], **{flag: expected}))
@@ -125,16 +142,25 @@ def test_a_preset_can_be_switched_on_as_well_as_off():
 
 def test_model_flags_are_what_load_model_takes():
     assert model_flags(parse("--model", "a", "--dtype", "float16", "--device", "cpu")) == {
-        "name": "a", "dtype": "float16", "device": "cpu", "device_map": None, "attn_implementation": "sdpa",
-    }  # fmt: skip
+        "name": "a",
+        "dtype": "float16",
+        "device": "cpu",
+        "device_map": None,
+        "attn_implementation": "sdpa",
+    }
 
 
 def test_run_flags_have_the_documented_defaults():
     args = parse()
     found = {name: getattr(args, name) for name in ("seed", "limit", "output_dir", "resume", "overwrite", "data_dir")}
     expected = {
-        "seed": 0, "limit": None, "output_dir": "results", "resume": False, "overwrite": False, "data_dir": None,
-    }  # fmt: skip
+        "seed": 0,
+        "limit": None,
+        "output_dir": "results",
+        "resume": False,
+        "overwrite": False,
+        "data_dir": None,
+    }
     assert found == expected
 
 
@@ -346,9 +372,22 @@ def test_limit_is_no_part_of_the_run_id_and_metrics_hold_the_contract(at, tmp_pa
     assert [path] == list(tmp_path.glob("ppl/*/*/metrics.json"))
     metrics = json.loads(path.read_text())
     assert set(metrics) == {
-        "schema", "task", "metric", "n", "partial", "config", "avg_bits", "cache_bytes_per_token", "env", "model",
-        "dataset", "seed", "started", "seconds", "argv",
-    }  # fmt: skip
+        "schema",
+        "task",
+        "metric",
+        "n",
+        "partial",
+        "config",
+        "avg_bits",
+        "cache_bytes_per_token",
+        "env",
+        "model",
+        "dataset",
+        "seed",
+        "started",
+        "seconds",
+        "argv",
+    }
     assert metrics["partial"] is False and metrics["n"] == 3 and metrics["schema"] == 1
     assert set(metrics["avg_bits"]) == {"k", "v", "total"} and set(metrics["metric"]) == {"ppl"}
     assert set(metrics["model"]) == {"id", "revision"} and set(metrics["dataset"]) == {"id", "sha256"}

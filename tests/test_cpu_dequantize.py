@@ -17,10 +17,29 @@ if not cpu.available("portable"):
 
 # head_dim, key/value heads, order of the rotation: 0, 2^n, 12·2^n and 20·2^n
 GEOMETRIES = [
-    (8, 3, 0), (8, 3, 8), (8, 4, 32), (16, 3, 48), (24, 2, 24), (24, 4, 96), (32, 8, 256), (40, 2, 40), (40, 3, 0),
-    (48, 2, 48), (64, 3, 192), (64, 3, 64), (64, 3, 0), (72, 2, 0), (80, 4, 320), (80, 3, 80), (96, 4, 384),
-    (112, 2, 0), (128, 8, 512), (128, 2, 128), (160, 4, 640), (256, 4, 1024),
-]  # fmt: skip
+    (8, 3, 0),
+    (8, 3, 8),
+    (8, 4, 32),
+    (16, 3, 48),
+    (24, 2, 24),
+    (24, 4, 96),
+    (32, 8, 256),
+    (40, 2, 40),
+    (40, 3, 0),
+    (48, 2, 48),
+    (64, 3, 192),
+    (64, 3, 64),
+    (64, 3, 0),
+    (72, 2, 0),
+    (80, 4, 320),
+    (80, 3, 80),
+    (96, 4, 384),
+    (112, 2, 0),
+    (128, 8, 512),
+    (128, 2, 128),
+    (160, 4, 640),
+    (256, 4, 1024),
+]
 
 
 def random_tokens(batch: int, tokens: int, channels: int, groups: int, bits: int, generator) -> tuple:
@@ -41,10 +60,17 @@ def exact_heads(codes, scale, zero, group_of_channel, head_dim: int, width: int)
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    geometry=st.sampled_from(GEOMETRIES), bits=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(0, 70),
-    groups=st.sampled_from([1, 3, 7]), spare=st.integers(0, 2), plus=st.booleans(), threads=st.integers(1, 3),
-    instruction_set=st.sampled_from(cpu.available_instruction_sets()), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    geometry=st.sampled_from(GEOMETRIES),
+    bits=st.integers(2, 4),
+    batch=st.integers(1, 3),
+    tokens=st.integers(0, 70),
+    groups=st.sampled_from([1, 3, 7]),
+    spare=st.integers(0, 2),
+    plus=st.booleans(),
+    threads=st.integers(1, 3),
+    instruction_set=st.sampled_from(cpu.available_instruction_sets()),
+    seed=st.integers(0, 10**6),
+)
 @example((64, 3, 192), 2, 2, 0, 3, 0, False, 2, "portable", 0)
 @example((24, 4, 96), 3, 2, 1, 3, 1, True, 2, cpu.available_instruction_sets()[0], 0)
 def test_heads_are_those_of_float64(geometry, bits, batch, tokens, groups, spare, plus, threads, instruction_set, seed):
@@ -60,9 +86,16 @@ def test_heads_are_those_of_float64(geometry, bits, batch, tokens, groups, spare
         affine = random_affine(heads * head_dim, generator)
     group_of_channel = torch.randint(0, groups, (heads * head_dim,), generator=generator, dtype=torch.int32)
     out = cpu.dequantize_blocks(
-        pack_blocks(*stored, bits), tokens, bits, group_of_channel, head_dim, width, threads, instruction_set,
+        pack_blocks(*stored, bits),
+        tokens,
+        bits,
+        group_of_channel,
+        head_dim,
+        width,
+        threads,
+        instruction_set,
         affine=affine,
-    )  # fmt: skip
+    )
     truth = exact_heads(*(x[:, :tokens] for x in exactly), group_of_channel, head_dim, width)
     assert out.shape == truth.shape and out.dtype == torch.float32 and out.is_contiguous()
     if not width and not plus:
@@ -79,11 +112,16 @@ def test_heads_are_those_of_float64(geometry, bits, batch, tokens, groups, spare
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    geometry=st.sampled_from([g for g in GEOMETRIES if g[0] * g[1] % 16 == 0]), bits=st.integers(2, 4),
-    batch=st.integers(1, 3), tokens=st.integers(1, 150), group=st.sampled_from([16, 32, 80]),
-    spare=st.integers(0, 2), threads=st.integers(1, 3),
-    instruction_set=st.sampled_from(cpu.available_instruction_sets()), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    geometry=st.sampled_from([g for g in GEOMETRIES if g[0] * g[1] % 16 == 0]),
+    bits=st.integers(2, 4),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 150),
+    group=st.sampled_from([16, 32, 80]),
+    spare=st.integers(0, 2),
+    threads=st.integers(1, 3),
+    instruction_set=st.sampled_from(cpu.available_instruction_sets()),
+    seed=st.integers(0, 10**6),
+)
 def test_scales_per_channel_are_those_of_the_tokens_group(
     geometry, bits, batch, tokens, group, spare, threads, instruction_set, seed
 ):
@@ -102,11 +140,14 @@ def test_scales_per_channel_are_those_of_the_tokens_group(
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("tokens_per_scale", {"tokens_per_scale": 8}), ("tokens_per_scale", {"tokens_per_scale": -16}),
-        ("no scales", {"tokens_per_scale": 16}), ("16 channels", {"head_dim": 24, "channels": 24}),
-        ("only there", {"group_of_channel": torch.zeros(48, dtype=torch.int32)}), ("4 dim", {"tokens_per_scale": 0}),
+        ("tokens_per_scale", {"tokens_per_scale": 8}),
+        ("tokens_per_scale", {"tokens_per_scale": -16}),
+        ("no scales", {"tokens_per_scale": 16}),
+        ("16 channels", {"head_dim": 24, "channels": 24}),
+        ("only there", {"group_of_channel": torch.zeros(48, dtype=torch.int32)}),
+        ("4 dim", {"tokens_per_scale": 0}),
     ],
-)  # fmt: skip
+)
 def test_wrong_scales_per_channel_are_refused(message, change):
     packed = random_planes(2, 40, change.pop("channels", 48), 3, 32, torch.Generator().manual_seed(0))
     arguments = {"tokens": 40, "bits": 3, "group_of_channel": None, "head_dim": 48, "tokens_per_scale": 32}
@@ -135,22 +176,49 @@ GROUPS = torch.arange(96, dtype=torch.int32) // 48
 @pytest.mark.parametrize(
     "change",
     [
-        {"tokens": 33}, {"tokens": -1}, {"tokens": 21}, {"bits": 2}, {"bits": 4}, {"bits": 5}, {"head_dim": 0},
-        {"head_dim": -48}, {"head_dim": 12}, {"head_dim": 36}, {"head_dim": 64}, {"rotation_width": 24},
-        {"rotation_width": -48}, {"rotation_width": 36}, {"rotation_width": 144}, {"rotation_width": 192},
-        {"rotation_width": 2**40}, {"threads": -1}, {"threads": 5000}, {"group_of_channel": None},
-        {"group_of_channel": GROUPS.long()}, {"group_of_channel": GROUPS[1:]}, {"group_of_channel": GROUPS + 1},
-        {"group_of_channel": GROUPS - 1}, {"group_of_channel": torch.stack([GROUPS, GROUPS], -1)[..., 0]},
-        {"out": torch.zeros(2, 2, 20, 48, dtype=torch.float64)}, {"out": torch.zeros(2, 2, 48, 20)},
-        {"out": torch.zeros(1, 2, 20, 48)}, {"out": torch.zeros(2, 20, 2, 48).transpose(1, 2)},
-        {"out": torch.zeros(2, 20, 96)}, {"packed": {}},
+        {"tokens": 33},
+        {"tokens": -1},
+        {"tokens": 21},
+        {"bits": 2},
+        {"bits": 4},
+        {"bits": 5},
+        {"head_dim": 0},
+        {"head_dim": -48},
+        {"head_dim": 12},
+        {"head_dim": 36},
+        {"head_dim": 64},
+        {"rotation_width": 24},
+        {"rotation_width": -48},
+        {"rotation_width": 36},
+        {"rotation_width": 144},
+        {"rotation_width": 192},
+        {"rotation_width": 2**40},
+        {"threads": -1},
+        {"threads": 5000},
+        {"group_of_channel": None},
+        {"group_of_channel": GROUPS.long()},
+        {"group_of_channel": GROUPS[1:]},
+        {"group_of_channel": GROUPS + 1},
+        {"group_of_channel": GROUPS - 1},
+        {"group_of_channel": torch.stack([GROUPS, GROUPS], -1)[..., 0]},
+        {"out": torch.zeros(2, 2, 20, 48, dtype=torch.float64)},
+        {"out": torch.zeros(2, 2, 48, 20)},
+        {"out": torch.zeros(1, 2, 20, 48)},
+        {"out": torch.zeros(2, 20, 2, 48).transpose(1, 2)},
+        {"out": torch.zeros(2, 20, 96)},
+        {"packed": {}},
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_refused_and_nothing_is_written(change):
     arguments = {
-        "packed": allocate_blocks(2, 2, 96, 2, 3), "tokens": 20, "bits": 3, "group_of_channel": GROUPS,
-        "head_dim": 48, "rotation_width": 96, "out": torch.ones(2, 2, 20, 48),
-    }  # fmt: skip
+        "packed": allocate_blocks(2, 2, 96, 2, 3),
+        "tokens": 20,
+        "bits": 3,
+        "group_of_channel": GROUPS,
+        "head_dim": 48,
+        "rotation_width": 96,
+        "out": torch.ones(2, 2, 20, 48),
+    }
     with pytest.raises(ValueError):
         cpu.dequantize_blocks(**{**arguments, **change})
     assert (arguments["out"] == 1).all()

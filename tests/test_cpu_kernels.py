@@ -29,10 +29,30 @@ if build._load("attention", "portable") is None:
 INSTRUCTION_SETS = cpu.available_instruction_sets()
 # head_dim, key/value heads, heads per rotation group (0: not rotated)
 GEOMETRIES = [
-    (64, 1, 1), (128, 1, 1), (64, 3, 3), (80, 3, 1), (80, 4, 4), (96, 4, 4), (128, 4, 4), (96, 2, 1), (64, 2, 2),
-    (64, 4, 4), (80, 2, 2), (48, 2, 1), (16, 3, 3), (16, 4, 2), (32, 3, 3), (64, 16, 16), (112, 2, 0), (64, 2, 0),
-    (128, 8, 4), (112, 2, 2), (112, 3, 3), (144, 3, 1), (176, 1, 1),
-]  # fmt: skip
+    (64, 1, 1),
+    (128, 1, 1),
+    (64, 3, 3),
+    (80, 3, 1),
+    (80, 4, 4),
+    (96, 4, 4),
+    (128, 4, 4),
+    (96, 2, 1),
+    (64, 2, 2),
+    (64, 4, 4),
+    (80, 2, 2),
+    (48, 2, 1),
+    (16, 3, 3),
+    (16, 4, 2),
+    (32, 3, 3),
+    (64, 16, 16),
+    (112, 2, 0),
+    (64, 2, 0),
+    (128, 8, 4),
+    (112, 2, 2),
+    (112, 3, 3),
+    (144, 3, 1),
+    (176, 1, 1),
+]
 
 
 @st.composite
@@ -44,18 +64,28 @@ def shapes(draw) -> Shape:
     groups = [g for g in (head_dim, 16, 32) if head_dim % g == 0]
     tokens_per_scale = draw(st.sampled_from([0, 0, 16, 32, 48, 128]))
     return Shape(
-        batch=batch, repeat=draw(st.sampled_from([1, 2, 3, 4, 7])), kv_heads=kv_heads, head_dim=head_dim,
-        heads_per_group=heads_per_group, query_tokens=min(draw(st.sampled_from([1, 1, 2, 5, 16])), tokens),
-        tokens=tokens, window=window, sinks=draw(st.sampled_from([0, 0, 3, 20])),
-        key_bits=draw(st.integers(2, 4)), value_bits=draw(st.integers(2, 4)), value_group=draw(st.sampled_from(groups)),
-        tokens_per_scale=tokens_per_scale, plus=not tokens_per_scale and draw(st.booleans()),
+        batch=batch,
+        repeat=draw(st.sampled_from([1, 2, 3, 4, 7])),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        heads_per_group=heads_per_group,
+        query_tokens=min(draw(st.sampled_from([1, 1, 2, 5, 16])), tokens),
+        tokens=tokens,
+        window=window,
+        sinks=draw(st.sampled_from([0, 0, 3, 20])),
+        key_bits=draw(st.integers(2, 4)),
+        value_bits=draw(st.integers(2, 4)),
+        value_group=draw(st.sampled_from(groups)),
+        tokens_per_scale=tokens_per_scale,
+        plus=not tokens_per_scale and draw(st.booleans()),
         rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
         unrotate_values=has_hadamard(head_dim) and draw(st.booleans()),
         padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
         dropped=tuple(draw(st.sampled_from([0, 0, 16, 1000])) for _ in range(batch)),
         sliding_window=draw(st.sampled_from([0, 0, 1, 17, 256, 300])),
-        exact_dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])), seed=draw(st.integers(0, 10**6)),
-    )  # fmt: skip
+        exact_dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
+        seed=draw(st.integers(0, 10**6)),
+    )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -118,10 +148,21 @@ def test_a_sliding_window_reads_no_block_that_no_query_sees(instruction_set, que
 
 # key/value heads, head_dim, channels that share a scale, heads per rotation group
 WRITES = [
-    (3, 64, 64, 3), (1, 128, 128, 1), (4, 80, 80, 4), (3, 16, 16, 1), (3, 24, 24, 1), (3, 8, 8, 1), (10, 5, 5, 0),
-    (8, 128, 128, 4), (2, 96, 48, 1), (3, 112, 112, 3), (4, 112, 112, 4), (2, 144, 72, 1), (20, 80, 80, 1),
+    (3, 64, 64, 3),
+    (1, 128, 128, 1),
+    (4, 80, 80, 4),
+    (3, 16, 16, 1),
+    (3, 24, 24, 1),
+    (3, 8, 8, 1),
+    (10, 5, 5, 0),
+    (8, 128, 128, 4),
+    (2, 96, 48, 1),
+    (3, 112, 112, 3),
+    (4, 112, 112, 4),
+    (2, 144, 72, 1),
+    (20, 80, 80, 1),
     (6, 4, 8, 3),
-]  # fmt: skip
+]
 
 
 def written(step: dict, write, **options):
@@ -133,28 +174,66 @@ def written(step: dict, write, **options):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    bits=st.integers(2, 4), batch=st.integers(1, 3), tokens=st.integers(0, 70), start=st.integers(0, 40),
-    geometry=st.sampled_from(WRITES), magnitude=st.sampled_from([1e-3, 1, 3e4]), clip=st.sampled_from([0.8, 1.0]),
-    fine=st.booleans(), reorder=st.booleans(), rotate=st.booleans(), affine=st.booleans(),
-    rotary=st.sampled_from([0, 1, 2]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    layout=st.sampled_from(["heads", "tokens", "slice"]), threads=st.integers(1, 3),
-    instruction_set=st.sampled_from(INSTRUCTION_SETS), seed=st.integers(0, 10**6),
-)  # fmt: skip
+    bits=st.integers(2, 4),
+    batch=st.integers(1, 3),
+    tokens=st.integers(0, 70),
+    start=st.integers(0, 40),
+    geometry=st.sampled_from(WRITES),
+    magnitude=st.sampled_from([1e-3, 1, 3e4]),
+    clip=st.sampled_from([0.8, 1.0]),
+    fine=st.booleans(),
+    reorder=st.booleans(),
+    rotate=st.booleans(),
+    affine=st.booleans(),
+    rotary=st.sampled_from([0, 1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(["heads", "tokens", "slice"]),
+    threads=st.integers(1, 3),
+    instruction_set=st.sampled_from(INSTRUCTION_SETS),
+    seed=st.integers(0, 10**6),
+)
 def test_writes_are_those_of_torch(
-    bits, batch, tokens, start, geometry, magnitude, clip, fine, reorder, rotate, affine, rotary, dtype, layout,
-    threads, instruction_set, seed,
-):  # fmt: skip
+    bits,
+    batch,
+    tokens,
+    start,
+    geometry,
+    magnitude,
+    clip,
+    fine,
+    reorder,
+    rotate,
+    affine,
+    rotary,
+    dtype,
+    layout,
+    threads,
+    instruction_set,
+    seed,
+):
     """Bit for bit where nothing is rotated: the order of a Hadamard transform's additions is not torch's."""
     kv_heads, head_dim, group_size, heads_per_group = geometry
     step = random_write(
         Write(
-            batch=batch, kv_heads=kv_heads, head_dim=head_dim, tokens=tokens, start=start, bits=bits,
-            group_size=group_size, clip_ratio=clip, fine=fine, reorder=reorder,
-            heads_per_group=heads_per_group * rotate, affine=affine,
-            rotary_dim=head_dim // 4 * 2 * rotary, dtype=dtype,
-            layout=layout, magnitude=magnitude, seed=seed,
+            batch=batch,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            tokens=tokens,
+            start=start,
+            bits=bits,
+            group_size=group_size,
+            clip_ratio=clip,
+            fine=fine,
+            reorder=reorder,
+            heads_per_group=heads_per_group * rotate,
+            affine=affine,
+            rotary_dim=head_dim // 4 * 2 * rotary,
+            dtype=dtype,
+            layout=layout,
+            magnitude=magnitude,
+            seed=seed,
         )
-    )  # fmt: skip
+    )
     made = written(step, cpu.quantize_into_blocks, threads=threads, instruction_set=instruction_set)
     assert_written(made, written(step, quantize_into_blocks_reference), step, exactly=not step["rotation_width"])
 
@@ -309,20 +388,40 @@ def _exact(step: dict, **last):
 @pytest.mark.parametrize(
     "change",
     [
-        {"heads": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, {"heads": torch.zeros(2, 3, 5, 15)},
-        {"heads": torch.zeros(1, 3, 5, 16)}, {"heads": torch.zeros(2, 3, 16, 5).transpose(2, 3)},
-        {"heads": torch.zeros(2, 5, 48)}, {"heads": None}, {"start": 28}, {"start": -1}, {"bits": 2}, {"bits": 1},
-        {"group_size": 24}, {"clip_ratio": 0.0}, {"clip_ratio": float("nan")}, {"threads": -2},
-        {"order": torch.zeros(48, dtype=torch.int32)}, {"order": torch.arange(48)},
-        {"order": torch.arange(1, 49, dtype=torch.int32)}, {"order": torch.arange(-1, 47, dtype=torch.int32)},
-        {"rotation_width": 24}, {"rotation_width": -48}, {"rotation_width": 32}, {"rotation_width": 2**40},
-        {"affine": Affine(torch.ones(48), torch.ones(47))}, {"affine": Affine(torch.ones(48).double(), torch.ones(48))},
-        {"unrope": (torch.ones(2, 5, 9),) * 2}, {"unrope": (torch.ones(2, 5, 8).double(),) * 2},
-        {"unrope": (torch.ones(2, 5, 8), torch.ones(2, 5, 4))}, {"unrope": (torch.ones(2, 4, 8),) * 2},
-        {"unrope": (torch.ones(2, 5, 16)[..., ::2],) * 2}, {"unrope": (torch.ones(5, 8),) * 2},
-        {"unrope": (torch.ones(2, 5, 8), torch.ones(1, 5, 8).expand(2, 5, 8))}, {"unrope": (torch.ones(2, 5, 8), None)},
+        {"heads": torch.zeros(2, 3, 5, 16, dtype=torch.float64)},
+        {"heads": torch.zeros(2, 3, 5, 15)},
+        {"heads": torch.zeros(1, 3, 5, 16)},
+        {"heads": torch.zeros(2, 3, 16, 5).transpose(2, 3)},
+        {"heads": torch.zeros(2, 5, 48)},
+        {"heads": None},
+        {"start": 28},
+        {"start": -1},
+        {"bits": 2},
+        {"bits": 1},
+        {"group_size": 24},
+        {"clip_ratio": 0.0},
+        {"clip_ratio": float("nan")},
+        {"threads": -2},
+        {"order": torch.zeros(48, dtype=torch.int32)},
+        {"order": torch.arange(48)},
+        {"order": torch.arange(1, 49, dtype=torch.int32)},
+        {"order": torch.arange(-1, 47, dtype=torch.int32)},
+        {"rotation_width": 24},
+        {"rotation_width": -48},
+        {"rotation_width": 32},
+        {"rotation_width": 2**40},
+        {"affine": Affine(torch.ones(48), torch.ones(47))},
+        {"affine": Affine(torch.ones(48).double(), torch.ones(48))},
+        {"unrope": (torch.ones(2, 5, 9),) * 2},
+        {"unrope": (torch.ones(2, 5, 8).double(),) * 2},
+        {"unrope": (torch.ones(2, 5, 8), torch.ones(2, 5, 4))},
+        {"unrope": (torch.ones(2, 4, 8),) * 2},
+        {"unrope": (torch.ones(2, 5, 16)[..., ::2],) * 2},
+        {"unrope": (torch.ones(5, 8),) * 2},
+        {"unrope": (torch.ones(2, 5, 8), torch.ones(1, 5, 8).expand(2, 5, 8))},
+        {"unrope": (torch.ones(2, 5, 8), None)},
     ],
-)  # fmt: skip
+)
 def test_wrong_quantize_arguments_are_refused_and_nothing_is_written(change):
     packed = allocate_blocks(2, 2, 48, 3, 3)
     arguments = {"heads": torch.ones(2, 3, 5, 16), "packed": packed, "start": 0, "bits": 3, "group_size": 16}
@@ -400,18 +499,26 @@ def test_a_call_with_other_arguments_forgets_what_blocks_remember_of_the_last_on
     kept = step | {name: Blocks(step[name]) for name in ("keys", "values")}
     affine = Affine(step["options"].key_affine.factor, other["options"].key_affine.offset)
     for change in (
-        {"exact": None}, {"values": other["values"]}, {"group_of_channel": other["group_of_channel"]},
-        {"first": torch.tensor([3, 50], dtype=torch.int32)}, {"total_tokens": 71},
+        {"exact": None},
+        {"values": other["values"]},
+        {"group_of_channel": other["group_of_channel"]},
+        {"first": torch.tensor([3, 50], dtype=torch.int32)},
+        {"total_tokens": 71},
         {"queries": other["queries"][:, :3].contiguous()},
         *(
             {"options": replace(step["options"], **options)}
             for options in (
-                {"rope": None}, {"key_affine": None}, {"key_affine": affine}, {"sliding_window": 9},
-                {"unrotate_values": True}, {"softmax_scale": 0.5}, {"rotation_width": 64},
+                {"rope": None},
+                {"key_affine": None},
+                {"key_affine": affine},
+                {"sliding_window": 9},
+                {"unrotate_values": True},
+                {"softmax_scale": 0.5},
+                {"rotation_width": 64},
                 {"rope": replace(step["options"].rope, attention_scaling=1.0)},
             )
         ),
-    ):  # fmt: skip
+    ):
         for arguments in ({**kept, **change}, kept):
             plain = arguments | {name: dict(arguments[name]) for name in ("keys", "values")}
             assert torch.equal(cpu.decode_attention(**arguments), cpu.decode_attention(**plain))
@@ -434,11 +541,18 @@ def test_a_write_with_other_arguments_forgets_what_blocks_remember_of_the_last_o
     step, other = random_write(write), random_write(replace(write, seed=1))
     kept = step["packed"]
     for change in (
-        {"order": None}, {"order": other["order"]}, {"affine": None}, {"affine": other["affine"]}, {"unrope": None},
-        {"rotation_width": 64}, {"clip_ratio": 0.8}, {"heads": other["heads"][:, :, :1], "unrope": None},
-        {"heads": other["heads"].bfloat16()}, {"heads": other["heads"].transpose(0, 1).contiguous().transpose(0, 1)},
+        {"order": None},
+        {"order": other["order"]},
+        {"affine": None},
+        {"affine": other["affine"]},
+        {"unrope": None},
+        {"rotation_width": 64},
+        {"clip_ratio": 0.8},
+        {"heads": other["heads"][:, :, :1], "unrope": None},
+        {"heads": other["heads"].bfloat16()},
+        {"heads": other["heads"].transpose(0, 1).contiguous().transpose(0, 1)},
         {"start": 2},
-    ):  # fmt: skip
+    ):
         for arguments in ({**step, **change}, step):
             plain = {name: plane.clone() for name, plane in kept.items()}
             cpu.quantize_into_blocks(**{**arguments, "packed": plain})

@@ -51,9 +51,8 @@ def decoded(model, device: str) -> torch.Tensor:
     positions, cache, found = (mask.cumsum(1) - 1).clamp(min=0), RotateKVCache.for_model(model), []
     for start, end in [(0, 231), *((t, t + 1) for t in range(231, 243))]:
         out = model(
-            ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
-            past_key_values=cache,
-        )  # fmt: skip
+            ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache
+        )
         found.append(out.logits[:, -1:])
     return torch.cat(found, dim=1)
 
@@ -75,9 +74,11 @@ def test_generate_uses_the_kernels(case, device, counted):
     model = random_llama(*heads_of(case), layers=2, device=device, dtype=torch.bfloat16)
     with patch_random(model, "RotateKV2"):
         out = model.generate(
-            torch.arange(100, 164, device=device).view(1, 64), max_new_tokens=8, min_new_tokens=8,
+            torch.arange(100, 164, device=device).view(1, 64),
+            max_new_tokens=8,
+            min_new_tokens=8,
             return_dict_in_generate=True,
-        )  # fmt: skip
+        )
     assert isinstance(out.past_key_values, RotateKVCache) and len(counted) == 7 * 2
 
 

@@ -191,9 +191,23 @@ def test_generate_decodes_with_the_kernel_and_prompt_lookup_too(tiny, calls):
 
 
 @pytest.mark.parametrize(
-    "case", ["reference backend", "eager", "17 tokens", "prefill", "FP16", "gradients", "a hole", "right padding",
-             "odd positions", "4-D mask", "KIVI, groups of 10", "KIVI, all in the window", "KIVI, Triton"]
-)  # fmt: skip
+    "case",
+    [
+        "reference backend",
+        "eager",
+        "17 tokens",
+        "prefill",
+        "FP16",
+        "gradients",
+        "a hole",
+        "right padding",
+        "odd positions",
+        "4-D mask",
+        "KIVI, groups of 10",
+        "KIVI, all in the window",
+        "KIVI, Triton",
+    ],
+)
 def test_calls_that_the_kernel_does_not_know_take_the_general_path(case, calls, monkeypatch):
     model = tiny_model(attn_implementation="eager" if case == "eager" else "sdpa")
     if case == "reference backend":

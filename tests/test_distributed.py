@@ -45,9 +45,12 @@ def environment(**more) -> dict:
 def rank_environment(rank: int, size: int, port: int) -> dict:
     """What torchrun tells a process."""
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-    }  # fmt: skip
+    }
 
 
 def free_port() -> int:
@@ -133,8 +136,10 @@ def test_no_sample_is_lost_or_repeated(tmp_path, size, count):
     assert told[0][2] == list(range(count)), "rank 0 has not got all samples"
     assert records_of(tmp_path) == [{"id": number, "square": number**2} for number in range(count)]
     assert sorted(path.name for path in only(tmp_path, "config.json").parent.iterdir()) == [
-        ".lock", "config.json", "samples.jsonl",
-    ]  # fmt: skip
+        ".lock",
+        "config.json",
+        "samples.jsonl",
+    ]
 
 
 def test_another_number_of_processes_goes_on(tmp_path):

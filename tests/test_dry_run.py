@@ -28,9 +28,13 @@ from rotatekv.kernels.triton.start import Unusable, start, unusable
 # for values where these differ, split, merge, and exact where there are sinks or a window: once each. The first
 # capability is the smallest GPU's.
 MODELS = {
-    (86, "9/3x64", "RotateKV2"): 9, (86, "14/2x64", "RotateKV3+"): 9, (86, "32/8x128", "QuaRot4"): 5,
-    (86, "8/1x256", "RotateKV4"): 8, (80, "32/32x128", "RTN2"): 4, (90, "32/8x128", "RotateKV2"): 9,
-}  # fmt: skip
+    (86, "9/3x64", "RotateKV2"): 9,
+    (86, "14/2x64", "RotateKV3+"): 9,
+    (86, "32/8x128", "QuaRot4"): 5,
+    (86, "8/1x256", "RotateKV4"): 8,
+    (80, "32/32x128", "RTN2"): 4,
+    (90, "32/8x128", "RotateKV2"): 9,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

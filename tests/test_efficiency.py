@@ -68,17 +68,35 @@ def samples_of(path: Path) -> list[dict]:
 
 def side(name: str, prefill_ms, decode_ms, **more) -> dict:
     return {
-        "side": name, "fitted": True, "growth": 1000, "model_bytes": 5000, "cache_bytes": 800, "alternated": True,
-        "prefill_ms": prefill_ms, "decode_ms": decode_ms, **more,
-    }  # fmt: skip
+        "side": name,
+        "fitted": True,
+        "growth": 1000,
+        "model_bytes": 5000,
+        "cache_bytes": 800,
+        "alternated": True,
+        "prefill_ms": prefill_ms,
+        "decode_ms": decode_ms,
+        **more,
+    }
 
 
 def cell(hf: dict, own: dict, **more) -> dict:
     return {
-        "id": "RTN2/10x2", "context_length": 10, "batch_size": 2, "method": "RTN2", "total_bits": 2.0, "tokens": 20,
-        "hf": hf, "quantized": own, "device": "cpu", "threads": 2, "torch": "0", "dtype": "float32",
-        "backend": "plain torch", **more,
-    }  # fmt: skip
+        "id": "RTN2/10x2",
+        "context_length": 10,
+        "batch_size": 2,
+        "method": "RTN2",
+        "total_bits": 2.0,
+        "tokens": 20,
+        "hf": hf,
+        "quantized": own,
+        "device": "cpu",
+        "threads": 2,
+        "torch": "0",
+        "dtype": "float32",
+        "backend": "plain torch",
+        **more,
+    }
 
 
 CELL = cell(side("HF", [4.0, 6.0], [3.0, 2.0, 8.0]), side("RTN2", [8.0, 6.0], [1.0, 2.0, 2.0], cache_bytes=100))
@@ -127,10 +145,13 @@ def test_a_cell_alternates_prefills_then_steps_on_equal_tokens(monkeypatch):
         measure_cell([baseline_side(model), own], tokens, {"context_length": 20, "batch_size": 1}, DECODE, REPEATS)
     timed = log[2 * (1 + WARM_UP_STEPS) :]  # behind each side's own memory pass
     assert [(name, count) for name, count, _ in timed] == [
-        ("HF", 20), ("RTN2", 20), ("RTN2", 20), ("HF", 20),
+        ("HF", 20),
+        ("RTN2", 20),
+        ("RTN2", 20),
+        ("HF", 20),
         *[(name, 1) for name in ("HF", "RTN2", "RTN2", "HF")],  # warm-up
         *[(name, 1) for name in ("HF", "RTN2", "RTN2", "HF", "HF", "RTN2")],
-    ]  # fmt: skip
+    ]
     assert all(
         [read for name, _, read in timed if name == "HF"] == [read for name, _, read in timed if name == other]
         for other in ("HF", "RTN2")

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason="no C++ compiler"))]
 PADDED = {  # rows in caches of their own, and rows in one
     "KIVI2": replace(PRESETS["KIVI2"], k_groupsize=8, v_groupsize=16, residual_length=6),
-    "RotateKV2+": PRESETS["RotateKV2+"], "RotateKV2": PRESETS["RotateKV2"],
-}  # fmt: skip
+    "RotateKV2+": PRESETS["RotateKV2+"],
+    "RotateKV2": PRESETS["RotateKV2"],
+}
 
 
 def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -55,9 +55,13 @@ def places(model) -> dict[str, torch.nn.Module]:
     """Modules of which a call is broken off at their end: all along a forward."""
     first, last = model.model.layers
     return {
-        "embeddings": model.model.embed_tokens, "k_proj of layer 0": first.self_attn.k_proj, "layer 0": first,
-        "v_proj of layer 1": last.self_attn.v_proj, "layer 1": last, "last norm": model.model.norm,
-    }  # fmt: skip
+        "embeddings": model.model.embed_tokens,
+        "k_proj of layer 0": first.self_attn.k_proj,
+        "layer 0": first,
+        "v_proj of layer 1": last.self_attn.v_proj,
+        "layer 1": last,
+        "last norm": model.model.norm,
+    }
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Broken])
@@ -194,8 +198,9 @@ def is_as_it_was(model, before: list, weights: list[torch.Tensor]) -> bool:
     now = everything(model)
     same = len(now) == len(before) and all(
         a == b if isinstance(a, str | int) else a is b or isinstance(a, torch.Tensor)  # state_dict makes new views
-        for one, other in zip(now, before, strict=True) for a, b in zip(one, other, strict=True)
-    )  # fmt: skip
+        for one, other in zip(now, before, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
     return same and all(map(torch.equal, model.state_dict().values(), weights)) and not is_patched(model)
 
 

@@ -86,8 +86,11 @@ def beams(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> tor
 
 ONE, PADDED = left_padding(TOKENS, 0), left_padding(TOKENS, 0, PADDING)
 RUNS = {
-    "decode": (decoded, ONE), "padded chunks": (in_chunks, PADDED), "crop": (cropped, ONE), "beams": (beams, PADDED)
-}  # fmt: skip
+    "decode": (decoded, ONE),
+    "padded chunks": (in_chunks, PADDED),
+    "crop": (cropped, ONE),
+    "beams": (beams, PADDED),
+}
 
 
 @cached

@@ -18,9 +18,13 @@ from rotatekv.statistics import save_statistics
 pytestmark = pytest.mark.usefixtures("one_thread")
 KIVI = {"k_groupsize": 16, "v_groupsize": 16, "residual_length": 8}
 CONFIGS = {
-    "RTN2": PRESETS["RTN2"], "QuaRot2": PRESETS["QuaRot2"], "TurboQuant2": PRESETS["TurboQuant2"],
-    "KVQuant2": PRESETS["KVQuant2"], "KIVI2": replace(PRESETS["KIVI2"], **KIVI), "RotateKV2+": PRESETS["RotateKV2+"],
-}  # fmt: skip
+    "RTN2": PRESETS["RTN2"],
+    "QuaRot2": PRESETS["QuaRot2"],
+    "TurboQuant2": PRESETS["TurboQuant2"],
+    "KVQuant2": PRESETS["KVQuant2"],
+    "KIVI2": replace(PRESETS["KIVI2"], **KIVI),
+    "RotateKV2+": PRESETS["RotateKV2+"],
+}
 NAMES = ("llama, yarn", "mistral, sliding", "gemma3, one head of 256", "smollm3", "glm", "gpt_neox")
 TOKENS = 56
 
@@ -96,10 +100,12 @@ def statistics_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return {
-        "key_mean": draw(*shape) - 0.5, "key_scale": draw(*shape) + 0.5, "reorder_index": orders,
+        "key_mean": draw(*shape) - 0.5,
+        "key_scale": draw(*shape) + 0.5,
+        "reorder_index": orders,
         "extra_bit_rank": torch.linspace(0, 1, 2 * shape[0]).view(-1, 2),
         "sink_threshold": torch.stack(thresholds).float()[:, None],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture

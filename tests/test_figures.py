@@ -32,9 +32,13 @@ from visualize.quantization_error import pick_methods
 ROOT = Path(__file__).parents[1]
 FIGURES = ("keys_2d", "keys_3d", "massive_activations", "attention_sinks", "quantization_error", "outlier_spread")
 SOURCE = {
-    "keys_2d": "k_pre_rope", "keys_3d": "k_rotated", "massive_activations": "massive_activations",
-    "attention_sinks": "attention_scores", "quantization_error": "quantization_error", "outlier_spread": "k_rotated",
-}  # fmt: skip
+    "keys_2d": "k_pre_rope",
+    "keys_3d": "k_rotated",
+    "massive_activations": "massive_activations",
+    "attention_sinks": "attention_scores",
+    "quantization_error": "quantization_error",
+    "outlier_spread": "k_rotated",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +49,23 @@ def captures(tmp_path_factory) -> Path:
     order = torch.stack([torch.arange(48).flip(0), torch.arange(48)])
     indices = save_reorder_indices(folder / "order.safetensors", order, {"head_group_num": 3})
     kinds = ("k_pre_rope", "k_post_rope", "k_rotated", "massive_activations", "attention_scores", "quantization_error")
-    PPL_evaluation.main([
-        "--model", str(model), "--dataset", str(folder / "text.txt"), "--PPL_seq_length", "100", "--save_layers", "all",
-        "--calibration_file", str(indices), "--save_dir", str(folder / "saved"),
-        *(f"--save_{kind}" for kind in kinds),
-    ])  # fmt: skip
+    PPL_evaluation.main(
+        [
+            "--model",
+            str(model),
+            "--dataset",
+            str(folder / "text.txt"),
+            "--PPL_seq_length",
+            "100",
+            "--save_layers",
+            "all",
+            "--calibration_file",
+            str(indices),
+            "--save_dir",
+            str(folder / "saved"),
+            *(f"--save_{kind}" for kind in kinds),
+        ]
+    )
     return folder / "saved" / "tiny"
 
 
@@ -300,6 +316,10 @@ def test_a_figure_starts_as_a_script_from_anywhere_and_opens_no_window(captures,
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, script, "--input", str(captures), "--output", "a.png"],
-        cwd=tmp_path, capture_output=True, text=True, env=environment | {"MPLBACKEND": "tkagg"}, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment | {"MPLBACKEND": "tkagg"},
+        timeout=120,
+    )
     assert done.returncode == 0 and (tmp_path / "a.png").is_file(), done.stderr

@@ -38,9 +38,10 @@ def runs(tmp_path):
 def test_lines_are_losses_over_fp16_by_bits(runs):
     lines = frontier.lines_of(frontier.read_runs(runs, 8))
     assert lines == {
-        "RotateKV": [(2.4, 10.0, "RotateKV2"), (4.4, 0.5, "RotateKV4")], "RotateKV+": [(2.6, 2.0, "RotateKV2+")],
+        "RotateKV": [(2.4, 10.0, "RotateKV2"), (4.4, 0.5, "RotateKV4")],
+        "RotateKV+": [(2.6, 2.0, "RotateKV2+")],
         "RotateKV, window 32": [(2.7, 5.0, "RotateKV2*")],
-    }  # fmt: skip
+    }
     assert list(lines) == ["RotateKV", "RotateKV+", "RotateKV, window 32"]  # by their best
 
 

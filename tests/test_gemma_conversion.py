@@ -21,21 +21,37 @@ SPECIAL = {"<pad>": 3, "<eos>": 3, "<bos>": 3, "<unk>": 3, "<mask>": 3, "\n": 4,
 WORDS = ["▁", *"abc", "ab", "▁ab", "abc", "bc", *(f"<0x{byte:02X}>" for byte in range(256))]
 # Written down from llama.cpp's convert_hf_to_gguf.py and gguf-py's constants, not from the package.
 NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "post_feedforward_layernorm": "post_ffw_norm",
-}  # fmt: skip
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def tiny_gemma() -> Gemma3ForCausalLM:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
-        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=8,
-        max_position_embeddings=256, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
     model = Gemma3ForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -113,8 +129,13 @@ def test_the_converted_model_is_the_one_the_file_was_made_of(package):
         name: getattr(stock.config, name) for name in fields
     }
     assert sorted(path.name for path in gemma_folder().iterdir()) == [
-        "GEMMA_TERMS.html", "NOTICE.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "GEMMA_TERMS.html",
+        "NOTICE.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_the_tokenizer_merges_in_the_order_of_the_tokens(tmp_path):
@@ -125,9 +146,7 @@ def test_the_tokenizer_merges_in_the_order_of_the_tokens(tmp_path):
     def tokens(text: str) -> list[str]:
         return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
 
-    assert tokens("abc ab  \n\n\n<b>é") == [
-        "<bos>", "abc", "▁ab", "▁▁", "\n\n", "\n", "<b>", "<0xC3>", "<0xA9>",
-    ]  # fmt: skip
+    assert tokens("abc ab  \n\n\n<b>é") == ["<bos>", "abc", "▁ab", "▁▁", "\n\n", "\n", "<b>", "<0xC3>", "<0xA9>"]
     assert tokens("aabcbc") == ["<bos>", "a", "abc", "bc"]
     text = "ab  abc\n\n\tb é 日本 <b>c"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text

@@ -26,8 +26,12 @@ def run(code: str, environment: dict[str, str], *flags: str) -> subprocess.Compl
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "ROTATEKV"))}
     return subprocess.run(
         [sys.executable, "-c", BLOCKED + RUN + code + "sys.exit(gpu_check.main(sys.argv[1:]))", *flags],
-        capture_output=True, text=True, timeout=500, cwd=ROOT, env={**kept, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=ROOT,
+        env={**kept, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def test_a_dry_run_compiles_the_launches_of_every_part(tmp_path):
@@ -61,9 +65,12 @@ def test_what_fails_dies_or_hangs_costs_the_other_parts_nothing(tmp_path):
     done = run(STAND_INS, {}, "--dry_run", "--shapes", "4/2x32", "--minutes", "0.02", "--output", str(output))
     verdicts = {part["part"]: part["verdict"] for part in json.loads(output.read_text())["parts"]}
     assert verdicts == {
-        "environment": "failed", "kernels 4/2x32": "died (-9)", "models": "killed: out of time", "layer": "failed",
+        "environment": "failed",
+        "kernels 4/2x32": "died (-9)",
+        "models": "killed: out of time",
+        "layer": "failed",
         "llama": "right",
-    }  # fmt: skip
+    }
     assert done.returncode == 4 and "4 of 5 parts failed" in done.stdout
     assert "RuntimeError: first line" in done.stdout and "second line" not in done.stdout + done.stderr
 

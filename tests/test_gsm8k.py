@@ -152,8 +152,7 @@ FLEXIBLE = [
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [*(("strict-match", text) for text in STRICT), *(("flexible-extract", text) for text in FLEXIBLE)],
+    ("name", "text"), [*(("strict-match", text) for text in STRICT), *(("flexible-extract", text) for text in FLEXIBLE)]
 )
 def test_agrees_with_lm_eval(name, text):
     from lm_eval.api.metrics import exact_match_fn
@@ -219,8 +218,7 @@ def test_no_file_names_the_path_it_wants(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [["--limit", 0], ["--batch_size", 0], ["--max_new_tokens", 0], ["--num_fewshot", 9], ["--num_fewshot", -1]],
+    "bad", [["--limit", 0], ["--batch_size", 0], ["--max_new_tokens", 0], ["--num_fewshot", 9], ["--num_fewshot", -1]]
 )
 def test_bad_flags_name_themselves(folder, data, tmp_path, capsys, bad):
     with pytest.raises(SystemExit) as ended:

@@ -91,10 +91,16 @@ def test_the_versions_stand_alike_in_pyproject():
 @pytest.mark.parametrize(
     ("package", "version"),
     [
-        ("torch", "2.5.1"), ("torch", "1.13.1+cu117"), ("torch", "3.0.0"), ("transformers", "4.57.1"),
-        ("transformers", "5.15.1"), ("transformers", "6.0.0.dev0"), ("triton", "3.1.0"), ("triton", "4.0.0"),
+        ("torch", "2.5.1"),
+        ("torch", "1.13.1+cu117"),
+        ("torch", "3.0.0"),
+        ("transformers", "4.57.1"),
+        ("transformers", "5.15.1"),
+        ("transformers", "6.0.0.dev0"),
+        ("triton", "3.1.0"),
+        ("triton", "4.0.0"),
     ],
-)  # fmt: skip
+)
 def test_a_version_outside_the_limits_is_one_line_with_what_to_install(package, version):
     with pytest.raises(UserError) as caught:
         check_version(package, version)

@@ -257,11 +257,15 @@ def test_a_compiler_without_openmp_builds_for_one_thread_and_says_so(folder, tmp
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("/nonexistent/g++", "cannot be run"), ("/bin/false", "exit status 1"), ("'g++", "is no command"),
-        (". -O3", "cannot be run"), (["echo", "out of space: no space left on device", ">&2; exit 1"], "no space left"),
-        (["exit", "0"], "made no library"), (["head", "-c", "100", "/dev/zero", '> "$out"'], "ELF|short"),
+        ("/nonexistent/g++", "cannot be run"),
+        ("/bin/false", "exit status 1"),
+        ("'g++", "is no command"),
+        (". -O3", "cannot be run"),
+        (["echo", "out of space: no space left on device", ">&2; exit 1"], "no space left"),
+        (["exit", "0"], "made no library"),
+        (["head", "-c", "100", "/dev/zero", '> "$out"'], "ELF|short"),
     ],
-)  # fmt: skip
+)
 def test_a_failing_compiler_warns_once_and_gives_none(command, says, folder, tmp_path, monkeypatch):
     if isinstance(command, list):
         out = 'while [ $# -gt 1 ]; do shift; done; out="$1"'

@@ -63,9 +63,11 @@ def test_a_groups_scales_lie_where_the_layout_says():
     add(layer, keys, values)
     held, packed = layer.packed_keys.tensors, 48
     assert {name: (x.dtype, tuple(x.shape)) for name, x in held.items()} == {
-        "scale": (torch.float16, (2, 6, 32)), "zero": (torch.int8, (2, 6, 32)),
-        "low": (torch.int32, (2, 3, 32)), "high": (torch.int16, (2, 3, 32)),
-    }  # fmt: skip
+        "scale": (torch.float16, (2, 6, 32)),
+        "zero": (torch.int8, (2, 6, 32)),
+        "low": (torch.int32, (2, 3, 32)),
+        "high": (torch.int16, (2, 3, 32)),
+    }
     assert all(x.is_contiguous() for x in held.values())
     row, token, head, channel = 1, 29, 1, 11
     at = head * DIM + channel

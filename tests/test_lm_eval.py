@@ -108,12 +108,15 @@ def test_a_batch_of_the_masked_client_scores_as_its_texts_one_by_one(name, stati
 @pytest.mark.parametrize(
     ("name", "rows", "warns"),
     [
-        ("RotateKV2", [[5, 6, 0], [7, 8, 9]], True), ("RotateKV2", [[99, 6, 4], [7, 8, 9]], True),
-        ("KIVI2", [[0, 6, 4], [7, 8, 9]], True), ("RotateKV2", [[5, 6, 4], [7, 8, 9]], False),
-        ("RotateKV2", [[5, 6, 0], [7, 8, 0]], False), ("RotateKV2", [[5, 6, 0]], False),
+        ("RotateKV2", [[5, 6, 0], [7, 8, 9]], True),
+        ("RotateKV2", [[99, 6, 4], [7, 8, 9]], True),
+        ("KIVI2", [[0, 6, 4], [7, 8, 9]], True),
+        ("RotateKV2", [[5, 6, 4], [7, 8, 9]], False),
+        ("RotateKV2", [[5, 6, 0], [7, 8, 0]], False),
+        ("RotateKV2", [[5, 6, 0]], False),
         ("RTN2", [[5, 6, 0], [7, 8, 9]], False),
     ],
-)  # fmt: skip
+)
 def test_a_batch_that_looks_padded_without_a_mask_is_warned_of(name, rows, warns, statistics):
     model, ids, config = tiny_model(pad_token_id=99), torch.tensor(rows), small(name)
     model.name_or_path = "tiny"

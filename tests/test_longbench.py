@@ -58,8 +58,12 @@ def tokenizer(folder):
 
 def record(context="The cat sat.", question="Who sat?", answers=("the cat",), all_classes=None, length=3000):
     return {
-        "input": question, "context": context, "answers": list(answers), "all_classes": all_classes, "length": length,
-    }  # fmt: skip
+        "input": question,
+        "context": context,
+        "answers": list(answers),
+        "all_classes": all_classes,
+        "length": length,
+    }
 
 
 def write_data(data_dir: Path, **tasks: list[dict]) -> Path:
@@ -422,9 +426,15 @@ def test_longbench_e_splits_by_length(folder, tmp_path, capsys):
     records = [{**sample, "score": value} for sample, value in zip(samples_of(out), (1, 0, 0.5, 0.25), strict=True)]
     metric = longbench.metric_of(records)
     assert metric == {
-        "qasper_e": 43.75, "qasper_e/0-4k": 100, "qasper_e/4-8k": 25, "qasper_e/8k+": 25,
-        "average": 43.75, "average/0-4k": 100, "average/4-8k": 25, "average/8k+": 25,
-    }  # fmt: skip
+        "qasper_e": 43.75,
+        "qasper_e/0-4k": 100,
+        "qasper_e/4-8k": 25,
+        "qasper_e/8k+": 25,
+        "average": 43.75,
+        "average/0-4k": 100,
+        "average/4-8k": 25,
+        "average/8k+": 25,
+    }
     assert longbench.table(records, metric).splitlines()[1].split()[2:] == ["4", "43.75", "100.00", "25.00", "25.00"]
     assert "8k+" in capsys.readouterr().out and set(metrics_of(out)["metric"]) == set(metric)
 

@@ -245,9 +245,10 @@ def test_positions_that_do_not_restart_are_no_packed_batch(tiny):
     restart = torch.cat([torch.arange(5), torch.arange(7)])[None]
     with torch.no_grad():
         for options in (
-            {"position_ids": positions}, {"position_ids": positions, "use_cache": False},
+            {"position_ids": positions},
+            {"position_ids": positions, "use_cache": False},
             {"position_ids": restart, "attention_mask": torch.ones(1, 12, dtype=torch.long)},
-        ):  # fmt: skip
+        ):
             stock = tiny(ids, **options).logits
             with patch_model(tiny, "FP16"):
                 torch.testing.assert_close(tiny(ids, **options).logits, stock, rtol=1e-4, atol=2e-4)

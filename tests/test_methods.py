@@ -334,12 +334,17 @@ def test_measured_bits_are_the_formulas(name):
     assert measured["total"] == pytest.approx(each + 32 / (2 * LAYERS * CHANNELS))
 
 
-@pytest.mark.parametrize("name, flag, value", [
-    ("KIVI2", "Grouped_Head_Key_Rotation", True),
-    ("QuaRot2", "Outlier_Aware_Key_Rotation", True), ("QuaRot2", "Grouped_Head_Key_Rotation", True),
-    ("TurboQuant2", "k_groupsize", 32), ("TurboQuant2", "v_clip_ratio", 0.9),
-    ("RTN2", "Outlier_Aware_Key_Rotation", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, flag, value",
+    [
+        ("KIVI2", "Grouped_Head_Key_Rotation", True),
+        ("QuaRot2", "Outlier_Aware_Key_Rotation", True),
+        ("QuaRot2", "Grouped_Head_Key_Rotation", True),
+        ("TurboQuant2", "k_groupsize", 32),
+        ("TurboQuant2", "v_clip_ratio", 0.9),
+        ("RTN2", "Outlier_Aware_Key_Rotation", True),
+    ],
+)
 def test_a_flag_without_meaning_is_one_line(name, flag, value):
     with pytest.raises(UserError, match=f"{name[:-1]} has no use for {flag}:") as error:
         codec_of(name, **{flag: value})

@@ -43,18 +43,31 @@ from rotatekv.models.vision import load_vision_model, random_llava
 Image = pytest.importorskip("PIL.Image")
 NO_REORDER = ["--Outlier_Aware_Key_Rotation", "False"]
 VISION = {
-    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
-}  # fmt: skip
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 PER_IMAGE = 4  # 28 × 28 pixels in patches of 14
 
 
 def sample(**changes) -> dict:
     base = {
-        "id": "A/0", "dataset": "A", "question_type": "multi-choice", "instruction": "Judge.",
-        "context": "One {image#1} two {table#2}\nTrue?", "choices": ["yes", "no"], "letters": True,
-        "answer": "yes", "image_files": [Path("a.png"), Path("b.png")], "image_count": 2, "combined": False,
-    }  # fmt: skip
+        "id": "A/0",
+        "dataset": "A",
+        "question_type": "multi-choice",
+        "instruction": "Judge.",
+        "context": "One {image#1} two {table#2}\nTrue?",
+        "choices": ["yes", "no"],
+        "letters": True,
+        "answer": "yes",
+        "image_files": [Path("a.png"), Path("b.png")],
+        "image_count": 2,
+        "combined": False,
+    }
     return {**base, **changes}
 
 
@@ -136,13 +149,32 @@ def test_an_instruction_without_room_is_refused():
 @pytest.mark.parametrize(
     ("prediction", "chosen"),
     [
-        ("A. red car", 0), ("b) blue car", 1), ("The answer is (C) 10.", 2), ("It is the Blue Car!", 1),
-        ("blue car, not red car", 1), ("A. red car\nB. blue car", 0), ("D", 3), ("d.", 3), ("(B)", 1),
-        ("The answer is B.", 1), ("Answer: C\n", 2), ("10", 2), ("1", 3), ("100", None), ("", None), ("...", None),
-        ("E", None), ("A dog and a cat", None), ("A or B", None), ("A is right", 0), ("I think so", None),
-        ("redcar", None), ("predicted cars", None), ("B. red car", 0),
+        ("A. red car", 0),
+        ("b) blue car", 1),
+        ("The answer is (C) 10.", 2),
+        ("It is the Blue Car!", 1),
+        ("blue car, not red car", 1),
+        ("A. red car\nB. blue car", 0),
+        ("D", 3),
+        ("d.", 3),
+        ("(B)", 1),
+        ("The answer is B.", 1),
+        ("Answer: C\n", 2),
+        ("10", 2),
+        ("1", 3),
+        ("100", None),
+        ("", None),
+        ("...", None),
+        ("E", None),
+        ("A dog and a cat", None),
+        ("A or B", None),
+        ("A is right", 0),
+        ("I think so", None),
+        ("redcar", None),
+        ("predicted cars", None),
+        ("B. red car", 0),
     ],
-)  # fmt: skip
+)
 def test_awkward_choices(prediction, chosen):
     assert match_choice(prediction, ["red car", "blue car", "10", "1"]) == chosen
 
@@ -163,9 +195,13 @@ def test_longer_of_two_choices_that_begin_alike():
 
 @pytest.mark.parametrize(
     ("text", "normal"),
-    [("  It's 1,234.50 (USD). ", "it's 1234.50 usd"), ("top-left\n'Yes'", "top left yes"), ("-5", "-5"),
-     (".5 a.b", "5 a b")],
-)  # fmt: skip
+    [
+        ("  It's 1,234.50 (USD). ", "it's 1234.50 usd"),
+        ("top-left\n'Yes'", "top left yes"),
+        ("-5", "-5"),
+        (".5 a.b", "5 a b"),
+    ],
+)
 def test_normalize(text, normal):
     assert normalize(text) == normal
 
@@ -209,17 +245,23 @@ def test_splits():
     assert category_of("action_localization") == category_of("ActionLocalization") == "temporal"
     assert (category_of("OCR-VQA"), category_of("GPR1200"), category_of("NLVR-few")) == ("semantic", "diagnostic", None)
     assert {name: len(datasets) for name, datasets in CATEGORIES.items()} == {
-        "temporal": 13, "semantic": 13, "diagnostic": 3,
-    }  # fmt: skip
+        "temporal": 13,
+        "semantic": 13,
+        "diagnostic": 3,
+    }
 
 
 def test_summary_by_hand():
     rows = [("TQA", 1.0, 2), ("TQA", 0.0, 6), ("TQA", 0.0, 7), ("TQA", 0.0, 2), ("GPR1200", 1.0, 40), ("X", 0.5, 5)]
     metric = summarize([record(name, score=score, image_count=images) for name, score, images in rows])
     assert metric == {
-        "TQA": 25.0, "GPR1200": 100.0, "X": 50.0, "average": pytest.approx(175 / 3),
-        "images": {"few": 50.0, "medium": 0.0, "many": 100.0}, "categories": {"semantic": 25.0, "diagnostic": 100.0},
-    }  # fmt: skip
+        "TQA": 25.0,
+        "GPR1200": 100.0,
+        "X": 50.0,
+        "average": pytest.approx(175 / 3),
+        "images": {"few": 50.0, "medium": 0.0, "many": 100.0},
+        "categories": {"semantic": 25.0, "diagnostic": 100.0},
+    }
 
 
 # The command, on a tiny LLaVA
@@ -231,9 +273,10 @@ def tiny_llava(folder: Path, context: int = 512) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     config = LlavaConfig(
-        vision_config=VISION, text_config=tiny_model(max_position_embeddings=context).config,
+        vision_config=VISION,
+        text_config=tiny_model(max_position_embeddings=context).config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
@@ -242,9 +285,12 @@ def tiny_llava(folder: Path, context: int = 512) -> Path:
     model.save_pretrained(folder)
     size = {"height": 28, "width": 28}
     LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size), tokenizer, patch_size=14,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -378,15 +424,20 @@ def test_llava_next_with_mistral_inside(folder, pictures, tmp_path):
     tokenizer = source.tokenizer
     pinpoints = [[28, 56], [56, 28]]
     config = LlavaNextConfig(
-        vision_config=VISION, text_config=tiny_model("mistral").config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_grid_pinpoints=pinpoints,
-    )  # fmt: skip
+        vision_config=VISION,
+        text_config=tiny_model("mistral").config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+    )
     LlavaNextForConditionalGeneration(config).save_pretrained(tmp_path / "next")
     size = {"height": 28, "width": 28}
     LlavaNextProcessor(
         LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=size, image_grid_pinpoints=pinpoints),
-        tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    ).save_pretrained(tmp_path / "next")  # fmt: skip
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(tmp_path / "next")
     MileBench_evaluation.main(flags(tmp_path / "next", pictures, tmp_path, "--RTN4", "--datasets", "TQA"))
     metrics, records = read_run(tmp_path)
     assert metrics["n"] == 4 and all(r["image_tokens"] > 2 * PER_IMAGE for r in records)

@@ -114,10 +114,11 @@ def calibrated(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found |= {"offset": offset, **calibration_kvquant.collect_levels(model, text_model, windows, offset, scale)}
     mean, scale = calibration_plus.collect_key_factors(model, text_model, windows)
     statistics = {
-        "key_mean": mean, "key_scale": scale,
+        "key_mean": mean,
+        "key_scale": scale,
         "reorder_index": calibration_plus.order_channels(model, text_model, windows, mean, scale, 96),
         "sink_threshold": calibration_plus.collect_sink_thresholds(model, text_model, windows),
-    }  # fmt: skip
+    }
     return found | statistics | {"rank": calibration_plus.rank_sensitivity(model, windows, statistics)}
 
 
@@ -132,8 +133,22 @@ def test_default_dtype_and_device_change_no_calibration():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=f"{name}, {dtype}, {device}")
 
 
-FACTORIES = {"zeros", "ones", "empty", "full", "arange", "tensor", "eye", "linspace", "rand", "randn", "randint",
-             "randperm", "as_tensor", "Generator"}  # fmt: skip
+FACTORIES = {
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "tensor",
+    "eye",
+    "linspace",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "as_tensor",
+    "Generator",
+}
 ROOT = Path(__file__).parents[1]
 
 

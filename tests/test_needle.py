@@ -118,10 +118,7 @@ def words(tokens: list[int]) -> str:
     return "".join("." if token == 9 else "a" for token in tokens)
 
 
-@pytest.mark.parametrize(
-    ("depth", "point"),
-    [(0, 0), (10, 1), (40, 2), (50, 5), (60, 6), (80, 6), (99, 6), (100, 10)],
-)
+@pytest.mark.parametrize(("depth", "point"), [(0, 0), (10, 1), (40, 2), (50, 5), (60, 6), (80, 6), (99, 6), (100, 10)])
 def test_needle_goes_back_to_the_last_full_stop(depth, point):
     tokens = [1, 9, 1, 1, 9, 9, 1, 1, 1, 1]  # 9 is the full stop
     assert needle.insertion_point(tokens, depth, words) == point
@@ -323,10 +320,16 @@ def test_chat_template_is_the_default_where_there_is_one(folder, haystack, tmp_p
 def grid_for(needle_type="passkey", method="FP16", columns=3, rows=4, **changes) -> dict:
     values = [[100.0 * (row + column) / (rows + columns) for column in range(columns)] for row in range(rows)]
     return {
-        "needle_type": needle_type, "model": "some/Model", "method": method, "bits": 3.2,
-        "context_lengths": [512 * (n + 1) for n in range(columns)], "depths": [10 * n for n in range(rows)],
-        "rouge1": values, "recall": values, **changes,
-    }  # fmt: skip
+        "needle_type": needle_type,
+        "model": "some/Model",
+        "method": method,
+        "bits": 3.2,
+        "context_lengths": [512 * (n + 1) for n in range(columns)],
+        "depths": [10 * n for n in range(rows)],
+        "rouge1": values,
+        "recall": values,
+        **changes,
+    }
 
 
 def assert_picture(path: Path) -> None:

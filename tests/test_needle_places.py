@@ -50,11 +50,15 @@ def test_each_depth_has_a_place_of_its_own_and_says_which(name):
 @pytest.mark.parametrize(
     ("name", "ends"),
     [
-        ("English", "."), ("Chinese", "。！？"), ("Hindi", "।"), ("a poem", "\n"),
-        ("a poem with one full stop", "\n"), ("no end at all", TEXTS["no end at all"]),
+        ("English", "."),
+        ("Chinese", "。！？"),
+        ("Hindi", "।"),
+        ("a poem", "\n"),
+        ("a poem with one full stop", "\n"),
+        ("no end at all", TEXTS["no end at all"]),
     ],
     ids=lambda text: text[:30],
-)  # fmt: skip
+)
 def test_a_needle_stands_behind_an_end_where_the_text_has_ends(name, ends):
     for depth in DEPTHS[1:]:
         before = place(TEXTS[name], depth)[0]

@@ -246,9 +246,12 @@ def test_a_cache_of_another_config_is_refused_and_one_of_an_equal_config_taken(t
     with patch_model(tiny, ROTATEKV2):
         cache = tiny(ids).past_key_values
     for other in (
-        replace(ROTATEKV2, k_bits=4), replace(ROTATEKV2, quantize_prefill=False), replace(ROTATEKV2, v_clip_ratio=0.9),
-        PRESETS["FP16"], PRESETS["RTN2"],
-    ):  # fmt: skip
+        replace(ROTATEKV2, k_bits=4),
+        replace(ROTATEKV2, quantize_prefill=False),
+        replace(ROTATEKV2, v_clip_ratio=0.9),
+        PRESETS["FP16"],
+        PRESETS["RTN2"],
+    ):
         with patch_model(tiny, other):
             with pytest.raises(UserError, match="another config"):
                 tiny(ids[:, :1], past_key_values=cache)

@@ -296,9 +296,7 @@ def test_rope_whose_frequencies_change_with_the_length_is_refused(family, change
     assert repr(changes["rope_parameters"]["rope_type"]) in line and "llama3" in line
 
 
-LLAMA3 = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize("changes", [rope("linear", factor=4.0), rope("llama3", **LLAMA3)])
@@ -331,11 +329,14 @@ def test_an_unknown_preset_is_refused(config, tiny):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"k_groupsize": 5}, "48"), ({"v_groupsize": 12}, "16"), ({"v_groupsize": 48}, "16"),
-        ({"method": "nothing"}, "unknown method"), ({"method": "fp16"}, "FP16"),
+        ({"k_groupsize": 5}, "48"),
+        ({"v_groupsize": 12}, "16"),
+        ({"v_groupsize": 48}, "16"),
+        ({"method": "nothing"}, "unknown method"),
+        ({"method": "fp16"}, "FP16"),
         ({"Outlier_Aware_Key_Rotation": True, "Grouped_Head_Key_Rotation": False}, "both"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_does_not_fit_the_model_is_refused_before_anything_changes(changes, named, tiny):
     assert named in refusal(tiny, replace(ROTATEKV2, **changes))
 
@@ -351,9 +352,7 @@ def test_half_precision_models_work(config, dtype, any_family):
         cache = generated.past_key_values
     assert out.dtype == dtype and out.isfinite().all() and torch.stack(generated.logits).isfinite().all()
     assert (out.float() - exact).abs().mean() < exact.abs().mean(), "further from the model than zeros are"
-    assert {x.dtype for layer in cache.layers for x in layer.packed_keys} == {
-        torch.int32, torch.float16, torch.int8,
-    }  # fmt: skip
+    assert {x.dtype for layer in cache.layers for x in layer.packed_keys} == {torch.int32, torch.float16, torch.int8}
     if config.residual_length:
         assert cache.layers[0].window_keys.dtype == dtype
 
@@ -386,9 +385,16 @@ def test_a_model_with_accelerates_hooks_is_patched_beneath_them_and_restored(con
 
 def tiny_llava() -> LlavaForConditionalGeneration:
     text = LlamaConfig(
-        vocab_size=128, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=16, initializer_range=0.3, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )

@@ -42,10 +42,13 @@ def test_the_methods_named_where_heads_cannot_be_rotated(preset):
 @pytest.mark.parametrize(
     "config",
     [
-        PRESETS["KIVI2"], PRESETS["KIVI4"], replace(PRESETS["RTN3"], v_groupsize=50), replace(PLAIN, k_groupsize=100),
+        PRESETS["KIVI2"],
+        PRESETS["KIVI4"],
+        replace(PRESETS["RTN3"], v_groupsize=50),
+        replace(PLAIN, k_groupsize=100),
         replace(PRESETS["QuaRot4"], k_groupsize=7, v_groupsize=8),
     ],
-)  # fmt: skip
+)
 def test_the_group_size_named_where_one_does_not_fit(config):
     model = tiny_model("llama", head_dim=72)
     name, size = re.search(r"--([kv]_groupsize) (\d+) does", refusal(model, config)).groups()
@@ -61,7 +64,7 @@ def test_the_group_size_named_where_one_does_not_fit(config):
         ("RTN2", {"sink_selection": "massive"}, {"sink_selection": "detected"}),
         ("TurboQuant2", {"k_groupsize": 8}, {"k_groupsize": None}),
     ],
-)  # fmt: skip
+)
 def test_flags_that_do_not_go_together(preset, changes, kept, tmp_path, monkeypatch):
     model, file = tiny_model("llama"), None
     model.name_or_path = "tiny"

@@ -166,8 +166,11 @@ def test_settings_say_what_the_method_name_does_not(tmp_path):
     add_run(tmp_path, chunk_size=None, fingerprint="ccccccccdddd")
     runs, _ = collect_runs([tmp_path])
     assert sorted(run.settings for run in runs) == [
-        "chunk_size 64", "fingerprint aaaaaaaa", "fingerprint cccccccc", "k_bits 3"
-    ]  # fmt: skip
+        "chunk_size 64",
+        "fingerprint aaaaaaaa",
+        "fingerprint cccccccc",
+        "k_bits 3",
+    ]
 
 
 def test_comparison_data_hold_config_and_samples(tmp_path):

@@ -123,8 +123,11 @@ def test_a_failed_cell_is_one_line_and_the_others_go_on(flags, tmp_path, monkeyp
         reproduce.main([*flags, "--methods", "RTN2,RTN4", "--limit", "1"])
     assert end.value.code == 1
     assert [(record["row"], record["status"]) for record in read_csv(tmp_path)] == [
-        ("RTN2", "failed"), ("RTN2", "failed"), ("RTN4", "done"), ("RTN4", "done"),
-    ]  # fmt: skip
+        ("RTN2", "failed"),
+        ("RTN2", "failed"),
+        ("RTN4", "done"),
+        ("RTN4", "done"),
+    ]
     assert read_rows(tmp_path)[0][4:] == ["failed", "", "", "", "failed", "", "", ""]
     assert len(re.findall("RTN2, one-shot: failed, no luck", capsys.readouterr().err)) == 1
 
@@ -221,9 +224,12 @@ def test_a_model_without_indices_is_calibrated_first(flags, tmp_path, started):
     )
     runs, options = Runs(tmp_path), Options()
     for method, model, kind in (
-        ("RotateKV2", "smollm2-135m", None), ("KVQuant2", "smollm2-135m", None), ("RTN2", "m", None),
-        ("RotateKV2", "m", "reorder"), ("KVQuant2", "m", "kvquant"),
-    ):  # fmt: skip
+        ("RotateKV2", "smollm2-135m", None),
+        ("KVQuant2", "smollm2-135m", None),
+        ("RTN2", "m", None),
+        ("RotateKV2", "m", "reorder"),
+        ("KVQuant2", "m", "kvquant"),
+    ):
         calibration = runs.calibrated(ppl_cell(model, method, options), ("--data_dir", "x")).calibration
         assert (None if calibration is None else calibration.flags) == (
             None if kind is None else ("--model", "m", "--statistics", kind, "--data_dir", "x")
@@ -314,34 +320,50 @@ def test_ablation_rows_are_legal_distinct_and_cover_the_issue():
     assert calibrations["wikitext2-8192"][2:] == ("--dataset", "wikitext2", "--calibration_tokens", "8192")
     four = ablation_cells("m", Options(), {}, LayerGeometry(0, 8, 128), ())
     assert {cell.label for cell in four if cell.group == "group size"} == {
-        "32 channels", "64 channels", "96 channels (keys alone)", "128 channels",
-    } - {"96 channels (keys alone)"}  # fmt: skip
+        "32 channels",
+        "64 channels",
+        "96 channels (keys alone)",
+        "128 channels",
+    } - {"96 channels (keys alone)"}
 
 
 def test_the_papers_figures_are_the_papers():
     figures = load_paper_figures()
     for key, value in {
-        ("ppl", "llama2_7b", "RotateKV2"): 5.50, ("ppl", "llama3_8b", "QuaRot2"): 21.43,
-        ("gsm8k", "mistral_7b", "RotateKV2"): 42.99, ("needle", "llama2_7b_80K", "FP16"): 86.44,
+        ("ppl", "llama2_7b", "RotateKV2"): 5.50,
+        ("ppl", "llama3_8b", "QuaRot2"): 21.43,
+        ("gsm8k", "mistral_7b", "RotateKV2"): 42.99,
+        ("needle", "llama2_7b_80K", "FP16"): 86.44,
         ("ablation", "llama2_13b", "grouped heads"): 5.67,
-    }.items():  # fmt: skip
+    }.items():
         assert figures[key].value == value and figures[key].arxiv == "2501.16383" and figures[key].table
     assert len(figures) == 16 + 12 + 2 + 5
     rows = ablation_cells("llama2_13b", Options(), figures, None, ())
     found = {cell.label: cell.paper.value for cell in rows if cell.paper}
     assert found == {
-        "rotation, per head after RoPE": 6.96, "+ grouped heads before RoPE": 5.67, "+ sinks": 5.52,
-        "+ reordering": 4.84, "32 channels": 4.75,
-    }  # fmt: skip
+        "rotation, per head after RoPE": 6.96,
+        "+ grouped heads before RoPE": 5.67,
+        "+ sinks": 5.52,
+        "+ reordering": 4.84,
+        "32 channels": 4.75,
+    }
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"value": "5.5"}, {"value": float("nan")}, {"value": -1}, {"task": "speed"}, {"metric": "accuracy"},
-        {"arxiv": "the paper"}, {"grade": "I"}, {"table": ""}, {"page": 3}, {"protocol": None},
+        {"value": "5.5"},
+        {"value": float("nan")},
+        {"value": -1},
+        {"task": "speed"},
+        {"metric": "accuracy"},
+        {"arxiv": "the paper"},
+        {"grade": "I"},
+        {"table": ""},
+        {"page": 3},
+        {"protocol": None},
     ],
-)  # fmt: skip
+)
 def test_a_bad_paper_figure_is_refused(tmp_path, change):
     content = json.loads(paper_figures.PAPER_FIGURES.read_text(encoding="utf-8"))
     content["figures"][0] |= change
@@ -368,9 +390,11 @@ def test_a_difference_needs_the_papers_protocol(tmp_path):
         "n": 1,
         "partial": False,
     }
-    figures = {("ppl", "llama2_7b", "RotateKV2"): PaperFigure(
-        "ppl", "llama2_7b", "RotateKV2", "ppl", 5.5, {"PPL_seq_length": 4096}, "2501.16383", "a table", "S"
-    )}  # fmt: skip
+    figures = {
+        ("ppl", "llama2_7b", "RotateKV2"): PaperFigure(
+            "ppl", "llama2_7b", "RotateKV2", "ppl", 5.5, {"PPL_seq_length": 4096}, "2501.16383", "a table", "S"
+        )
+    }
     for length, expected in ((None, 0.5), (2048, "")):
         cells = method_cells("ppl", ["llama2_7b"], ["RotateKV2"], Options(PPL_seq_length=length), figures)
         records = [reproduce_tables.record_of(c, Outcome("done", metrics, "x"), Runs(tmp_path)) for c in cells]

@@ -226,9 +226,10 @@ def test_two_processes_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp
     folder = tmp_path / "ppl" / "tiny-model" / config_hash(CONFIG)
     (folder / "samples.jsonl").write_text(json.dumps(SAMPLES[0]) + "\n", encoding="utf-8")
     attempts = (
-        lambda: start(tmp_path, resume=True), lambda: start(tmp_path, overwrite=True),
+        lambda: start(tmp_path, resume=True),
+        lambda: start(tmp_path, overwrite=True),
         lambda: Run.of_folder(folder, "ppl"),
-    )  # fmt: skip
+    )
     for attempt in attempts:
         with pytest.raises(UserError, match=r"another process is at work in .*--output_dir") as caught:
             attempt()

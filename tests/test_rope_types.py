@@ -24,7 +24,7 @@ FIXED = [
     ("qwen2", rope("yarn", **YARN, attention_factor=0.7)),
     ("phi3", rope("default", partial_rotary_factor=0.5)),
     ("llama", rope("proportional", partial_rotary_factor=0.5)),
-]  # fmt: skip
+]
 
 
 def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -308,11 +308,18 @@ def test_calibrate_reorder_makes_the_file(tmp_path, monkeypatch, capsys):
         assert model(token_ids(1, 70)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("key_scale", lambda x: -x), ("key_mean", lambda x: x * float("nan")), ("extra_bit_rank", lambda x: x[:, :1]),
-    ("sink_threshold", lambda x: x[:1]), ("key_scale", lambda x: x * 1e-40), ("key_mean", lambda x: x[:, :-1]),
-    ("reorder_index", lambda x: x // 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("key_scale", lambda x: -x),
+        ("key_mean", lambda x: x * float("nan")),
+        ("extra_bit_rank", lambda x: x[:, :1]),
+        ("sink_threshold", lambda x: x[:1]),
+        ("key_scale", lambda x: x * 1e-40),
+        ("key_mean", lambda x: x[:, :-1]),
+        ("reorder_index", lambda x: x // 2),
+    ],
+)
 def test_a_damaged_file_is_one_line(name, damage, tmp_path, tiny):
     statistics = random_statistics()
     statistics[name] = damage(statistics[name])
@@ -322,10 +329,14 @@ def test_a_damaged_file_is_one_line(name, damage, tmp_path, tiny):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"Grouped_Head_Key_Rotation": False, "Outlier_Aware_Key_Rotation": False}, "before RoPE"),
-    ({"k_bits": 4}, "at most"), ({"extra_bit_share": 1.5}, "extra_bit_share"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"Grouped_Head_Key_Rotation": False, "Outlier_Aware_Key_Rotation": False}, "before RoPE"),
+        ({"k_bits": 4}, "at most"),
+        ({"extra_bit_share": 1.5}, "extra_bit_share"),
+    ],
+)
 def test_flags_without_sense_are_one_line(changes, message, statistics_file, tiny):
     with pytest.raises(UserError, match=message) as error:
         patch_model(tiny, replace(PLUS, **changes), statistics_file)

@@ -22,9 +22,20 @@ from rotatekv.cache.cropping import MOST_CROPPED
 from rotatekv.statistics import save_statistics
 
 NAMES = [
-    "FP16", "RTN2", "KIVI2", "KIVI4", "QuaRot2", "TurboQuant2", "KVQuant2", "RotateKV2", "RotateKV3", "RotateKV4",
-    "RotateKV2+", "RotateKV3+", "RotateKV4+",
-]  # fmt: skip
+    "FP16",
+    "RTN2",
+    "KIVI2",
+    "KIVI4",
+    "QuaRot2",
+    "TurboQuant2",
+    "KVQuant2",
+    "RotateKV2",
+    "RotateKV3",
+    "RotateKV4",
+    "RotateKV2+",
+    "RotateKV3+",
+    "RotateKV4+",
+]
 PROMPT, NEW = 152, 14  # a group of KIVI and a block of RotateKV+ are packed at 160 tokens
 
 

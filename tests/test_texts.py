@@ -153,9 +153,7 @@ def test_windows_that_each_begin_with_bos(starts_with_bos):
     text = torch.arange(10, 31).unsqueeze(0)
     ids = torch.cat([torch.tensor([[2]]), text], dim=1) if starts_with_bos else text
     windows = list(windows_of(ids, 6, bos=2))
-    assert [window.tolist() for window in windows] == [
-        [[2, *range(start, start + 5)]] for start in (10, 15, 20, 25)
-    ]  # fmt: skip
+    assert [window.tolist() for window in windows] == [[[2, *range(start, start + 5)]] for start in (10, 15, 20, 25)]
 
 
 def test_gemma_alone_begins_every_window_with_bos():

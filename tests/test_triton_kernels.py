@@ -28,8 +28,19 @@ def _environment(**changes: str) -> dict[str, str]:
 def interpreted(tmp_path_factory) -> dict[str, str]:
     """Every case of interpreted_triton.py, run in a process where triton interprets: name → what failed, or ""."""
     report = tmp_path_factory.mktemp("triton") / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--junitxml={report}",
-               "--rootdir", str(TESTS.parent), str(TESTS / "interpreted_triton.py")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        "--rootdir",
+        str(TESTS.parent),
+        str(TESTS / "interpreted_triton.py"),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, env=_environment(TRITON_INTERPRET="1"), timeout=900, cwd=report.parent
     )

@@ -61,10 +61,11 @@ def main(argv: list[str] | None = None) -> None:
     draw_received(received.subplots(), capture, layer, scores)
     set_title(figure, f"Attention of layer {layer}: {capture.info.where}")
     save_png(
-        figure, args.output,
+        figure,
+        args.output,
         f"Attention of layer {layer}, {capture.info.where}: bright columns are attention sinks; "
         "dots are the tokens that the sink detector protects.",
-    )  # fmt: skip
+    )
 
 
 def draw_maps(figure, capture: Capture, scores: torch.Tensor, places: list[int], tokens: int) -> None:
@@ -99,10 +100,13 @@ def draw_received(panel, capture: Capture, layer: int, scores: torch.Tensor) -> 
     for height, token in enumerate(reversed(named)):  # a larger value's name stands higher: none covers another
         is_right = token > drawn // 2
         panel.annotate(
-            f"{token_label(capture.info.token_texts[token])} at {token}", (token, received[token].item()),
-            xytext=(-8 if is_right else 8, 11 * height - 4), ha="right" if is_right else "left",
-            textcoords="offset points", fontsize=8,
-        )  # fmt: skip
+            f"{token_label(capture.info.token_texts[token])} at {token}",
+            (token, received[token].item()),
+            xytext=(-8 if is_right else 8, 11 * height - 4),
+            ha="right" if is_right else "left",
+            textcoords="offset points",
+            fontsize=8,
+        )
     panel.set_xlabel("token")
     panel.set_ylabel("mean attention received\nfrom later queries")
     panel.legend(fontsize=8, loc="upper right")

@@ -97,9 +97,14 @@ def draw(panel, lines: dict[str, list[tuple[float, float, str]]]) -> None:
     for number, (family, points) in enumerate(lines.items()):
         bits, losses, _ = zip(*points, strict=True)
         panel.plot(
-            bits, losses, label=family, color=PALETTE[number % len(PALETTE)], marker=_MARKERS[number % len(_MARKERS)],
-            linestyle="-" if number < len(PALETTE) else "--", linewidth=2.4 if family.endswith("+") else 1.2,
-        )  # fmt: skip
+            bits,
+            losses,
+            label=family,
+            color=PALETTE[number % len(PALETTE)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="-" if number < len(PALETTE) else "--",
+            linewidth=2.4 if family.endswith("+") else 1.2,
+        )
     panel.set_yscale("log")
     panel.set_xlabel("bits per key and value number, everything counted")
     panel.set_ylabel("perplexity above FP16's")

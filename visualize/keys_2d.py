@@ -53,9 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     for line, (kind, keys) in zip(panels, rows.items(), strict=True):
         for panel, head, magnitudes in zip(line, heads, keys.float(), strict=True):
             image = panel.imshow(
-                magnitudes.T.numpy(), aspect="auto", origin="lower", cmap=COLOURS, vmin=0, vmax=top,
+                magnitudes.T.numpy(),
+                aspect="auto",
+                origin="lower",
+                cmap=COLOURS,
+                vmin=0,
+                vmax=top,
                 interpolation="antialiased",
-            )  # fmt: skip
+            )
             panel.set_title(f"key head {head}, {_ROWS[kind]}", fontsize=10)
     for panel in panels[-1]:
         panel.set_xlabel("token")
@@ -64,9 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     figure.colorbar(image, ax=panels, aspect=35, pad=0.02).set_label("|key|")
     set_title(figure, f"Keys of layer {layer}: {info.where}")
     save_png(
-        figure, args.output,
+        figure,
+        args.output,
         f"Magnitude of the keys of layer {layer}, {info.where}: outlier channels show as lines along the tokens.",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

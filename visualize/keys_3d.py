@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     figure.colorbar(colours, cax=figure.add_axes((0.92, 0.15, 0.018, 0.65))).set_label("|key|")
     set_title(figure, f"Keys of layer {layer}, all heads: {info.where}")
     save_png(
-        figure, args.output,
+        figure,
+        args.output,
         f"Keys of layer {layer}, {info.where}: outlier channels are ridges; compare them after the rotation.",
-    )  # fmt: skip
+    )
 
 
 def stages_of(capture: Capture, layer: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -90,9 +91,16 @@ def draw_surface(panel, magnitudes: torch.Tensor, top: float):
     highest = torch.nn.functional.max_pool2d(patches[None, None], 2, 1)[0, 0]
     colours = ScalarMappable(Normalize(0, top), COLOURS)
     panel.plot_surface(
-        grid[0].numpy(), grid[1].numpy(), patches.numpy(), facecolors=colours.to_rgba(highest.numpy()),
-        rcount=_MOST_POINTS, ccount=_MOST_POINTS, linewidth=0, shade=False, antialiased=False,
-    )  # fmt: skip
+        grid[0].numpy(),
+        grid[1].numpy(),
+        patches.numpy(),
+        facecolors=colours.to_rgba(highest.numpy()),
+        rcount=_MOST_POINTS,
+        ccount=_MOST_POINTS,
+        linewidth=0,
+        shade=False,
+        antialiased=False,
+    )
     panel.set_xlabel("token")
     panel.set_ylabel("channel (all heads)")
     panel.set_zlabel("|key|")

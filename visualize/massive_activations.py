@@ -54,10 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     draw_tokens(figure, lower, capture, layers, tokens)
     set_title(figure, f"Massive activations: {capture.info.where}")
     save_png(
-        figure, args.output,
+        figure,
+        args.output,
         f"The largest layer inputs of {capture.info.where}: tokens far above the median, "
         "and with dots those that RotateKV leaves unquantized.",
-    )  # fmt: skip
+    )
 
 
 def carriers(capture: Capture, layers: list[int]) -> list[int]:

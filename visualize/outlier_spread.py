@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         spread = group_range(keys, info.head_dim)
         panel.set_title(
             f"{name}: largest {maxima.max():.1f}, mean range of a {info.head_dim}-channel group {spread:.2f}",
-            fontsize=10, loc="left",
-        )  # fmt: skip
+            fontsize=10,
+            loc="left",
+        )
         panel.set_ylabel("max |key|\nover tokens")
         for head in range(1, info.num_key_value_heads):
             panel.axvline(head * info.head_dim - 0.5, color="grey", linewidth=0.6, linestyle=":")
@@ -55,10 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     panels[-1].set_xlim(-0.5, len(maxima) - 0.5)
     set_title(figure, f"Keys of layer {layer} before RoPE, all heads: {info.where}")
     save_png(
-        figure, args.output,
+        figure,
+        args.output,
         f"Channel maxima of the keys of layer {layer}, {info.where}: rotation shares outliers out, reordering "
         "puts channels of like mean into one group; compare the range that a group's scale must cover.",
-    )  # fmt: skip
+    )
 
 
 def stages_of(capture: Capture, layer: int) -> dict[str, torch.Tensor]:

@@ -53,15 +53,18 @@ def main(argv: list[str] | None = None) -> None:
         panel.tick_params(which="minor", labelsize=8)
     panels[0].set_ylabel("relative error |x̂ − x| / |x| per token\nmedian, band: quartiles")
     figure.legend(
-        *panels[0].get_legend_handles_labels(), ncols=len(methods), fontsize=9, loc="outside lower center",
+        *panels[0].get_legend_handles_labels(),
+        ncols=len(methods),
+        fontsize=9,
+        loc="outside lower center",
         frameon=False,
-    )  # fmt: skip
+    )
     set_title(figure, f"Quantization error: {capture.info.where}")
     save_png(
-        figure, args.output,
-        f"Relative error of keys and values by layer, {capture.info.where}: compare RTN and "
-        "RotateKV at equal bits.",
-    )  # fmt: skip
+        figure,
+        args.output,
+        f"Relative error of keys and values by layer, {capture.info.where}: compare RTN and RotateKV at equal bits.",
+    )
 
 
 def pick_methods(capture: Capture, asked: str | None) -> list[str]:
@@ -82,8 +85,10 @@ def pick_methods(capture: Capture, asked: str | None) -> list[str]:
 def draw_method(panel, capture: Capture, what: str, label: str, number: int) -> None:
     """The median over tokens of each layer, with the quartiles as a band."""
     layers = list(capture.info.layers)
-    quartiles = [capture.get(layer, what).quantile(capture.get(layer, what).new_tensor([0.25, 0.5, 0.75])).tolist()
-                 for layer in layers]  # fmt: skip
+    quartiles = [
+        capture.get(layer, what).quantile(capture.get(layer, what).new_tensor([0.25, 0.5, 0.75])).tolist()
+        for layer in layers
+    ]
     low, middle, high = zip(*quartiles, strict=True)
     colour = PALETTE[number % len(PALETTE)]
     marker = _MARKERS[number % len(_MARKERS)]

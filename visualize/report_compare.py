@@ -26,12 +26,17 @@ def compare_data(runs: list[RunRecord]) -> str:
 def _run_data(run: RunRecord) -> dict:
     rows = [_sample_data(sample) for sample in run.samples[:MOST_SAMPLES]]
     return {
-        "task": run.task, "title": task_of(run.task).title, "method": run.method, "model": run.model, "id": run.run_id,
+        "task": run.task,
+        "title": task_of(run.task).title,
+        "method": run.method,
+        "model": run.model,
+        "id": run.run_id,
         "groups": [[name, [list(row) for row in rows]] for name, rows in _facts(run).items() if rows],
         "protocol": _protocol(run),
-        "samples": rows, "sampleCount": len(run.samples),
+        "samples": rows,
+        "sampleCount": len(run.samples),
         "cut": any(row.pop("cut") for row in rows),
-    }  # fmt: skip
+    }
 
 
 def _facts(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
@@ -80,10 +85,14 @@ def _sample_data(sample: dict) -> dict:
     prediction, cut = _capped(sample.get("prediction"))
     answers, answers_cut = _capped(sample.get("answers"))
     return {
-        "id": str(sample["id"]), "measure": measure, "shown": number_text(value, 4 if measure == "nll" else None),
+        "id": str(sample["id"]),
+        "measure": measure,
+        "shown": number_text(value, 4 if measure == "nll" else None),
         "value": value if value is not None and math.isfinite(value) else None,
-        "prediction": prediction, "answers": answers, "cut": cut or answers_cut,
-    }  # fmt: skip
+        "prediction": prediction,
+        "answers": answers,
+        "cut": cut or answers_cut,
+    }
 
 
 def _capped(value) -> tuple[str | None, bool]:

@@ -147,10 +147,13 @@ class RotateKVCache(Cache):
 
     def _split(self, parts: Parts) -> None:
         """Keep each sequence's attention layers in its own cache from now on."""
-        self.parts, self.layers = parts, [
-            SplitLayer(parts, number, layer) if isinstance(layer, RotateKVLayer) else layer
-            for number, layer in enumerate(self.layers)
-        ]  # fmt: skip
+        self.parts, self.layers = (
+            parts,
+            [
+                SplitLayer(parts, number, layer) if isinstance(layer, RotateKVLayer) else layer
+                for number, layer in enumerate(self.layers)
+            ],
+        )
 
     def _start_again(self) -> None:
         """New layers in place of those of an empty cache."""

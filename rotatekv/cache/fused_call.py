@@ -41,9 +41,7 @@ class FusedCall:
         return found
 
 
-def plan_fused_call(
-    positions: torch.Tensor, new_tokens: int, attention_mask: torch.Tensor | None
-) -> FusedCall | None:
+def plan_fused_call(positions: torch.Tensor, new_tokens: int, attention_mask: torch.Tensor | None) -> FusedCall | None:
     """The fused form of a call, or None where only the general path is right: a prefill, or odd masks or positions.
 
     Args:

@@ -132,9 +132,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self.write(key_states, value_states, kernels_on(key_states.device))
         return self.read()
 
-    def write(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, kernels: ModuleType | None = None
-    ) -> None:
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor, kernels: ModuleType | None = None) -> None:
         """Store T new tokens, (B, H_kv, T, D) each, as ``update`` takes them; ``flushed`` are then those this call has
         packed that some of its own queries still see in their recent window, None where there are none."""
         if not self.is_initialized:
@@ -155,9 +153,13 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         return self._with_exact(keys, "keys"), self._with_exact(values, "values")
 
     def _decode(
-        self, packed: Store, kernels: ModuleType | None, form: HeadForm | None,
-        decode: Callable[[Packed], torch.Tensor], to_heads: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        packed: Store,
+        kernels: ModuleType | None,
+        form: HeadForm | None,
+        decode: Callable[[Packed], torch.Tensor],
+        to_heads: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         """(B, H_kv, T, D) in the model's dtype with room for all tokens, of which the packed ones are set."""
         tokens = self._kept()
         if form is not None and isinstance(packed, CodeStore) and self._are_read_by(kernels):
@@ -300,10 +302,11 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         if not len(rows):
             return
         new = {
-            "sink_rows": rows.int(), "sink_columns": (columns + self.packed_keys.length).int(),
+            "sink_rows": rows.int(),
+            "sink_columns": (columns + self.packed_keys.length).int(),
             "sink_keys": self._to_storage(keys[rows, :, columns]),
             "sink_values": self._to_storage(values[rows, :, columns]),
-        }  # fmt: skip
+        }
         if self.sink_rows is not None:
             new = {name: torch.cat([getattr(self, name), x]) for name, x in new.items()}
             order = torch.argsort(new["sink_rows"], stable=True)  # rows ascend

@@ -169,8 +169,10 @@ class Parts:
         """Row ``i`` gets copies of the parts that row ``rows[i]`` had."""
         self.parts = [
             replace(part, row=i, cache=copy.deepcopy(part.cache))
-            for i, row in enumerate(rows.tolist()) for part in self.parts if part.row == row
-        ]  # fmt: skip
+            for i, row in enumerate(rows.tolist())
+            for part in self.parts
+            if part.row == row
+        ]
 
 
 class SplitLayer(CacheLayerMixin):

@@ -64,7 +64,6 @@ class CacheSpec:
         """Empty layers of a cache: ours where tokens are stored, transformers' own elsewhere."""
         stock = DynamicCache(config=self.text_config).layers
         return [
-            layer if method is None
-            else RotateKVLayer(method, rope, positions, getattr(layer, "sliding_window", None))
+            layer if method is None else RotateKVLayer(method, rope, positions, getattr(layer, "sliding_window", None))
             for layer, method, rope in zip(stock, self.methods, self.ropes, strict=True)
-        ]  # fmt: skip
+        ]

@@ -107,10 +107,16 @@ def attend_with_own_windows(
         if causal:
             visible &= columns <= here[:, None]
         keys, values = (
-            torch.cat([x[:, :, slice(*parts[0])], old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],
-                       x[:, :, slice(*parts[2])]], dim=2)
+            torch.cat(
+                [
+                    x[:, :, slice(*parts[0])],
+                    old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],
+                    x[:, :, slice(*parts[2])],
+                ],
+                dim=2,
+            )
             for x, old in ((key, flushed.keys), (value, flushed.values))
-        )  # fmt: skip
+        )
         mask = _with_mask(attention_mask, slice(first, last), columns, visible)
         output, weights = attend(module, query[:, :, first:last], keys, values, mask, **options)
         outputs.append(output)

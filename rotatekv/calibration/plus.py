@@ -74,9 +74,13 @@ def collect_key_factors(
 
 
 def order_channels(
-    model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor],
-    key_mean: torch.Tensor, key_scale: torch.Tensor, width: int,
-) -> torch.Tensor:  # fmt: skip
+    model: nn.Module,
+    text_model: nn.Module,
+    windows: Iterable[torch.Tensor],
+    key_mean: torch.Tensor,
+    key_scale: torch.Tensor,
+    width: int,
+) -> torch.Tensor:
     """argsort of the variances of the rotated, centred and balanced key channels (ties in channel order).
 
     Args:

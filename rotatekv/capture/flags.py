@@ -162,10 +162,17 @@ def _info(kind, args, text: Text, tokenizer, text_model, ids: torch.Tensor, requ
     is_light = kind in ("massive_activations", "quantization_error")
     every_head = tuple(range(text_model.config.num_attention_heads))
     return CaptureInfo(
-        kind=kind, model=args.model, text=text.name, text_sha256=text.sha256, window=args.save_sample,
-        tokens=ids.shape[1], layers=request.activation_layers if is_light else request.layers,
+        kind=kind,
+        model=args.model,
+        text=text.name,
+        text_sha256=text.sha256,
+        window=args.save_sample,
+        tokens=ids.shape[1],
+        layers=request.activation_layers if is_light else request.layers,
         heads=request.heads if kind == "attention_scores" else every_head,
-        num_attention_heads=len(every_head), num_key_value_heads=geometry.num_key_value_heads,
-        head_dim=geometry.head_dim, heads_per_group=request.rotation[0].heads_per_group if request.rotation else 1,
+        num_attention_heads=len(every_head),
+        num_key_value_heads=geometry.num_key_value_heads,
+        head_dim=geometry.head_dim,
+        heads_per_group=request.rotation[0].heads_per_group if request.rotation else 1,
         token_texts=tuple(tokenizer.decode([token]) for token in ids[0].tolist()),
-    )  # fmt: skip
+    )

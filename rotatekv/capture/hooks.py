@@ -21,14 +21,7 @@ from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.patching.patch import first_geometry
 from rotatekv.patching.watching import Attended, stream_attention
 
-KINDS = (
-    "k_pre_rope",
-    "k_post_rope",
-    "k_rotated",
-    "massive_activations",
-    "attention_scores",
-    "quantization_error",
-)
+KINDS = ("k_pre_rope", "k_post_rope", "k_rotated", "massive_activations", "attention_scores", "quantization_error")
 TOP_ENTRIES = PRESETS["RotateKV2"].num_sink_entries
 _LIGHT = ("massive_activations", "quantization_error")  # a few numbers a token
 _QUERY_CHUNK = 512  # query rows whose float32 scores are held at once

@@ -322,10 +322,19 @@ def ratios(record: dict) -> dict[str, float | None]:
 
 
 RATIOS = (
-    "decode_speedup", "decode_speedup_p20", "decode_speedup_p80", "prefill_overhead_percent", "prefill_speedup",
-    "prefill_speedup_p20", "prefill_speedup_p80", "cache_ratio", "cache_ratio_16_bits", "peak_ratio",
-    "peak_growth_ratio", "batch_ratio",
-)  # fmt: skip
+    "decode_speedup",
+    "decode_speedup_p20",
+    "decode_speedup_p80",
+    "prefill_overhead_percent",
+    "prefill_speedup",
+    "prefill_speedup_p20",
+    "prefill_speedup_p80",
+    "cache_ratio",
+    "cache_ratio_16_bits",
+    "peak_ratio",
+    "peak_growth_ratio",
+    "batch_ratio",
+)
 
 
 def metric_of(records: Sequence[dict]) -> dict:
@@ -362,6 +371,9 @@ def device_name(device: torch.device) -> str:
 def circumstances(side: Side) -> dict:
     """Where a cell was measured: a run may be resumed elsewhere."""
     return {
-        "device": device_name(side.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "dtype": str(side.model.dtype).removeprefix("torch."), "backend": backend_name(side.model),
-    }  # fmt: skip
+        "device": device_name(side.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(side.model.dtype).removeprefix("torch."),
+        "backend": backend_name(side.model),
+    }

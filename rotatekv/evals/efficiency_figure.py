@@ -45,19 +45,26 @@ def _row(record: dict, side: dict) -> dict:
     """One side of a cell; a number that is missing says why, where there is a reason."""
     quantized = side is record["quantized"]
     row = {
-        "context_length": record["context_length"], "batch_size": record["batch_size"], "method": record["method"],
-        "side": side["side"], "status": "ok" if side["fitted"] else "out of memory",
-    }  # fmt: skip
+        "context_length": record["context_length"],
+        "batch_size": record["batch_size"],
+        "method": record["method"],
+        "side": side["side"],
+        "status": "ok" if side["fitted"] else "out of memory",
+    }
     row |= rates(side, record["context_length"] * record["batch_size"], record["batch_size"])
     growth = side["growth"] if side["fitted"] else None
     unmeasured = NOT_MEASURED if side["fitted"] else None
     return row | {
-        "cache_bytes": side.get("cache_bytes"), "avg_bits": record["total_bits"] if quantized else None,
-        "model_bytes": side["model_bytes"], "peak_growth_bytes": unmeasured if growth is None else growth,
+        "cache_bytes": side.get("cache_bytes"),
+        "avg_bits": record["total_bits"] if quantized else None,
+        "model_bytes": side["model_bytes"],
+        "peak_growth_bytes": unmeasured if growth is None else growth,
         "peak_bytes": unmeasured if growth is None else side["model_bytes"] + growth,
-        "max_batch": side.get("max_batch"), "max_batch_how": side.get("max_batch_how"),
-        "alternated": side.get("alternated"), **{name: record[name] for name in _CIRCUMSTANCES},
-    }  # fmt: skip
+        "max_batch": side.get("max_batch"),
+        "max_batch_how": side.get("max_batch_how"),
+        "alternated": side.get("alternated"),
+        **{name: record[name] for name in _CIRCUMSTANCES},
+    }
 
 
 _CIRCUMSTANCES = ("device", "threads", "torch", "dtype", "backend")

@@ -20,9 +20,13 @@ from rotatekv.external import new_cache
 # Greedy, whatever a checkpoint's generation config says. A field that is not named has transformers' own default, which
 # changes no token: no penalty, no forced or suppressed token, no speculation.
 GREEDY = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
     "use_cache": True,
-}  # fmt: skip
+}
 
 
 def decoding(model, tokenizer, stop_strings: Sequence[str] = ()) -> dict:

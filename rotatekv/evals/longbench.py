@@ -108,10 +108,13 @@ def load_task(name: str) -> Task:
     found = load_yaml(path, resolve_func=False)
     (metric,) = (entry["metric"] for entry in found["metric_list"] if entry["metric"] != "score")
     return Task(
-        name=name, template=found["doc_to_text"], max_new_tokens=found["generation_kwargs"]["max_gen_toks"],
-        metric=metric, scorer=found["process_results"].rpartition(".")[2],
+        name=name,
+        template=found["doc_to_text"],
+        max_new_tokens=found["generation_kwargs"]["max_gen_toks"],
+        metric=metric,
+        scorer=found["process_results"].rpartition(".")[2],
         hub=(found["dataset_path"], found["dataset_name"], found["test_split"]),
-    )  # fmt: skip
+    )
 
 
 def load_records(task: Task, data_dir: str | None) -> list[dict]:

@@ -244,13 +244,17 @@ def _samples(name: str, path: Path, content: dict, limit: int | None, combined: 
         if key in samples:
             raise UserError(f"{where}: sample_id is there twice ({key})")
         samples[key] = sample = {
-            "id": key, "dataset": name, "question_type": question_type, "instruction": instructions[which],
+            "id": key,
+            "dataset": name,
+            "question_type": question_type,
+            "instruction": instructions[which],
             "context": _field(record, "task_instance.context", str, where),
-            "choices": None, "letters": name != "GPR1200",  # more choices than letters there
+            "choices": None,
+            "letters": name != "GPR1200",  # more choices than letters there
             "answer": str(_field(record, "response", (str, int, float), where)),
             "image_count": len(_field(record, "task_instance.images_path", list, where)),
             "combined": bool(combined),
-        }  # fmt: skip
+        }
         files = _field(record, f"task_instance.{picture_key}", list, where)
         sample["image_files"] = [path.parent / folder / str(file) for file in files]
         if question_type == "multi-choice" or "choice_list" in record["task_instance"]:

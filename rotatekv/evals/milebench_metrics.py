@@ -12,16 +12,37 @@ from rotatekv.evals.scoring import deep_recursion
 # in two ways (action_localization, ActionLocalization): compare with _plain.
 CATEGORIES = {
     "temporal": (
-        "ActionLocalization", "ActionPrediction", "ActionSequence", "CharacterOrder", "CounterfactualInference",
-        "EgocentricNavigation", "MovingAttribute", "MovingDirection", "ObjectExistence", "ObjectInteraction",
-        "ObjectShuffle", "SceneTransition", "StateChange",
+        "ActionLocalization",
+        "ActionPrediction",
+        "ActionSequence",
+        "CharacterOrder",
+        "CounterfactualInference",
+        "EgocentricNavigation",
+        "MovingAttribute",
+        "MovingDirection",
+        "ObjectExistence",
+        "ObjectInteraction",
+        "ObjectShuffle",
+        "SceneTransition",
+        "StateChange",
     ),
     "semantic": (
-        "ALFRED", "CLEVR-Change", "DocVQA", "IEdit", "MMCoQA", "MultiModalQA", "nuscenes", "OCR-VQA", "SlideVQA",
-        "Spot-the-Diff", "TQA", "WebQA", "WikiVQA",
+        "ALFRED",
+        "CLEVR-Change",
+        "DocVQA",
+        "IEdit",
+        "MMCoQA",
+        "MultiModalQA",
+        "nuscenes",
+        "OCR-VQA",
+        "SlideVQA",
+        "Spot-the-Diff",
+        "TQA",
+        "WebQA",
+        "WikiVQA",
     ),
     "diagnostic": ("GPR1200", "ImageNeedleInAHaystack", "TextNeedleInAHaystack"),
-}  # fmt: skip
+}
 IMAGE_LEVELS = ("few", "medium", "many")
 _DROPPED = ';/[]"{}()=+\\_-><@`,?!:'
 

@@ -297,9 +297,13 @@ def grid_of(records: Sequence[dict], metrics: dict) -> dict:
     config = metrics["config"]
     found = {(record["length"], record["depth"]): record for record in records}
     grid = {
-        "needle_type": config["needle_type"], "model": config["model"], "method": config["method"],
-        "bits": metrics["avg_bits"]["total"], "context_lengths": config["context_lengths"], "depths": config["depths"],
-    }  # fmt: skip
+        "needle_type": config["needle_type"],
+        "model": config["model"],
+        "method": config["method"],
+        "bits": metrics["avg_bits"]["total"],
+        "context_lengths": config["context_lengths"],
+        "depths": config["depths"],
+    }
     for name in ("rouge1", "recall", "depth_reached"):
         grid[name] = [
             [found.get((length, depth), {}).get(name) for length in grid["context_lengths"]] for depth in grid["depths"]

@@ -171,9 +171,13 @@ class Run:
 
     def _header(self) -> dict:
         return {
-            "schema": SCHEMA, "task": self.task, "config": self.config, "env": environment(),
-            "started": self.started, "argv": shlex.join(sys.argv),
-        }  # fmt: skip
+            "schema": SCHEMA,
+            "task": self.task,
+            "config": self.config,
+            "env": environment(),
+            "started": self.started,
+            "argv": shlex.join(sys.argv),
+        }
 
     def _write_samples(self, samples: Iterable[dict]) -> None:
         lines = [to_json(sample) + "\n" for sample in samples]

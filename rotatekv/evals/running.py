@@ -34,11 +34,20 @@ def open_run(
     """
     model = handle.model
     config = {
-        "task": task, "model": model.name_or_path, "revision": model_revision(model), "weights": known_weights(model),
-        "dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": args.attn_implementation,
-        "method": method, "quant": handle.config.to_dict(), "fingerprint": handle.fingerprint,
-        "dataset": dataset["id"], "dataset_sha256": dataset["sha256"], "seed": args.seed, **protocol,
-    }  # fmt: skip
+        "task": task,
+        "model": model.name_or_path,
+        "revision": model_revision(model),
+        "weights": known_weights(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": args.attn_implementation,
+        "method": method,
+        "quant": handle.config.to_dict(),
+        "fingerprint": handle.fingerprint,
+        "dataset": dataset["id"],
+        "dataset_sha256": dataset["sha256"],
+        "seed": args.seed,
+        **protocol,
+    }
     if handle.external:
         config["external"] = True
     return Run(args.output_dir, task, args.model, config, args.resume, args.overwrite)
@@ -173,9 +182,10 @@ def summary(metrics: dict) -> str:
 
 def _identity(config: dict) -> dict:
     return {
-        "model": {"id": config["model"], "revision": config["revision"]}, "seed": config["seed"],
+        "model": {"id": config["model"], "revision": config["revision"]},
+        "seed": config["seed"],
         "dataset": {"id": config["dataset"], "sha256": config["dataset_sha256"]},
-    }  # fmt: skip
+    }
 
 
 def _measures(records: Sequence[dict]) -> dict:
@@ -192,9 +202,11 @@ def _measures(records: Sequence[dict]) -> dict:
         for key in ("k", "v", "total")
     }
     return {
-        "n": count, "avg_bits": bits, "cache_bytes_per_token": total["cache_bytes"] / total["tokens"],
+        "n": count,
+        "avg_bits": bits,
+        "cache_bytes_per_token": total["cache_bytes"] / total["tokens"],
         "seconds": total["seconds"],
-    }  # fmt: skip
+    }
 
 
 def cache_use(cache: RotateKVCache | QuantizedCache) -> dict:
@@ -203,6 +215,9 @@ def cache_use(cache: RotateKVCache | QuantizedCache) -> dict:
         return external_use(cache)
     bits = cache.avg_bits()
     return {
-        "tokens": cache.positions.numel(), "cache_bytes": cache.nbytes(),
-        "k_bits": bits["k"], "v_bits": bits["v"], "total_bits": bits["total"],
-    }  # fmt: skip
+        "tokens": cache.positions.numel(),
+        "cache_bytes": cache.nbytes(),
+        "k_bits": bits["k"],
+        "v_bits": bits["v"],
+        "total_bits": bits["total"],
+    }

@@ -11,10 +11,17 @@ from rotatekv.kernels.quantize import FINE_SCALE, Packed, quantize_groups, wide_
 
 
 def quantize_into_blocks_reference(
-    heads: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float = 1.0,
-    order: torch.Tensor | None = None, rotation_width: int = 0, affine: Affine | None = None,
+    heads: torch.Tensor,
+    packed: Packed,
+    start: int,
+    bits: int,
+    group_size: int,
+    clip_ratio: float = 1.0,
+    order: torch.Tensor | None = None,
+    rotation_width: int = 0,
+    affine: Affine | None = None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Quantize (B, H_kv, T, D) heads and write them in place into blocks, from token ``start`` on.
 
     In this order, each where it is there:
@@ -42,9 +49,15 @@ def quantize_into_blocks_reference(
 
 
 def dequantize_blocks_reference(
-    packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, head_dim: int, rotation_width: int = 0,
-    affine: Affine | None = None, dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:  # fmt: skip
+    packed: Packed,
+    tokens: int,
+    bits: int,
+    group_of_channel: torch.Tensor,
+    head_dim: int,
+    rotation_width: int = 0,
+    affine: Affine | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """The first ``tokens`` tokens as heads of plain numbers, un-rotated: (B, H_kv, T, D), computed in ``dtype``."""
     codes, scale, zero = unpack_blocks(packed, tokens, bits)
     zero, scale = (side[..., group_of_channel.long()].to(dtype) for side in (wide_zero(scale, zero), wide_scale(scale)))

@@ -17,9 +17,13 @@ from rotatekv.methods.stores import HeadForm, Store, TokenStore
 Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as statistics.py loads them
 
 _NEUTRAL = {  # what a flag must be for a method that has no use for it; a switch: False
-    "k_groupsize": None, "v_groupsize": None, "k_clip_ratio": 1.0, "v_clip_ratio": 1.0, "head_group_num": 1,
+    "k_groupsize": None,
+    "v_groupsize": None,
+    "k_clip_ratio": 1.0,
+    "v_clip_ratio": 1.0,
+    "head_group_num": 1,
     "extra_bit_share": 0.0,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,7 @@ import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.kernels.hadamard import (
-    channels_to_heads,
-    head_group_size,
-    heads_to_channels,
-    rotate_channels,
-)
+from rotatekv.kernels.hadamard import channels_to_heads, head_group_size, heads_to_channels, rotate_channels
 from rotatekv.methods.base import LayerGeometry, Statistics
 from rotatekv.methods.rtn import RTN
 from rotatekv.methods.stores import Constant, StoredOrder

@@ -49,9 +49,13 @@ class RTN(KVMethod):
     @cached_property
     def key_form(self) -> HeadForm:
         return HeadForm(
-            self.layer.head_dim, self.group_of_channel, self.key_width, self.key_tokens_per_scale,
-            self.key_factor, self.key_offset,
-        )  # fmt: skip
+            self.layer.head_dim,
+            self.group_of_channel,
+            self.key_width,
+            self.key_tokens_per_scale,
+            self.key_factor,
+            self.key_offset,
+        )
 
     @cached_property
     def value_form(self) -> HeadForm:

@@ -37,9 +37,13 @@ class Store(ABC):
         """Add tokens, per-token tensors (B, T, ...)."""
 
     def add(
-        self, heads: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None,
-        form: HeadForm | None = None, unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        heads: torch.Tensor,
+        encode: Callable[[torch.Tensor], Packed],
+        kernels: ModuleType | None = None,
+        form: HeadForm | None = None,
+        unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """Encode (B, H_kv, T, D) heads with the codec's ``encode`` and append them.
 
         Args:
@@ -192,10 +196,16 @@ class CodeStore(Store):
         low = self.tensors["low"]
         shape = low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim
         return kernels.dequantize_blocks(
-            self.tensors, self.length, self.bits, form.groups_on(low.device), form.head_dim, form.rotation_width,
-            out=torch.empty(shape, dtype=torch.float32, device=low.device), tokens_per_scale=form.tokens_per_scale,
+            self.tensors,
+            self.length,
+            self.bits,
+            form.groups_on(low.device),
+            form.head_dim,
+            form.rotation_width,
+            out=torch.empty(shape, dtype=torch.float32, device=low.device),
+            tokens_per_scale=form.tokens_per_scale,
             affine=form.affine_on(low.device),
-        )  # fmt: skip
+        )
 
 
 class BlockStore(CodeStore):
@@ -224,9 +234,13 @@ class BlockStore(CodeStore):
         self.length += codes.shape[1]
 
     def add(
-        self, heads: torch.Tensor, encode: Callable[[torch.Tensor], Packed], kernels: ModuleType | None = None,
-        form: HeadForm | None = None, unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        heads: torch.Tensor,
+        encode: Callable[[torch.Tensor], Packed],
+        kernels: ModuleType | None = None,
+        form: HeadForm | None = None,
+        unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         if kernels is None:
             return super().add(heads, encode)
         batch, count, tokens, dim = heads.shape
@@ -234,9 +248,17 @@ class BlockStore(CodeStore):
         order = None if self.order is None else self.order.position32.on(heads.device)
         heads = heads.float() if heads.dtype == torch.float64 else heads  # which kernels do not read
         kernels.quantize_into_blocks(
-            heads, self.tensors, self.length, self.bits, self.group_size, self.clip_ratio, order, form.rotation_width,
-            form.affine_on(heads.device), unrope,
-        )  # fmt: skip
+            heads,
+            self.tensors,
+            self.length,
+            self.bits,
+            self.group_size,
+            self.clip_ratio,
+            order,
+            form.rotation_width,
+            form.affine_on(heads.device),
+            unrope,
+        )
         self.length += tokens
 
     def reserve(self, batch: int, tokens: int, channels: int, device: torch.device) -> None:

@@ -88,9 +88,13 @@ def random_llava(
         image_token: a token of the tokenizer that no text contains.
     """
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        image_size=_RANDOM_IMAGE_SIZE, patch_size=_PATCH_SIZE,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=_RANDOM_IMAGE_SIZE,
+        patch_size=_PATCH_SIZE,
+    )
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     config = LlavaConfig(vision_config=vision, text_config=text.config, image_token_index=image_id)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -105,9 +109,13 @@ def random_llava(
     # The last part names the text model, whose reorder indices hold here too.
     model.name_or_path = config._name_or_path = f"llava-random/{text.name_or_path.rstrip('/').rsplit('/', 1)[-1]}"
     return model.eval(), LlavaProcessor(
-        _image_processor(), tokenizer, patch_size=_PATCH_SIZE, vision_feature_select_strategy="default",
-        image_token=image_token, num_additional_image_tokens=1,
-    )  # fmt: skip
+        _image_processor(),
+        tokenizer,
+        patch_size=_PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        image_token=image_token,
+        num_additional_image_tokens=1,
+    )
 
 
 def _spread(projector: torch.nn.Module, std: float) -> None:

@@ -33,9 +33,7 @@ from rotatekv.statistics import CalibrationTarget, load_statistics, placeholders
 
 
 def patch_model(
-    model: nn.Module,
-    config: str | QuantConfig = "RotateKV2",
-    calibration_file: str | Path | None = None,
+    model: nn.Module, config: str | QuantConfig = "RotateKV2", calibration_file: str | Path | None = None
 ) -> PatchHandle:
     """Make every forward of ``model`` read and write a quantized KV cache.
 
@@ -146,10 +144,11 @@ def build_methods(
         target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group, weights)
         statistics = load_statistics(kind, target, calibration_file)
     return tuple(
-        None if attention is None
+        None
+        if attention is None
         else build_method(config, layer_geometry(attention), {name: x[number] for name, x in statistics.items()})
         for number, attention in enumerate(attentions)
-    )  # fmt: skip
+    )
 
 
 def plan_fingerprint(model, config: QuantConfig, calibration_file: str | Path | None = None) -> str:

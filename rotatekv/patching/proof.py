@@ -231,9 +231,12 @@ def _watched(text_model: nn.Module, run: _Run, inputs: dict | None) -> Iterator[
     with passing_changes() as changes:
         for number, (layer, attention) in enumerate(zip(text_model.layers, attention_modules(text_model), strict=True)):
             changes.hook(
-                layer, "forward_pre", lambda module, args, kwargs, number=number: before(number, args, kwargs),
-                with_kwargs=True, prepend=True,
-            )  # fmt: skip
+                layer,
+                "forward_pre",
+                lambda module, args, kwargs, number=number: before(number, args, kwargs),
+                with_kwargs=True,
+                prepend=True,
+            )
             if attention is not None:
                 changes.hook(attention, "forward", lambda m, args, output, number=number: after(number, output))
         yield start

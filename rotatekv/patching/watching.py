@@ -129,9 +129,13 @@ def stream_attention(model: nn.Module, text_model: nn.Module, windows: Iterable[
 
 
 def _watched_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     getattr(module.config, _TAKE)(module, query, key, value, attention_mask, options)
     return stock_attention(module)(module, query, key, value, attention_mask, **options)
 

@@ -41,9 +41,16 @@ def ablation_cells(
         if calibration is not None:
             calibration = replace(calibration, flags=("--model", model, *calibration.flags, *calibration_flags))
         cell = ppl_cell(
-            model, method, options, table="ablation", group=group, label=label, flags=flags, calibration=calibration,
+            model,
+            method,
+            options,
+            table="ablation",
+            group=group,
+            label=label,
+            flags=flags,
+            calibration=calibration,
             dataset=dataset,
-        )  # fmt: skip
+        )
         found.append(replace(cell, paper=figures.get(("ablation", model, paper))))
     return found
 

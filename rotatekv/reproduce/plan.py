@@ -16,9 +16,12 @@ from rotatekv.reproduce.paper_figures import PaperFigure
 TABLES = ("ppl", "ablation", "gsm8k", "longbench", "needle", "milebench")
 ONE_SHOT, STREAMED, SCORE = "one-shot", "streamed", "score"
 _SCRIPTS = {
-    "ppl": "PPL_evaluation.py", "gsm8k": "GSM8K_evaluation.py", "longbench": "LongBench_evaluation.py",
-    "needle": "needle_evaluation.py", "milebench": "MileBench_evaluation.py",
-}  # fmt: skip
+    "ppl": "PPL_evaluation.py",
+    "gsm8k": "GSM8K_evaluation.py",
+    "longbench": "LongBench_evaluation.py",
+    "needle": "needle_evaluation.py",
+    "milebench": "MileBench_evaluation.py",
+}
 _DATASET_IDS = {"wikitext2": "wikitext2/test", "essays": "essays/even"}
 _PAPER_PPL_LENGTH, _PPL_LENGTH = 4096, 2048
 
@@ -116,19 +119,34 @@ def method_cells(
 
 
 def ppl_cell(
-    model: str, method: str, options: Options, view: str = ONE_SHOT, *, table: str = "ppl", group: str = "",
-    label: str | None = None, flags: Sequence[str] = (), dataset: str | None = None,
+    model: str,
+    method: str,
+    options: Options,
+    view: str = ONE_SHOT,
+    *,
+    table: str = "ppl",
+    group: str = "",
+    label: str | None = None,
+    flags: Sequence[str] = (),
+    dataset: str | None = None,
     calibration: Calibration | None = None,
-) -> Cell:  # fmt: skip
+) -> Cell:
     """A perplexity; ``flags`` are those that change the method, ``label`` its row where that is not the method."""
     dataset = dataset or options.dataset
     length = options.PPL_seq_length or (_PAPER_PPL_LENGTH if model in ALIASES else _PPL_LENGTH)
     chunk_size = options.chunk_size if view == STREAMED else None
     chunks = ("--chunk_size", str(chunk_size)) if chunk_size else ()
     all_flags = (
-        *("--model", model, "--method", method), *flags, "--dataset", dataset, "--PPL_seq_length", str(length),
-        *chunks, *options.shared, *options.limit_flags(),
-    )  # fmt: skip
+        *("--model", model, "--method", method),
+        *flags,
+        "--dataset",
+        dataset,
+        "--PPL_seq_length",
+        str(length),
+        *chunks,
+        *options.shared,
+        *options.limit_flags(),
+    )
     name = _DATASET_IDS.get(dataset, Path(dataset).name)
     protocol = (("dataset", name), ("PPL_seq_length", length), ("chunk_size", chunk_size))
     return Cell(

@@ -13,9 +13,28 @@ from rotatekv.reproduce.plan import STREAMED, Cell
 from rotatekv.reproduce.runs import Outcome, Runs, shown
 
 FIELDS = (
-    "table", "group", "model", "row", "external", "view", "metric", "paper", "paper_source", "ours", "difference",
-    "bits", "bytes_per_token", "n", "partial", "status", "reason", "command", "run", "started", "git_commit",
-)  # fmt: skip
+    "table",
+    "group",
+    "model",
+    "row",
+    "external",
+    "view",
+    "metric",
+    "paper",
+    "paper_source",
+    "ours",
+    "difference",
+    "bits",
+    "bytes_per_token",
+    "n",
+    "partial",
+    "status",
+    "reason",
+    "command",
+    "run",
+    "started",
+    "git_commit",
+)
 _DIGITS = 4
 
 
@@ -30,19 +49,30 @@ def record_of(cell: Cell, outcome: Outcome, runs: Runs) -> dict:
     """One cell's line of the csv; numbers as they stand in metrics.json, empty where there is none."""
     record: dict = dict.fromkeys(FIELDS, "")
     record |= {
-        "table": cell.table, "group": cell.group, "model": cell.model, "row": cell.label, "view": cell.view,
-        "external": cell.method in EXTERNAL, "metric": cell.metric, "status": outcome.status, "reason": outcome.reason,
+        "table": cell.table,
+        "group": cell.group,
+        "model": cell.model,
+        "row": cell.label,
+        "view": cell.view,
+        "external": cell.method in EXTERNAL,
+        "metric": cell.metric,
+        "status": outcome.status,
+        "reason": outcome.reason,
         "command": shown(runs.command(cell)),
-    }  # fmt: skip
+    }
     if cell.paper is not None:
         record |= {"paper": cell.paper.value, "paper_source": cell.paper.source}
     if (metrics := outcome.metrics) is not None:
         record |= {
-            "ours": metrics["metric"][cell.metric], "bits": metrics["avg_bits"]["total"],
-            "bytes_per_token": metrics["cache_bytes_per_token"], "n": metrics["n"], "partial": metrics["partial"],
-            "run": outcome.folder, "started": metrics.get("started", ""),
+            "ours": metrics["metric"][cell.metric],
+            "bits": metrics["avg_bits"]["total"],
+            "bytes_per_token": metrics["cache_bytes_per_token"],
+            "n": metrics["n"],
+            "partial": metrics["partial"],
+            "run": outcome.folder,
+            "started": metrics.get("started", ""),
             "git_commit": (metrics.get("env") or {}).get("git_commit") or "",
-        }  # fmt: skip
+        }
         if cell.comparable and cell.view != STREAMED:
             record["difference"] = record["ours"] - cell.paper.value
     return record

@@ -23,13 +23,46 @@ from rotatekv.models.text import GEMMA_MODEL, gemma_folder
 
 TOKENS = {
     "Hello  world\n\n it’s <b>bold</b>\t": [
-        2, 9259, 138, 12392, 108, 625, 236858, 236751, 236743, 200, 15640, 209, 255968,
+        2,
+        9259,
+        138,
+        12392,
+        108,
+        625,
+        236858,
+        236751,
+        236743,
+        200,
+        15640,
+        209,
+        255968,
     ],
     "x=[1,2];\n\tfor i in range(10):\n\t\tprint(i)": [
-        2, 236781, 12430, 236770, 236764, 236778, 2312, 107, 255968, 1708, 858, 528, 2644, 236769, 236770, 236771,
-        1473, 107, 255969, 1995, 236769, 236747, 236768,
+        2,
+        236781,
+        12430,
+        236770,
+        236764,
+        236778,
+        2312,
+        107,
+        255968,
+        1708,
+        858,
+        528,
+        2644,
+        236769,
+        236770,
+        236771,
+        1473,
+        107,
+        255969,
+        1995,
+        236769,
+        236747,
+        236768,
     ],
-}  # fmt: skip
+}
 NEXT = {107: -0.0736, 108: -3.1968, 255968: -5.2293, 109: -5.2933}  # after the second text
 
 
@@ -63,12 +96,20 @@ def test_every_weight_is_what_the_file_decodes_to(gemma, tmp_path):
     assert torch.equal(weights["model.embed_tokens.weight"], numbers.view(-1, 640))
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "self_attn.k_norm": "attn_k_norm", "self_attn.q_norm": "attn_q_norm",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
-    }  # fmt: skip
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "self_attn.k_norm": "attn_k_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
     for layer, (name, theirs) in itertools.product((0, 5, 17), names.items()):
         tensor = found[f"blk.{layer}.{theirs}.weight"]
         decoded = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())

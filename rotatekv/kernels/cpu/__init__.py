@@ -29,9 +29,13 @@ from rotatekv.kernels.layout import Blocks
 from rotatekv.kernels.quantize import Packed
 
 __all__ = [
-    "READS_TOKEN_GROUPS", "available", "available_instruction_sets", "decode_attention", "dequantize_blocks",
+    "READS_TOKEN_GROUPS",
+    "available",
+    "available_instruction_sets",
+    "decode_attention",
+    "dequantize_blocks",
     "quantize_into_blocks",
-]  # fmt: skip
+]
 
 READS_TOKEN_GROUPS = True
 _LIBRARIES = ("attention", "quantize", "dequantize")
@@ -180,13 +184,19 @@ def dequantize_blocks(
     room = shape_of(out, 4, "out")[2]
     arguments = DequantizeArguments(
         structure_bytes=ctypes.sizeof(DequantizeArguments),
-        batch=batch, kv_heads=heads, head_dim=head_dim, tokens=tokens, output_tokens=room,
-        rotation_width=rotation_width, threads=threads or torch.get_num_threads(), blocks=blocks,
+        batch=batch,
+        kv_heads=heads,
+        head_dim=head_dim,
+        tokens=tokens,
+        output_tokens=room,
+        rotation_width=rotation_width,
+        threads=threads or torch.get_num_threads(),
+        blocks=blocks,
         base=hadamard_base_pointer(rotation_width),
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
         **_affine_pointers(affine, channels),
         output=pointer(out, torch.float32, (batch, heads, room, head_dim), "out"),
-    )  # fmt: skip
+    )
     _call("dequantize", arguments, instruction_set)
     return out
 
@@ -215,21 +225,37 @@ def _prepared_decode(
             raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {o.head_dim}")
         return DecodeArguments(
             structure_bytes=ctypes.sizeof(DecodeArguments),
-            batch=batch, query_heads=heads, kv_heads=channels // dim, head_dim=dim, query_tokens=query_tokens,
-            rotation_width=o.rotation_width, unrotate_values=o.unrotate_values, sliding_window=o.sliding_window,
-            softmax_scale=o.softmax_scale, attention_scaling=1.0 if rope is None else rope.attention_scaling,
+            batch=batch,
+            query_heads=heads,
+            kv_heads=channels // dim,
+            head_dim=dim,
+            query_tokens=query_tokens,
+            rotation_width=o.rotation_width,
+            unrotate_values=o.unrotate_values,
+            sliding_window=o.sliding_window,
+            softmax_scale=o.softmax_scale,
+            attention_scaling=1.0 if rope is None else rope.attention_scaling,
             keys=packed_pointers(keys, o.key_bits, batch, channels, "keys", o.key_tokens_per_scale),
             values=packed_pointers(values, o.value_bits, batch, channels, "values"),
             key_base=hadamard_base_pointer(o.rotation_width),
             value_base=hadamard_base_pointer(dim if o.unrotate_values else 0),
             group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
-            **_affine_pointers(o.key_affine, channels, "key_"), **({} if rope is None else rope_pointers(rope)),
-        )  # fmt: skip
+            **_affine_pointers(o.key_affine, channels, "key_"),
+            **({} if rope is None else rope_pointers(rope)),
+        )
 
     numbers = (
-        *shape, o.head_dim, o.key_bits, o.value_bits, o.softmax_scale, o.rotation_width, o.unrotate_values,
-        o.key_tokens_per_scale, o.sliding_window, rope is None or rope.attention_scaling,
-    )  # fmt: skip
+        *shape,
+        o.head_dim,
+        o.key_bits,
+        o.value_bits,
+        o.softmax_scale,
+        o.rotation_width,
+        o.unrotate_values,
+        o.key_tokens_per_scale,
+        o.sliding_window,
+        rope is None or rope.attention_scaling,
+    )
     tables = () if rope is None else (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin)
     factors = () if o.key_affine is None else (o.key_affine.factor, o.key_affine.offset)
     tensors = (*keys.values(), *values.values(), group_of_channel, *tables, *factors)
@@ -238,9 +264,15 @@ def _prepared_decode(
 
 
 def _prepared_write(
-    shape: tuple[int, ...], packed: Packed, bits: int, group_size: int, clip_ratio: float, order: torch.Tensor | None,
-    rotation_width: int, affine: Affine | None,
-) -> QuantizeArguments:  # fmt: skip
+    shape: tuple[int, ...],
+    packed: Packed,
+    bits: int,
+    group_size: int,
+    clip_ratio: float,
+    order: torch.Tensor | None,
+    rotation_width: int,
+    affine: Affine | None,
+) -> QuantizeArguments:
     """Arguments with all that stays the same from one write to the next; ``shape`` of the heads."""
 
     def make() -> QuantizeArguments:
@@ -251,10 +283,17 @@ def _prepared_write(
             raise ValueError(f"groups of {group_size} do not cut {channels} channels into {blocks.groups}")
         return QuantizeArguments(
             structure_bytes=ctypes.sizeof(QuantizeArguments),
-            batch=batch, kv_heads=kv_heads, tokens=tokens, head_dim=dim, rotation_width=rotation_width,
-            clip_ratio=clip_ratio, blocks=blocks, base=hadamard_base_pointer(rotation_width),
-            order=_optional_indices(order, channels, "order"), **_affine_pointers(affine, channels),
-        )  # fmt: skip
+            batch=batch,
+            kv_heads=kv_heads,
+            tokens=tokens,
+            head_dim=dim,
+            rotation_width=rotation_width,
+            clip_ratio=clip_ratio,
+            blocks=blocks,
+            base=hadamard_base_pointer(rotation_width),
+            order=_optional_indices(order, channels, "order"),
+            **_affine_pointers(affine, channels),
+        )
 
     factors = () if affine is None else (affine.factor, affine.offset)
     numbers = len(packed), shape, bits, group_size, clip_ratio, rotation_width

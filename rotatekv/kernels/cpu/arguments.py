@@ -16,21 +16,67 @@ class HadamardBase(ctypes.Structure):
 
 
 _DECODE_SIZES = [
-    "structure_bytes", "batch", "query_heads", "kv_heads", "head_dim", "query_tokens", "packed_tokens", "total_tokens",
-    "rotation_width", "rotary_dim", "coarse_rows", "exact_tokens", "exact_is_bfloat16", "unrotate_values",
-    "sliding_window", "threads",
-]  # fmt: skip
+    "structure_bytes",
+    "batch",
+    "query_heads",
+    "kv_heads",
+    "head_dim",
+    "query_tokens",
+    "packed_tokens",
+    "total_tokens",
+    "rotation_width",
+    "rotary_dim",
+    "coarse_rows",
+    "exact_tokens",
+    "exact_is_bfloat16",
+    "unrotate_values",
+    "sliding_window",
+    "threads",
+]
 _DECODE_POINTERS = [
-    "group_of_channel", "key_factor", "key_offset", "queries", "first", "origin", "coarse_cos", "coarse_sin",
-    "fine_cos", "fine_sin", "exact_rows", "exact_columns", "exact_keys", "exact_values", "output",
-]  # fmt: skip
+    "group_of_channel",
+    "key_factor",
+    "key_offset",
+    "queries",
+    "first",
+    "origin",
+    "coarse_cos",
+    "coarse_sin",
+    "fine_cos",
+    "fine_sin",
+    "exact_rows",
+    "exact_columns",
+    "exact_keys",
+    "exact_values",
+    "output",
+]
 _QUANTIZE_SIZES = [
-    "structure_bytes", "batch", "kv_heads", "tokens", "head_dim", "batch_stride", "head_stride", "token_stride",
-    "unrope_batch_stride", "unrope_token_stride", "number", "start", "rotation_width", "rotary_dim", "threads",
-]  # fmt: skip
+    "structure_bytes",
+    "batch",
+    "kv_heads",
+    "tokens",
+    "head_dim",
+    "batch_stride",
+    "head_stride",
+    "token_stride",
+    "unrope_batch_stride",
+    "unrope_token_stride",
+    "number",
+    "start",
+    "rotation_width",
+    "rotary_dim",
+    "threads",
+]
 _DEQUANTIZE_SIZES = [
-    "structure_bytes", "batch", "kv_heads", "head_dim", "tokens", "output_tokens", "rotation_width", "threads",
-]  # fmt: skip
+    "structure_bytes",
+    "batch",
+    "kv_heads",
+    "head_dim",
+    "tokens",
+    "output_tokens",
+    "rotation_width",
+    "threads",
+]
 
 
 class DecodeArguments(ctypes.Structure):

@@ -95,9 +95,13 @@ def packed_pointers(
     blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name, tokens_per_scale)
     rows = shapes["scale"][1][1] if tokens_per_scale else 0
     pointers = PackedPointers(
-        blocks=blocks, groups=groups, bits=bits, tokens_per_scale=tokens_per_scale, scale_rows=rows,
+        blocks=blocks,
+        groups=groups,
+        bits=bits,
+        tokens_per_scale=tokens_per_scale,
+        scale_rows=rows,
         fine=shapes["scale"][0] == FINE_SCALE,
-    )  # fmt: skip
+    )
     for plane, (dtype, shape) in shapes.items():
         setattr(pointers, plane, pointer(packed[plane], dtype, shape, f"{name}[{plane!r}]"))
     return pointers

@@ -40,9 +40,15 @@ from rotatekv.kernels.triton.checks import (
 from rotatekv.kernels.triton.start import Unusable
 
 __all__ = [
-    "READS_TOKEN_GROUPS", "available", "decode_attention", "dequantize_blocks", "interpreted", "needs",
-    "quantize_into_blocks", "set_dry",
-]  # fmt: skip
+    "READS_TOKEN_GROUPS",
+    "available",
+    "decode_attention",
+    "dequantize_blocks",
+    "interpreted",
+    "needs",
+    "quantize_into_blocks",
+    "set_dry",
+]
 
 READS_TOKEN_GROUPS = False
 _OLDEST_GPU = 8  # compute capability

@@ -58,9 +58,22 @@ def query_rows(tile, query_tokens, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_P
 
 
 @triton.jit
-def load_queries(queries, batch, group, tile, query_tokens, heads, channel, here, REPEAT: tl.constexpr,
-                 TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                 G_PAD: tl.constexpr):  # fmt: skip
+def load_queries(
+    queries,
+    batch,
+    group,
+    tile,
+    query_tokens,
+    heads,
+    channel,
+    here,
+    REPEAT: tl.constexpr,
+    TILE: tl.constexpr,
+    Q_PAD: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    G_PAD: tl.constexpr,
+):
     """Those channels (D',) of the queries of G KV heads, as float32; 0 where not ``here``: (G_PAD, D', Q_PAD)."""
     repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
     kv = tl.arange(0, G_PAD)[:, None, None]
@@ -113,9 +126,28 @@ def accumulate(scores, values, top, total, acc):
 
 
 @triton.jit
-def store_part(parts, tops, totals, split, batch, batches, group, tile, query_tokens, heads, top, total, acc,
-               REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-               G_PAD: tl.constexpr, DV_PAD: tl.constexpr):  # fmt: skip
+def store_part(
+    parts,
+    tops,
+    totals,
+    split,
+    batch,
+    batches,
+    group,
+    tile,
+    query_tokens,
+    heads,
+    top,
+    total,
+    acc,
+    REPEAT: tl.constexpr,
+    TILE: tl.constexpr,
+    Q_PAD: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    G_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
     """parts (splits, B, H, T_q, D); tops and totals (splits, B, H, T_q)."""
     repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
     kv = tl.arange(0, G_PAD)[:, None]
@@ -129,17 +161,67 @@ def store_part(parts, tops, totals, split, batch, batches, group, tile, query_to
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, value_high, value_scale, value_zero,
-                 group_of_channel, key_factor, key_offset, offset_norm, exact_lanes, first, origin, left, right,
-                 coarse_cos, coarse_sin, fine_cos, fine_sin, table_rows,
-                 parts, tops, totals, batches, packed_tokens, total_tokens, query_tokens, window, key_blocks,
-                 value_blocks, exact_blocks, blocks_per_split, factor, attention_scaling,
-                 C: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_BITS: tl.constexpr,
-                 VALUE_BITS: tl.constexpr, HALF: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr,
-                 Q_PAD: tl.constexpr, DV_PAD: tl.constexpr, EXACT: tl.constexpr, AFFINE: tl.constexpr,
-                 G: tl.constexpr, D: tl.constexpr,
-                 A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr,
-                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
+def split_kernel(
+    queries,
+    key_low,
+    key_high,
+    key_scale,
+    key_zero,
+    value_low,
+    value_high,
+    value_scale,
+    value_zero,
+    group_of_channel,
+    key_factor,
+    key_offset,
+    offset_norm,
+    exact_lanes,
+    first,
+    origin,
+    left,
+    right,
+    coarse_cos,
+    coarse_sin,
+    fine_cos,
+    fine_sin,
+    table_rows,
+    parts,
+    tops,
+    totals,
+    batches,
+    packed_tokens,
+    total_tokens,
+    query_tokens,
+    window,
+    key_blocks,
+    value_blocks,
+    exact_blocks,
+    blocks_per_split,
+    factor,
+    attention_scaling,
+    C: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    HALF: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TILE: tl.constexpr,
+    Q_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    EXACT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    A_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     """Packed tokens. EXACT: ``exact_lanes`` (B, exact_blocks) int32 has bit t set where token t is kept exactly."""
     batch, group = (tl.program_id(0) // (C // (G * D))).to(tl.int64), tl.program_id(0) % (C // (G * D))
     split, tile = tl.program_id(1), tl.program_id(2)
@@ -148,10 +230,16 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     turns = place < 2 * HALF
     factors = tl.where(turns, factor * attention_scaling, factor)[None, :, None]
     partner = tl.where(place < HALF, place + HALF, place - HALF)
-    q = load_queries(queries, batch, group, tile, query_tokens, heads, place, real, REPEAT, TILE, Q_PAD, G, D,
-                     G_PAD) * factors  # fmt: skip
-    q_turned = load_queries(queries, batch, group, tile, query_tokens, heads, partner, real & turns, REPEAT, TILE,
-                            Q_PAD, G, D, G_PAD) * factors  # fmt: skip
+    q = (
+        load_queries(queries, batch, group, tile, query_tokens, heads, place, real, REPEAT, TILE, Q_PAD, G, D, G_PAD)
+        * factors
+    )
+    q_turned = (
+        load_queries(
+            queries, batch, group, tile, query_tokens, heads, partner, real & turns, REPEAT, TILE, Q_PAD, G, D, G_PAD
+        )
+        * factors
+    )
     q_turned = tl.where((place < HALF)[None, :, None], q_turned, -q_turned)
     if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
         by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
@@ -177,8 +265,19 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
     seen_first = tl.maximum(start, total_tokens - query_tokens + tile * TILE - window + 1)  # by the tile's first query
     last = tl.minimum((split + 1) * blocks_per_split, (packed_tokens + LANES - 1) // LANES)
     for block in range(tl.maximum(split * blocks_per_split, seen_first // LANES), last):
-        x = read_packed(key_low, key_high, key_scale, key_zero, batch * key_blocks + block, channel, side, keep,
-                        C, KEY_GROUPS, KEY_BITS)  # fmt: skip
+        x = read_packed(
+            key_low,
+            key_high,
+            key_scale,
+            key_zero,
+            batch * key_blocks + block,
+            channel,
+            side,
+            keep,
+            C,
+            KEY_GROUPS,
+            KEY_BITS,
+        )
         keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
         if AFFINE:
             keys += shift
@@ -188,24 +287,85 @@ def split_kernel(queries, key_low, key_high, key_scale, key_zero, value_low, val
             lanes = tl.load(exact_lanes + batch * exact_blocks + block)
             kept = kept & (((lanes >> tl.arange(0, LANES)) & 1) == 0)
         if HALF:
-            turn_cos, turn_sin = block_angles(coarse_cos, coarse_sin, fine_cos, fine_sin, table_rows,
-                                              block * LANES + column_0, place, HALF)  # fmt: skip
+            turn_cos, turn_sin = block_angles(
+                coarse_cos, coarse_sin, fine_cos, fine_sin, table_rows, block * LANES + column_0, place, HALF
+            )
         else:
             turn_cos, turn_sin = cos, sin
-        scores = score(q_high, q_low, turned_high, turned_low, scale, keys, turn_cos, turn_sin,
-                       visible(token, kept, own, window), HALF)  # fmt: skip
-        values = read_packed(value_low, value_high, value_scale, value_zero, batch * value_blocks + block,
-                             value_channel, value_side, value_keep, C, VALUE_GROUPS, VALUE_BITS)  # fmt: skip
+        scores = score(
+            q_high,
+            q_low,
+            turned_high,
+            turned_low,
+            scale,
+            keys,
+            turn_cos,
+            turn_sin,
+            visible(token, kept, own, window),
+            HALF,
+        )
+        values = read_packed(
+            value_low,
+            value_high,
+            value_scale,
+            value_zero,
+            batch * value_blocks + block,
+            value_channel,
+            value_side,
+            value_keep,
+            C,
+            VALUE_GROUPS,
+            VALUE_BITS,
+        )
         top, total, acc = accumulate(scores, values, top, total, acc)
-    store_part(parts, tops, totals, split, batch, batches, group, tile, query_tokens, heads, top, total, acc,
-               REPEAT, TILE, Q_PAD, G, D, G_PAD, DV_PAD)  # fmt: skip
+    store_part(
+        parts,
+        tops,
+        totals,
+        split,
+        batch,
+        batches,
+        group,
+        tile,
+        query_tokens,
+        heads,
+        top,
+        total,
+        acc,
+        REPEAT,
+        TILE,
+        Q_PAD,
+        G,
+        D,
+        G_PAD,
+        DV_PAD,
+    )
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, parts, tops, totals, batches, part,
-                 total_tokens, query_tokens, window, factor,
-                 C: tl.constexpr, D: tl.constexpr, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr,
-                 DV_PAD: tl.constexpr):  # fmt: skip
+def exact_kernel(
+    queries,
+    exact_keys,
+    exact_values,
+    columns,
+    offsets,
+    first,
+    parts,
+    tops,
+    totals,
+    batches,
+    part,
+    total_tokens,
+    query_tokens,
+    window,
+    factor,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TILE: tl.constexpr,
+    Q_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
     """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
     batch, kv = (tl.program_id(0) // (C // D)).to(tl.int64), tl.program_id(0) % (C // D)
     tile = tl.program_id(1)
@@ -231,8 +391,28 @@ def exact_kernel(queries, exact_keys, exact_values, columns, offsets, first, par
         seen = visible(token, here & (token >= start), own, window)
         scores = score(high, low, high, low, scale, keys, 0.0, 0.0, seen, 0)
         top, total, acc = accumulate(scores, values, top, total, acc)
-    store_part(parts, tops, totals, part, batch, batches, kv, tile, query_tokens, heads, top, total, acc,
-               REPEAT, TILE, Q_PAD, 1, D, 1, DV_PAD)  # fmt: skip
+    store_part(
+        parts,
+        tops,
+        totals,
+        part,
+        batch,
+        batches,
+        kv,
+        tile,
+        query_tokens,
+        heads,
+        top,
+        total,
+        acc,
+        REPEAT,
+        TILE,
+        Q_PAD,
+        1,
+        D,
+        1,
+        DV_PAD,
+    )
 
 
 @triton.jit
@@ -245,9 +425,26 @@ def join(top, total, other_top, other_total):
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def merge_kernel(parts, tops, totals, left, right, out, splits, rows, rows_of_all, norm,
-                 D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr,
-                 ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
+def merge_kernel(
+    parts,
+    tops,
+    totals,
+    left,
+    right,
+    out,
+    splits,
+    rows,
+    rows_of_all,
+    norm,
+    D: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    A_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     """16 rows (of batch, query head, query) per program: packed parts joined and un-rotated, an exact one added.
 
     Bound by memory: 4·(D + 2) bytes read per part and row, about 2·D + 4 operations.
@@ -260,19 +457,24 @@ def merge_kernel(parts, tops, totals, left, right, out, splits, rows, rows_of_al
     acc = tl.zeros((A_PAD, B_PAD, LANES), tl.float32)
     at = row
     for _ in range(splits):
-        top, total, decay, weight = join(top, total, tl.load(tops + at, mask=here, other=float("-inf")),
-                                         tl.load(totals + at, mask=here, other=0.0))  # fmt: skip
+        top, total, decay, weight = join(
+            top, total, tl.load(tops + at, mask=here, other=float("-inf")), tl.load(totals + at, mask=here, other=0.0)
+        )
         part = tl.load(parts + at[None, None, :] * D + inside, mask=keep & here[None, None, :], other=0.0)
         acc = acc * decay[None, None, :] + part * weight[None, None, :]
         at += rows
     kept = here & (at < rows_of_all)  # there is one more part
-    top, total, decay, weight = join(top, total, tl.load(tops + at, mask=kept, other=float("-inf")),
-                                     tl.load(totals + at, mask=kept, other=0.0))  # fmt: skip
+    top, total, decay, weight = join(
+        top, total, tl.load(tops + at, mask=kept, other=float("-inf")), tl.load(totals + at, mask=kept, other=0.0)
+    )
     share = tl.where(total > 0, 1 / total, 0.0)
     a, b = load_matrices(left, right, A_PAD, B_PAD, ROWS_PAD)
     result = rotate(acc * (decay * share * norm)[None, None, :], a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED)
     channel, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     channel, real = channel[None, :, None], real[None, :, None]
     exact = tl.load(parts + at[None, None, :] * D + channel, mask=kept[None, None, :] & real, other=0.0)  # (1, D', 16)
-    tl.store(out + row[None, None, :] * D + channel, result + exact * (weight * share)[None, None, :],
-             mask=here[None, None, :] & real)  # fmt: skip
+    tl.store(
+        out + row[None, None, :] * D + channel,
+        result + exact * (weight * share)[None, None, :],
+        mask=here[None, None, :] & real,
+    )

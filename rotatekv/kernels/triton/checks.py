@@ -112,9 +112,17 @@ def check_exact(exact: ExactTokens | None, heads: int, head_dim: int, device: to
 
 
 def check_decode(
-    queries: torch.Tensor, keys: Packed, values: Packed, group_of_channel: torch.Tensor, first: torch.Tensor,
-    origin: torch.Tensor, packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
-) -> None:  # fmt: skip
+    queries: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    group_of_channel: torch.Tensor,
+    first: torch.Tensor,
+    origin: torch.Tensor,
+    packed_tokens: int,
+    total_tokens: int,
+    options: DecodeOptions,
+    exact: ExactTokens | None,
+) -> None:
     """The arguments of ``decode_attention``."""
     refuse_token_groups(options.key_tokens_per_scale)
     batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")

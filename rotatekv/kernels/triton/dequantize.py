@@ -33,11 +33,36 @@ from rotatekv.kernels.triton.tiles import (
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def dequantize_kernel(out, low, high, scale, zero, group_of_channel, factors, offsets, left, right, tokens, room,
-                      blocks, norm, C: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr,
-                      G: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-                      A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr,
-                      ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
+def dequantize_kernel(
+    out,
+    low,
+    high,
+    scale,
+    zero,
+    group_of_channel,
+    factors,
+    offsets,
+    left,
+    right,
+    tokens,
+    room,
+    blocks,
+    norm,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    A_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     """Program (block, batch, rotation group) → out (B, H_kv, room, D)."""
     block, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)
@@ -57,9 +82,14 @@ def dequantize_kernel(out, low, high, scale, zero, group_of_channel, factors, of
 
 
 def launch_dequantize(
-    packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, width: int, affine: Affine | None,
+    packed: Packed,
+    tokens: int,
+    bits: int,
+    group_of_channel: torch.Tensor,
+    width: int,
+    affine: Affine | None,
     out: torch.Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Checked arguments of ``rotatekv.kernels.triton.dequantize_blocks``."""
     low = packed["low"]
     batch, blocks, channels = low.shape
@@ -67,8 +97,25 @@ def launch_dequantize(
     left, right = matrices(factors, low.device)
     by_channel = (affine.factor, affine.offset) if affine else (left, left)
     start(
-        dequantize_kernel, (-(-tokens // LANES.value), batch, channels // factors.width), out, low,
-        packed["high"] if bits in HIGH_PLANE else low, packed["scale"], packed["zero"], group_of_channel, *by_channel,
-        left, right, tokens, out.shape[2], blocks, factors.norm, C=channels, GROUPS=packed["scale"].shape[2],
-        BITS=bits, AFFINE=affine is not None, **factors.constants(), num_warps=factors.warps,
-    )  # fmt: skip
+        dequantize_kernel,
+        (-(-tokens // LANES.value), batch, channels // factors.width),
+        out,
+        low,
+        packed["high"] if bits in HIGH_PLANE else low,
+        packed["scale"],
+        packed["zero"],
+        group_of_channel,
+        *by_channel,
+        left,
+        right,
+        tokens,
+        out.shape[2],
+        blocks,
+        factors.norm,
+        C=channels,
+        GROUPS=packed["scale"].shape[2],
+        BITS=bits,
+        AFFINE=affine is not None,
+        **factors.constants(),
+        num_warps=factors.warps,
+    )

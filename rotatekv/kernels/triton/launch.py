@@ -21,10 +21,18 @@ _EXACT_WARPS = 4
 
 
 def launch_decode(
-    queries: torch.Tensor, keys: Packed, values: Packed, group_of_channel: torch.Tensor, first: torch.Tensor,
-    origin: torch.Tensor, packed_tokens: int, total_tokens: int, options: DecodeOptions, exact: ExactTokens | None,
+    queries: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    group_of_channel: torch.Tensor,
+    first: torch.Tensor,
+    origin: torch.Tensor,
+    packed_tokens: int,
+    total_tokens: int,
+    options: DecodeOptions,
+    exact: ExactTokens | None,
     splits: int | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Checked arguments of ``rotatekv.kernels.triton.decode_attention``."""
     batch, heads, query_tokens, dim = queries.shape
     device, channels = queries.device, keys["low"].shape[2]
@@ -45,31 +53,86 @@ def launch_decode(
     by_channel = (affine.factor, affine.offset) if affine else (left, left)
     window = options.sliding_window or total_tokens
     start(
-        split_kernel, (batch * groups, splits, tiles), queries, *_planes(keys, options.key_bits),
-        *_planes(values, options.value_bits), group_of_channel, *by_channel, 1 / factors.norm, lanes, first, origin,
-        left, right, *tables, tables[0].shape[0], parts, tops, totals, batch, packed_tokens, total_tokens,
-        query_tokens, window, keys["low"].shape[1], values["low"].shape[1], blocks, -(-blocks // splits),
-        factor_on_scores * factors.norm, rope.attention_scaling if rope else 1.0,
-        C=channels, KEY_GROUPS=keys["scale"].shape[2], VALUE_GROUPS=values["scale"].shape[2],
-        KEY_BITS=options.key_bits, VALUE_BITS=options.value_bits, HALF=rope.rotary_dim // 2 if rope else 0,
-        EXACT=has_exact, AFFINE=affine is not None, **constants, **factors.constants(),
-        num_warps=factors.warps, num_stages=STAGES,
-    )  # fmt: skip
+        split_kernel,
+        (batch * groups, splits, tiles),
+        queries,
+        *_planes(keys, options.key_bits),
+        *_planes(values, options.value_bits),
+        group_of_channel,
+        *by_channel,
+        1 / factors.norm,
+        lanes,
+        first,
+        origin,
+        left,
+        right,
+        *tables,
+        tables[0].shape[0],
+        parts,
+        tops,
+        totals,
+        batch,
+        packed_tokens,
+        total_tokens,
+        query_tokens,
+        window,
+        keys["low"].shape[1],
+        values["low"].shape[1],
+        blocks,
+        -(-blocks // splits),
+        factor_on_scores * factors.norm,
+        rope.attention_scaling if rope else 1.0,
+        C=channels,
+        KEY_GROUPS=keys["scale"].shape[2],
+        VALUE_GROUPS=values["scale"].shape[2],
+        KEY_BITS=options.key_bits,
+        VALUE_BITS=options.value_bits,
+        HALF=rope.rotary_dim // 2 if rope else 0,
+        EXACT=has_exact,
+        AFFINE=affine is not None,
+        **constants,
+        **factors.constants(),
+        num_warps=factors.warps,
+        num_stages=STAGES,
+    )
     if has_exact:
         offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
         start(
-            exact_kernel, (batch * channels // dim, tiles), queries, exact.keys, exact.values, exact.columns, offsets,
-            first, parts, tops, totals, batch, splits, total_tokens, query_tokens, window, factor_on_scores,
-            C=channels, D=dim, **constants, num_warps=_EXACT_WARPS, num_stages=STAGES,
-        )  # fmt: skip
+            exact_kernel,
+            (batch * channels // dim, tiles),
+            queries,
+            exact.keys,
+            exact.values,
+            exact.columns,
+            offsets,
+            first,
+            parts,
+            tops,
+            totals,
+            batch,
+            splits,
+            total_tokens,
+            query_tokens,
+            window,
+            factor_on_scores,
+            C=channels,
+            D=dim,
+            **constants,
+            num_warps=_EXACT_WARPS,
+            num_stages=STAGES,
+        )
     return _merge(parts, tops, totals, splits, options)
 
 
 def query_constants(head_dim: int, repeat: int) -> dict[str, int]:
     """The constexpr arguments that the split and the exact kernel share."""
     tile = max(1, SMALLEST_DOT // repeat)  # queries
-    return {"REPEAT": repeat, "TILE": tile, "Q_PAD": max(SMALLEST_DOT, power_of_two(repeat * tile)),
-            "DV_PAD": power_of_two(head_dim)}  # fmt: skip
+    return {
+        "REPEAT": repeat,
+        "TILE": tile,
+        "Q_PAD": max(SMALLEST_DOT, power_of_two(repeat * tile)),
+        "DV_PAD": power_of_two(head_dim),
+    }
 
 
 def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
@@ -100,9 +163,21 @@ def _merge(
     left, right = matrices(factors, parts.device)
     names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")
     start(
-        merge_kernel, (-(-rows // BLOCK),), parts, tops, totals, left, right, out, splits, rows,
-        len(parts) * rows, factors.norm, **{name: factors.constants()[name] for name in names}, num_warps=4,
-    )  # fmt: skip
+        merge_kernel,
+        (-(-rows // BLOCK),),
+        parts,
+        tops,
+        totals,
+        left,
+        right,
+        out,
+        splits,
+        rows,
+        len(parts) * rows,
+        factors.norm,
+        **{name: factors.constants()[name] for name in names},
+        num_warps=4,
+    )
     return out
 
 

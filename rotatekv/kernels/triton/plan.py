@@ -76,9 +76,18 @@ class Factors:
 
     def constants(self) -> dict[str, int]:
         """The kernels' constexpr arguments."""
-        return {"G": self.heads, "D": self.head_dim, "A": self.rows, "B": self.columns, "A_PAD": self.rows_pad,
-                "B_PAD": self.columns_pad, "G_PAD": self.heads_pad, "ROWS": self.head_rows,
-                "ROWS_PAD": self.head_rows_pad, "ROTATED": self.rotated}  # fmt: skip
+        return {
+            "G": self.heads,
+            "D": self.head_dim,
+            "A": self.rows,
+            "B": self.columns,
+            "A_PAD": self.rows_pad,
+            "B_PAD": self.columns_pad,
+            "G_PAD": self.heads_pad,
+            "ROWS": self.head_rows,
+            "ROWS_PAD": self.head_rows_pad,
+            "ROTATED": self.rotated,
+        }
 
 
 def power_of_two(n: int) -> int:
@@ -117,9 +126,7 @@ def matrices(factors: Factors, device: torch.device, inverse: bool = True) -> tu
     left, right = (_signs(size, factors.rotated) for size in (factors.rows, factors.columns))
     if inverse:
         left, right = left.T, right.T
-    padded = torch.zeros(
-        factors.heads_pad, factors.head_rows_pad, factors.rows_pad, dtype=torch.float32, device="cpu"
-    )
+    padded = torch.zeros(factors.heads_pad, factors.head_rows_pad, factors.rows_pad, dtype=torch.float32, device="cpu")
     padded[: factors.heads, : factors.head_rows, : factors.rows] = left.unflatten(0, (factors.heads, -1))
     square = torch.zeros(factors.columns_pad, factors.columns_pad, dtype=torch.float32, device="cpu")
     square[: factors.columns, : factors.columns] = right

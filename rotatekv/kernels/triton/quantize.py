@@ -45,9 +45,27 @@ def _merge_word(plane, at, codes, lane, new, here, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def quantize_kernel(heads, stride_b, stride_h, stride_t, low, high, scales, zeros, order, start, tokens, blocks, clip,
-                    C: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BITS: tl.constexpr,
-                    ORDERED: tl.constexpr):  # fmt: skip
+def quantize_kernel(
+    heads,
+    stride_b,
+    stride_h,
+    stride_t,
+    low,
+    high,
+    scales,
+    zeros,
+    order,
+    start,
+    tokens,
+    blocks,
+    clip,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BITS: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
     """Program (block counted from the first one written, batch, group). ORDERED: channel j is channel order[j]."""
     batch, block, group = tl.program_id(1).to(tl.int64), start // LANES + tl.program_id(0), tl.program_id(2)
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -59,8 +77,9 @@ def quantize_kernel(heads, stride_b, stride_h, stride_t, low, high, scales, zero
     if ORDERED:
         channel = tl.load(order + channel, mask=here, other=0)
     at = (channel // D).to(tl.int64) * stride_h + channel % D
-    numbers = tl.load(heads + batch * stride_b + token.to(tl.int64) * stride_t + at[None, :], mask=new & here[None, :],
-                      other=0.0).to(tl.float32)  # fmt: skip
+    numbers = tl.load(
+        heads + batch * stride_b + token.to(tl.int64) * stride_t + at[None, :], mask=new & here[None, :], other=0.0
+    ).to(tl.float32)
     top = tl.max(tl.where(here[None, :], numbers, float("-inf")), 1)  # (16,)
     bottom = tl.min(tl.where(here[None, :], numbers, float("inf")), 1)
     levels = tl.full((LANES,), LEVELS, tl.float32)
@@ -100,9 +119,17 @@ def quantize_kernel(heads, stride_b, stride_h, stride_t, low, high, scales, zero
 
 
 def launch_quantize(
-    heads: torch.Tensor, packed: Packed, start: int, bits: int, group_size: int, clip_ratio: float,
-    order: torch.Tensor | None, width: int, affine: Affine | None, unrope: tuple[torch.Tensor, torch.Tensor] | None,
-) -> None:  # fmt: skip
+    heads: torch.Tensor,
+    packed: Packed,
+    start: int,
+    bits: int,
+    group_size: int,
+    clip_ratio: float,
+    order: torch.Tensor | None,
+    width: int,
+    affine: Affine | None,
+    unrope: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
     """Checked arguments of ``rotatekv.kernels.triton.quantize_into_blocks``."""
     tokens, low = heads.shape[2], packed["low"]
     if not tokens:
@@ -112,9 +139,25 @@ def launch_quantize(
     batch, blocks, channels = low.shape
     touched = -(-(start + tokens) // BLOCK) - start // BLOCK
     start_kernel(
-        quantize_kernel, (touched, batch, channels // group_size), heads, *heads.stride()[:3], low,
-        packed["high"] if bits in HIGH_PLANE else low, packed["scale"], packed["zero"],
-        low if order is None else order, start, tokens, blocks, clip_ratio,
-        C=channels, D=heads.shape[3], GROUP=group_size, GROUP_PAD=power_of_two(group_size), BITS=bits,
-        ORDERED=order is not None, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+        quantize_kernel,
+        (touched, batch, channels // group_size),
+        heads,
+        *heads.stride()[:3],
+        low,
+        packed["high"] if bits in HIGH_PLANE else low,
+        packed["scale"],
+        packed["zero"],
+        low if order is None else order,
+        start,
+        tokens,
+        blocks,
+        clip_ratio,
+        C=channels,
+        D=heads.shape[3],
+        GROUP=group_size,
+        GROUP_PAD=power_of_two(group_size),
+        BITS=bits,
+        ORDERED=order is not None,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )

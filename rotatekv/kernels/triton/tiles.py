@@ -10,10 +10,27 @@ import triton.language as tl
 
 LANES = tl.constexpr(16)  # tokens of a block
 RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew where one is 1 or a multiple of 16
-    "batches", "blocks", "blocks_per_split", "exact_blocks", "key_blocks", "packed_tokens", "part", "query_tokens",
-    "room", "rows", "rows_of_all", "splits", "start", "table_b", "table_rows", "table_t", "tokens", "total_tokens",
-    "value_blocks", "window",
-]  # fmt: skip
+    "batches",
+    "blocks",
+    "blocks_per_split",
+    "exact_blocks",
+    "key_blocks",
+    "packed_tokens",
+    "part",
+    "query_tokens",
+    "room",
+    "rows",
+    "rows_of_all",
+    "splits",
+    "start",
+    "table_b",
+    "table_rows",
+    "table_t",
+    "tokens",
+    "total_tokens",
+    "value_blocks",
+    "window",
+]
 
 
 @triton.jit
@@ -23,8 +40,9 @@ def wide_scale(stored):
 
 
 @triton.jit
-def read_packed(low, high, scale, zero, block, channel, group, keep, C: tl.constexpr, GROUPS: tl.constexpr,
-                BITS: tl.constexpr):  # fmt: skip
+def read_packed(
+    low, high, scale, zero, block, channel, group, keep, C: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr
+):
     """Dequantized numbers of one block: (code − zero)·scale.
 
     Args:
@@ -98,8 +116,16 @@ def dot_signs(signs, x):
 
 
 @triton.jit
-def rotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS_PAD: tl.constexpr,
-           ROTATED: tl.constexpr):  # fmt: skip
+def rotate(
+    x,
+    left,
+    right,
+    A_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     """Aᵀ·X·B or A·X·Bᵀ as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
     OUT: tl.constexpr = G_PAD * ROWS_PAD
     if ROTATED:
@@ -114,23 +140,38 @@ def rotate(x, left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, G_PAD: tl.c
 
 
 @triton.jit
-def load_affine(factors, offsets, group, offset_norm, G: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
-                B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr):  # fmt: skip
+def load_affine(
+    factors,
+    offsets,
+    group,
+    offset_norm,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    B_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+):
     """Factors and offsets of a rotation group's channels after ``rotate``, (G_PAD, D', 1) each; offsets times norm."""
     place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     head = tl.arange(0, G_PAD)[:, None, None]
     channel = (group * G + head) * D + place[None, :, None]
     keep = (head < G) & real[None, :, None]
-    return (tl.load(factors + channel, mask=keep, other=1.0),
-            tl.load(offsets + channel, mask=keep, other=0.0) * offset_norm)  # fmt: skip
+    return (
+        tl.load(factors + channel, mask=keep, other=1.0),
+        tl.load(offsets + channel, mask=keep, other=0.0) * offset_norm,
+    )
 
 
 @triton.jit
 def load_matrices(left, right, A_PAD: tl.constexpr, B_PAD: tl.constexpr, OUT: tl.constexpr):
     """The ±1 factors: (OUT, A_PAD) and (B_PAD, B_PAD)."""
     a, b = tl.arange(0, A_PAD), tl.arange(0, B_PAD)
-    return (tl.load(left + tl.arange(0, OUT)[:, None] * A_PAD + a[None, :]).to(tl.float16),
-            tl.load(right + b[:, None] * B_PAD + b[None, :]).to(tl.float16))  # fmt: skip
+    return (
+        tl.load(left + tl.arange(0, OUT)[:, None] * A_PAD + a[None, :]).to(tl.float16),
+        tl.load(right + b[:, None] * B_PAD + b[None, :]).to(tl.float16),
+    )
 
 
 @triton.jit

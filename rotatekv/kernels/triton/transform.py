@@ -22,11 +22,36 @@ from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, head_channels, load_m
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def transform_kernel(heads, stride_b, stride_h, stride_t, cos, sin, table_b, table_t, factors, offsets, left, right,
-                     out, tokens, norm, C: tl.constexpr, HALF: tl.constexpr, AFFINE: tl.constexpr,
-                     G: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr,
-                     B_PAD: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS_PAD: tl.constexpr,
-                     ROTATED: tl.constexpr):  # fmt: skip
+def transform_kernel(
+    heads,
+    stride_b,
+    stride_h,
+    stride_t,
+    cos,
+    sin,
+    table_b,
+    table_t,
+    factors,
+    offsets,
+    left,
+    right,
+    out,
+    tokens,
+    norm,
+    C: tl.constexpr,
+    HALF: tl.constexpr,
+    AFFINE: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    A_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
     """Program (run of 16 tokens, batch, rotation group)."""
     run, batch, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     inside, keep = tile_channels(A, B, A_PAD, B_PAD)  # (A_PAD, B_PAD, 1)
@@ -65,9 +90,24 @@ def transformed(
     cos, sin = unrope or (left, left)
     by_channel = (affine.factor, affine.offset) if affine else (left, left)
     start(
-        transform_kernel, (-(-tokens // LANES.value), batch, count * dim // factors.width), heads, *heads.stride()[:3],
-        cos, sin, *cos.stride()[:2], *by_channel, left, right, out, tokens, factors.norm, C=count * dim,
-        HALF=cos.shape[2] if unrope else 0, AFFINE=affine is not None, **factors.constants(),
-        num_warps=factors.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+        transform_kernel,
+        (-(-tokens // LANES.value), batch, count * dim // factors.width),
+        heads,
+        *heads.stride()[:3],
+        cos,
+        sin,
+        *cos.stride()[:2],
+        *by_channel,
+        left,
+        right,
+        out,
+        tokens,
+        factors.norm,
+        C=count * dim,
+        HALF=cos.shape[2] if unrope else 0,
+        AFFINE=affine is not None,
+        **factors.constants(),
+        num_warps=factors.warps,
+        enable_fp_fusion=False,
+    )
     return out
