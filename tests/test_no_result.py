@@ -14,8 +14,8 @@ import efficiency_evaluation
 import needle_evaluation
 import PPL_evaluation
 import reproduce
-from rotatekv.evals import reproduce_runs
 from rotatekv.evals.perplexity import perplexity
+from rotatekv.reproduce import runs as reproduce_runs
 from visualize import frontier, report
 
 

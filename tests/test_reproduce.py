@@ -19,9 +19,13 @@ from rotatekv import external
 from rotatekv.cli import method_from_args
 from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
-from rotatekv.evals import paper_figures, reproduce_estimate, reproduce_plan, reproduce_runs, reproduce_tables
 from rotatekv.external import EXTERNAL
 from rotatekv.methods import LayerGeometry
+from rotatekv.reproduce import estimate as reproduce_estimate
+from rotatekv.reproduce import paper_figures
+from rotatekv.reproduce import plan as reproduce_plan
+from rotatekv.reproduce import runs as reproduce_runs
+from rotatekv.reproduce import tables as reproduce_tables
 from rotatekv.reproduce.ablation import ablation_cells
 from rotatekv.reproduce.paper_figures import PaperFigure, load_paper_figures
 from rotatekv.reproduce.plan import STREAMED, Calibration, Options, default_methods, method_cells, ppl_cell

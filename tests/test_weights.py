@@ -16,11 +16,11 @@ import calibrate_reorder
 import PPL_evaluation
 import reproduce
 from rotatekv import RotateKVCache, UserError, load_model, patch_model, unpatch_model
-from rotatekv.evals import reproduce_runs
 from rotatekv.evals.results import config_hash
 from rotatekv.families import find_text_model
 from rotatekv.models.text import known_weights, load_skeleton
 from rotatekv.models.weights import calibration_digests, files_digest, weights_digest
+from rotatekv.reproduce import runs as reproduce_runs
 
 NO_REORDER = ["--Outlier_Aware_Key_Rotation", "False"]
 
