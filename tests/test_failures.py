@@ -183,7 +183,7 @@ def test_early_exit_is_refused_before_it_starts():
 # --- patching is all or nothing --------------------------------------------------------------------------------------
 
 PACKAGE = Path(rotatekv.__file__).parent
-CHANGES_THE_MODEL = ("patching/changes.py", "patching/patch.py")
+CHANGES_THE_MODEL = ("patching/changes.py", "patching/handle.py", "patching/patch.py")
 
 
 def everything(model) -> list:
@@ -223,9 +223,13 @@ def traced(on_line):
         sys.settrace(before)
 
 
+def file_of(frame) -> str:
+    return Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix()
+
+
 def lines_of_patching(model) -> list[tuple[str, int]]:
     lines = []
-    with traced(lambda frame: lines.append((Path(frame.f_code.co_filename).name, frame.f_lineno))):
+    with traced(lambda frame: lines.append((file_of(frame), frame.f_lineno))):
         patch_model(model, ROTATEKV2)
     unpatch_model(model)
     return lines
