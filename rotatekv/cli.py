@@ -20,26 +20,7 @@ from rotatekv.models.text import ALIASES, DTYPES, EMBEDDED_MODEL, GEMMA_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
 METHOD_NAMES = (*PRESETS, *EXTERNAL)
-_METHOD_FLAGS: dict[str, tuple[type, str]] = {
-    "k_bits": (int, "bits per key number: 2, 3 or 4"),
-    "k_groupsize": (int, "key channels that share a scale (KIVI: tokens of a channel)"),
-    "k_clip_ratio": (float, "factor on a key group's maximum and minimum, in (0, 1]"),
-    "v_bits": (int, "bits per value number: 2, 3 or 4"),
-    "v_groupsize": (int, "value channels that share a scale"),
-    "v_clip_ratio": (float, "factor on a value group's maximum and minimum, in (0, 1]"),
-    "head_group_num": (int, "key heads rotated together, at most"),
-    "Grouped_Head_Key_Rotation": (bool, "rotate grouped heads before RoPE; False: each head after RoPE"),
-    "Outlier_Aware_Key_Rotation": (bool, "reorder the rotated key channels with calibrated indices"),
-    "Attention_Sink_Aware": (bool, "keep attention sinks unquantized, the tokens with massive activations"),
-    "num_sink_entries": (int, "largest hidden-state entries that name those tokens"),
-    "sink_selection": (
-        str,
-        "detected, first: the first num_sink_entries tokens of each sequence, or massive (RotateKV+)",
-    ),
-    "residual_length": (int, "most recent tokens kept in 16 bits"),
-    "extra_bit_share": (float, "share of all layers' keys and values that take a bit more (RotateKV+), in [0, 1]"),
-    "quantize_prefill": (bool, "False: the first call's queries see exact keys and values; the cache is quantized"),
-}
+_TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "NAME")}  # type and metavar of a field's flag
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -102,21 +83,24 @@ def model_flags(args: argparse.Namespace) -> dict:
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method", "A preset, then flags that override it.")
     names = f"{', '.join(PRESETS)} (default: {DEFAULT_METHOD}), or transformers' own cache: {', '.join(EXTERNAL)}"
-    group.add_argument("--method", metavar="NAME", help=f"one of {names}")
+    group.add_argument("--method", metavar="NAME", help=f"one of {names}; a preset is also a flag, --{DEFAULT_METHOD}")
     for name in PRESETS:
-        add_switch(group, name, f"the same as --method {name}")
+        add_switch(group, name, argparse.SUPPRESS)
     group.add_argument(
         "--calibration_file",
         help="what calibrate_reorder.py made for the method (default: reorder_indices/<model>.safetensors; "
         "KVQuant: <model>.kvquant.safetensors, RotateKV+: <model>.plus.safetensors)",
     )
-    for name, (kind, text) in _METHOD_FLAGS.items():
-        usual = getattr(PRESETS[DEFAULT_METHOD], name)
+    for choice in fields(QuantConfig):
+        if "help" not in choice.metadata:
+            continue
+        usual = getattr(PRESETS[DEFAULT_METHOD], choice.name)
         default = "head_dim" if usual is None else f"the preset's; {DEFAULT_METHOD}: {usual}"
-        if kind is bool:
-            add_switch(group, name, f"{text} (default: {default})", default=None)
+        text, kind = f"{choice.metadata['help']} (default: {default})", choice.type.split(" ")[0]
+        if kind == "bool":
+            add_switch(group, choice.name, text, default=None)
         else:
-            group.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
+            group.add_argument(f"--{choice.name}", type=_TYPES[kind][0], metavar=_TYPES[kind][1], help=text)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from rotatekv.errors import UserError
 
@@ -11,60 +11,66 @@ SUPPORTED_BITS = (2, 3, 4)
 SINK_SELECTIONS = ("detected", "first", "massive")
 
 
+def _flag(default, text: str):
+    """A field with its flag's help text."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class QuantConfig:
-    """Every choice of one run's KV cache. Names are the paper's and its repository's flags.
+    """Every choice of one run's KV cache. Each field is a flag of the scripts, and ``--help`` shows what is said here.
 
-    Args:
-        method: codec, a file in ``rotatekv/methods/``: ``fp16``, ``rtn``, ``kivi``, ``quarot``, ``turboquant``,
-            ``kvquant``, ``rotatekv`` or ``rotatekv_plus``. A flag that means nothing to it keeps its preset's value.
-        k_bits, v_bits: bits per quantized number, 2, 3 or 4.
-        k_groupsize, v_groupsize: consecutive channels of one token that share a scale and a zero point; ``None``
-            takes head_dim. Must divide ``num_key_value_heads * head_dim`` (keys) and ``head_dim`` (values).
-            For ``kivi``, k_groupsize counts consecutive tokens of one channel, any number of them; ``None`` takes 32.
-        k_clip_ratio, v_clip_ratio: factor on the group's maximum and minimum, in (0, 1] (paper: 0.8 at 2 bits).
-        head_group_num: key heads rotated together (paper: 4). The largest divisor of
-            ``num_key_value_heads`` up to it with a Hadamard matrix is taken; 1 rotates each head alone.
-        Grouped_Head_Key_Rotation: rotate groups of heads before RoPE. ``False`` is where the paper's ablation
-            starts: one Hadamard per head on the keys after RoPE, as in QuaRot.
-        Outlier_Aware_Key_Rotation: reorder the rotated key channels with calibrated indices before they are grouped.
-        Attention_Sink_Aware: keep some tokens, the attention sinks, unquantized.
-        num_sink_entries: largest hidden-state entries per layer and sequence that name those tokens (paper: 20).
-        sink_selection: ``detected``, the tokens that carry massive activations (paper); ``first``, the first
-            ``num_sink_entries`` tokens of each sequence (KVQuant: 1); ``massive``, every token, whenever it comes, with
-            a hidden-state entry above a calibrated threshold (``rotatekv_plus``; num_sink_entries means nothing then).
-        residual_length: most recent tokens kept in 16 bits (the paper keeps none: 0). ``kivi`` keeps up to
-            k_groupsize − 1 more, since tokens leave in whole groups, and ``rotatekv_plus`` up to 15.
-        extra_bit_share: share of all layers' keys and values, the most sensitive of them, in [0, 1], that take a bit
-            more than k_bits or v_bits (``rotatekv_plus``).
-        quantize_prefill: the first call's queries see keys and values as they decode (paper). ``False`` gives them the
-            exact ones, as KIVI and transformers do. What is stored of given keys and values is the same; layers after
-            the first are given others, as their inputs are exact.
+    Names are the paper's and its repository's flags. A field that means nothing to ``method`` keeps its preset's value.
 
     Raises:
         UserError: a value outside its range.
     """
 
+    # The codec, a file in rotatekv/methods/. It has no flag of its own: --method names a preset.
     method: str = "rotatekv"
-    k_bits: int = 2
-    v_bits: int = 2
-    k_groupsize: int | None = None
-    v_groupsize: int | None = None
-    k_clip_ratio: float = 1.0
-    v_clip_ratio: float = 1.0
-    head_group_num: int = 4
-    Grouped_Head_Key_Rotation: bool = True
-    Outlier_Aware_Key_Rotation: bool = True
-    Attention_Sink_Aware: bool = True
-    num_sink_entries: int = 20
-    sink_selection: str = "detected"
-    residual_length: int = 0
-    extra_bit_share: float = 0.0
-    quantize_prefill: bool = True
+    k_bits: int = _flag(2, "bits per key number: 2, 3 or 4")
+    v_bits: int = _flag(2, "bits per value number: 2, 3 or 4")
+    k_groupsize: int | None = _flag(
+        None,
+        "key channels of a token that share a scale, a divisor of num_key_value_heads * head_dim; KIVI: tokens of a "
+        "channel, any number (32 where none is given)",
+    )
+    v_groupsize: int | None = _flag(None, "value channels of a token that share a scale, a divisor of head_dim")
+    k_clip_ratio: float = _flag(1.0, "factor on a key group's maximum and minimum, in (0, 1] (paper: 0.8 at 2 bits)")
+    v_clip_ratio: float = _flag(1.0, "factor on a value group's maximum and minimum, in (0, 1]")
+    head_group_num: int = _flag(
+        4,
+        "key heads rotated together, at most: the largest divisor of num_key_value_heads up to it with a Hadamard "
+        "matrix; 1 rotates each head alone",
+    )
+    Grouped_Head_Key_Rotation: bool = _flag(
+        True, "rotate grouped heads before RoPE; False: each head after RoPE, as in QuaRot"
+    )
+    Outlier_Aware_Key_Rotation: bool = _flag(True, "reorder the rotated key channels with calibrated indices")
+    Attention_Sink_Aware: bool = _flag(True, "keep some tokens unquantized, the attention sinks")
+    num_sink_entries: int = _flag(
+        20, "largest hidden-state entries of a layer and sequence that name those tokens (paper: 20)"
+    )
+    sink_selection: str = _flag(
+        "detected",
+        "which tokens: detected, those with massive activations (paper); first, the first num_sink_entries tokens of "
+        "a sequence (KVQuant); massive, any token with an entry above a calibrated threshold (RotateKV+)",
+    )
+    residual_length: int = _flag(
+        0, "most recent tokens kept in 16 bits (KIVI: up to k_groupsize - 1 more; RotateKV+: up to 15 more)"
+    )
+    extra_bit_share: float = _flag(
+        0.0, "share of all layers' keys and values, the most sensitive, that take one more bit (RotateKV+), in [0, 1]"
+    )
+    quantize_prefill: bool = _flag(
+        True,
+        "the first call's queries see keys and values as they decode (paper); False: exact ones, as in KIVI and "
+        "transformers; what is stored of them is the same",
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            self._check_type(field.name, getattr(self, field.name), field.type.split(" ")[0])
+        for choice in fields(self):
+            self._check_type(choice.name, getattr(self, choice.name), choice.type.split(" ")[0])
         for name in ("k_bits", "v_bits"):
             if getattr(self, name) not in SUPPORTED_BITS:
                 raise UserError(f"{name} must be 2, 3 or 4, not {getattr(self, name)}")

@@ -122,11 +122,6 @@ def model_slug(model_id: str) -> str:
     return name.strip(".") or "model"
 
 
-def save_reorder_indices(path: str | Path, indices: torch.Tensor, metadata: dict[str, str]) -> Path:
-    """``save_statistics`` of reorder indices."""
-    return save_statistics(path, "reorder", {"indices": indices}, metadata)
-
-
 def save_statistics(
     path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]
 ) -> Path:

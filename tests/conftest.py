@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rotatekv import load_model
+from rotatekv.statistics import save_statistics
 
 # tqdm's own lock is shared with forked processes: one killed while it holds the lock would stop every later test.
 tqdm.set_lock(threading.RLock())
@@ -114,13 +115,16 @@ def folder(tmp_path_factory) -> Path:
     return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
+def save_reorder_indices(path: Path, indices: torch.Tensor, metadata: dict[str, str]) -> Path:
+    """A calibration file of these reorder indices, (num_hidden_layers, H_kv·D)."""
+    return save_statistics(path, "reorder", {"indices": indices}, metadata)
+
+
 @pytest.fixture(scope="session")
 def statistics(tmp_path_factory):
     """A config → the calibration file it needs for the tiny models, or None."""
     from test_kvquant import random_statistics as kvquant_statistics
     from test_rotatekv_plus import random_statistics as plus_statistics
-
-    from rotatekv.statistics import save_reorder_indices, save_statistics
 
     folder = tmp_path_factory.mktemp("statistics")
     order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])

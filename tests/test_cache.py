@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_reorder_indices, tiny_model
 from transformers import Cache, DynamicCache
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.cache.spec import handle_of
-from rotatekv.statistics import save_reorder_indices
 
 HOLDERS = ("RotateKVCache", "RotateKVLayer", "Positions", "TokenStore", "BlockStore", "PlaneStore")
 LAYERS, KV_HEADS, DIM = 2, 3, 16

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model, tiny_text
+from conftest import save_reorder_indices, save_tiny_folder, tiny_model, tiny_text
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +18,7 @@ from rotatekv import UserError, load_model, patch_model
 from rotatekv import statistics as statistics_module
 from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.families import find_text_model
-from rotatekv.statistics import load_reorder_indices, model_slug, save_reorder_indices
+from rotatekv.statistics import load_reorder_indices, model_slug
 
 LAYERS, CHANNELS, GROUP = 2, 48, 3
 METADATA = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model, tiny_text
+from conftest import save_reorder_indices, save_tiny_folder, tiny_model, tiny_text
 from safetensors.torch import load_file, save_file
 
 import PPL_evaluation
@@ -19,7 +19,6 @@ from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.families import find_text_model
 from rotatekv.patching.patch import build_methods
-from rotatekv.statistics import save_reorder_indices
 
 TOKENS = 40
 NO_ORDER = ("--Outlier_Aware_Key_Rotation", "False")

@@ -99,7 +99,7 @@ def test_decoded_logits_are_those_of_the_general_path(name, rows, any_family, ca
 
 
 def test_reordered_keys_are_read_in_their_order(tiny, calls, tmp_path, monkeypatch):
-    from rotatekv.statistics import save_reorder_indices
+    from conftest import save_reorder_indices
 
     order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
     path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
@@ -146,7 +146,7 @@ READ = CONFIGS | {
 @pytest.mark.parametrize("name", READ)
 def test_a_prefill_reads_its_blocks_with_a_kernel(name, tiny, tmp_path, monkeypatch):
     """The same keys and values as the general path reads from the same cache, sinks and window among them."""
-    from rotatekv.statistics import save_reorder_indices
+    from conftest import save_reorder_indices
 
     reads, kernel = [], cpu.dequantize_blocks
     monkeypatch.setattr(cpu, "dequantize_blocks", lambda *a, **b: reads.append(a[1]) or kernel(*a, **b))

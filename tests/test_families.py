@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_reorder_indices
 from families import FAMILIES, MORE, REFUSED, SUPPORTED, Family, left_padding, logits, random_orders, token_ids
 from oracle import OracleCache, watching
 from torch import nn
@@ -19,7 +20,6 @@ from transformers import DynamicCache
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.cache.cropping import MOST_CROPPED
 from rotatekv.kernels import cpu
-from rotatekv.statistics import save_reorder_indices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROTATEKV2 = replace(PRESETS["RotateKV2"], num_sink_entries=5)

@@ -13,14 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_text
+from conftest import save_reorder_indices, save_tiny_folder, tiny_text
 from matplotlib.figure import Figure
 from PIL import Image
 
 import PPL_evaluation
 from rotatekv.capture.files import read_capture, write_capture
 from rotatekv.kernels.hadamard import heads_to_channels
-from rotatekv.statistics import save_reorder_indices
 from visualize.attention_sinks import draw_received, mean_received
 from visualize.common import set_title, token_label
 from visualize.keys_3d import draw_surface

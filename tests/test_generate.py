@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_reorder_indices, tiny_model
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
-from rotatekv.statistics import save_reorder_indices
 
 TOKENS = 10
 

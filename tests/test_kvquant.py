@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model, tiny_text
+from conftest import save_reorder_indices, save_tiny_folder, tiny_model, tiny_text
 from safetensors.torch import load_file
 
 import calibrate_reorder
@@ -19,7 +19,7 @@ from rotatekv.calibration.kvquant import _with_gradients, collect_key_ranges, co
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.methods.nonuniform import LevelHistogram, nearest_level
 from rotatekv.methods.stores import PlaneStore
-from rotatekv.statistics import CalibrationTarget, load_statistics, save_reorder_indices, save_statistics
+from rotatekv.statistics import CalibrationTarget, load_statistics, save_statistics
 
 LAYERS, HEADS, DIM = 2, 3, 16
 CHANNELS = HEADS * DIM

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import tiny_model
+from conftest import save_reorder_indices, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -22,7 +22,6 @@ import rotatekv.methods
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model, unpatch_model
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.methods.stores import TokenStore
-from rotatekv.statistics import save_reorder_indices
 
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
 

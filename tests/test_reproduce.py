@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_text
+from conftest import save_reorder_indices, tiny_text
 
 import PPL_evaluation
 import reproduce
@@ -30,7 +30,6 @@ from rotatekv.reproduce.ablation import ablation_cells
 from rotatekv.reproduce.paper_figures import PaperFigure, load_paper_figures
 from rotatekv.reproduce.plan import STREAMED, Calibration, Options, default_methods, method_cells, ppl_cell
 from rotatekv.reproduce.runs import Outcome, Runs
-from rotatekv.statistics import save_reorder_indices
 
 WINDOW, WINDOWS = 32, 6
 
