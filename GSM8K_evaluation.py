@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 from rotatekv import load_model
-from rotatekv.cli import check_positive, evaluation_parser, exit_on_user_error, method_from_args, model_flags
+from rotatekv.cli import check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete, decoding
 from rotatekv.evals.records import records_sha256
@@ -19,6 +19,7 @@ from rotatekv.evals.results import Run
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.tokens import check_tokenizer
 from rotatekv.external import use_method
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -9,14 +9,7 @@ import argparse
 from importlib.metadata import version
 
 from rotatekv import load_model
-from rotatekv.cli import (
-    add_switch,
-    check_positive,
-    evaluation_parser,
-    exit_on_user_error,
-    method_from_args,
-    model_flags,
-)
+from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals import longbench
 from rotatekv.evals.generation import complete, decoding
@@ -25,6 +18,7 @@ from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.tokens import check_tokenizer, context_length
 from rotatekv.external import use_method
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -9,14 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 
-from rotatekv.cli import (
-    add_switch,
-    check_positive,
-    evaluation_parser,
-    exit_on_user_error,
-    method_from_args,
-    model_flags,
-)
+from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.evals.generation import complete_inputs, decoding
 from rotatekv.evals.milebench import build_prompt, encode_prompt, load_datasets
 from rotatekv.evals.milebench_metrics import category_of, rescored, score_record, summarize
@@ -24,6 +17,7 @@ from rotatekv.evals.records import records_sha256
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.external import use_method
 from rotatekv.models.vision import RANDOM_LLAVA, VISION_ALIASES, load_vision_model
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

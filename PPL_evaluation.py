@@ -11,14 +11,7 @@ from pathlib import Path
 import calibrate_reorder
 from rotatekv import load_model
 from rotatekv.capture.flags import add_capture_arguments, save_captures, wanted_kinds
-from rotatekv.cli import (
-    add_switch,
-    check_positive,
-    evaluation_parser,
-    exit_on_user_error,
-    method_from_args,
-    model_flags,
-)
+from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
@@ -26,6 +19,7 @@ from rotatekv.evals.texts import cut_windows, load_text
 from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
 from rotatekv.external import use_method
 from rotatekv.methods import method_class
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

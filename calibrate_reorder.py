@@ -23,7 +23,7 @@ from rotatekv.calibration.kvquant import collect_key_ranges, collect_levels
 from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
 from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.calibration.score_errors import check_presets
-from rotatekv.cli import add_model_arguments, check_positive, exit_on_user_error, make_parser, model_flags
+from rotatekv.cli import add_model_arguments, check_positive, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
@@ -31,6 +31,7 @@ from rotatekv.families import check_supported, find_text_model
 from rotatekv.models.text import ALIASES, model_revision
 from rotatekv.models.weights import calibration_digests
 from rotatekv.patching.patch import first_geometry, resolved_head_group
+from rotatekv.scripts import exit_on_user_error
 from rotatekv.statistics import KINDS, file_name, save_statistics
 
 if TYPE_CHECKING:

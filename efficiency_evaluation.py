@@ -11,14 +11,7 @@ from pathlib import Path
 
 from rotatekv import distributed, load_model
 from rotatekv.cache.spec import handle_of
-from rotatekv.cli import (
-    add_switch,
-    check_positive,
-    evaluation_parser,
-    exit_on_user_error,
-    methods_from_args,
-    model_flags,
-)
+from rotatekv.cli import add_switch, check_positive, evaluation_parser, methods_from_args, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.efficiency import (
     Side,
@@ -41,6 +34,7 @@ from rotatekv.evals.peak_memory import measures_peak
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples
 from rotatekv.evals.texts import load_text, tokenize
 from rotatekv.evals.tokens import check_token_ids
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

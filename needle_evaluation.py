@@ -10,14 +10,7 @@ import argparse
 from pathlib import Path
 
 from rotatekv import load_model
-from rotatekv.cli import (
-    add_switch,
-    check_positive,
-    evaluation_parser,
-    exit_on_user_error,
-    method_from_args,
-    model_flags,
-)
+from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.generation import check_context, decoding
 from rotatekv.evals.needle import (
@@ -39,6 +32,7 @@ from rotatekv.evals.needle_figure import read_grid, write_heat_maps, write_repor
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.tokens import check_token_ids
 from rotatekv.external import use_method
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rotatekv.cli import check_positive, exit_on_user_error, make_parser
+from rotatekv.cli import check_positive, make_parser
 from rotatekv.errors import UserError
 from rotatekv.models.text import DTYPES, EMBEDDED_MODEL
 from rotatekv.reproduce.ablation import ablation_cells
@@ -26,6 +26,7 @@ from rotatekv.reproduce.paper_figures import load_paper_figures
 from rotatekv.reproduce.plan import TABLES, Cell, Options, check_methods, default_methods, method_cells
 from rotatekv.reproduce.runs import Runs
 from rotatekv.reproduce.tables import write_tables
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,21 +1,13 @@
-"""The flags all scripts share, and what turns a user's mistake into one line and exit status 2."""
+"""The flags all scripts share."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import sys
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields, replace
 
-from transformers.utils.logging import disable_progress_bar
-
-from rotatekv import distributed, interrupts
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.external import EXTERNAL, ExternalConfig
-from rotatekv.files import FULL_DISK, write_error
 from rotatekv.models.text import ALIASES, DTYPES, EMBEDDED_MODEL, GEMMA_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
@@ -164,39 +156,3 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
-
-
-def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """A ``UserError`` in ``main`` → its line on stderr and exit status 2, without a traceback; Ctrl-C → 130.
-
-    A full disk is a ``UserError`` wherever it is met. Of many processes, only the first shows progress bars, and what
-    all have to say is said once.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv: list[str] | None = None) -> None:
-        if not distributed.is_main():
-            disable_progress_bar()
-        try:
-            interrupts.raise_again()
-            try:
-                main(argv)
-                sys.stdout.flush()
-            except OSError as error:
-                if error.errno not in FULL_DISK:
-                    raise
-                raise write_error(error.filename or "the output", error, "") from None
-        except UserError as error:
-            interrupts.end_at_once()
-            distributed.let_main_speak_first()
-            with suppress(OSError):  # the disk that is full may hold stderr as well
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            interrupts.end_at_once()
-            print(interrupts.LINE, file=sys.stderr)
-            sys.exit(130)
-        finally:
-            interrupts.end_at_once()
-
-    return wrapped

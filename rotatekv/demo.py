@@ -7,12 +7,12 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from rotatekv.cli import exit_on_user_error
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.texts import load_text, tokenize, windows_of
 from rotatekv.evals.tokens import bos_of_windows
 from rotatekv.models.text import EMBEDDED_MODEL, GEMMA_MODEL, load_model
 from rotatekv.patching.patch import patch_model
+from rotatekv.scripts import exit_on_user_error
 
 METHODS = ("FP16", "RTN2", "RotateKV4", "RotateKV3", "RotateKV2", "RotateKV2+")
 SEQ_LENGTH, WINDOWS = 2048, 2

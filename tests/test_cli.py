@@ -16,11 +16,11 @@ from rotatekv.cli import (
     add_model_arguments,
     add_run_arguments,
     add_switch,
-    exit_on_user_error,
     make_parser,
     method_from_args,
     model_flags,
 )
+from rotatekv.scripts import exit_on_user_error
 
 
 def parse(*flags: str):

@@ -20,8 +20,8 @@ import needle_evaluation
 import PPL_evaluation
 import reproduce
 from rotatekv import files, load_model
-from rotatekv.cli import exit_on_user_error
 from rotatekv.evals import efficiency_figure, needle_figure
+from rotatekv.scripts import exit_on_user_error
 
 VOLATILE = ("started", "seconds", "argv", "env")
 

@@ -18,8 +18,9 @@ from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds
 import torch
 
 from rotatekv.capture.files import Capture, read_capture
-from rotatekv.cli import check_positive, exit_on_user_error
+from rotatekv.cli import check_positive
 from rotatekv.evals.colours import COLOURS, PALETTE
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import (
     SINK_COLOUR,
     Figure,

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.cli import exit_on_user_error, make_parser
+from rotatekv.cli import make_parser
 from rotatekv.errors import UserError
 from rotatekv.evals.colours import PALETTE
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import Figure, save_png, set_title
 
 _MARKERS = "osD^vP*"

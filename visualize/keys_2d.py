@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.cli import check_positive, exit_on_user_error
+from rotatekv.cli import check_positive
 from rotatekv.evals.colours import COLOURS
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import (
     Figure,
     add_layer_argument,

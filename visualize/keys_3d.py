@@ -20,9 +20,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from rotatekv.capture.files import Capture
-from rotatekv.cli import check_positive, exit_on_user_error
+from rotatekv.cli import check_positive
 from rotatekv.evals.colours import COLOURS
 from rotatekv.kernels.hadamard import heads_to_channels
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import Figure, add_layer_argument, figure_parser, pick_layer, read_kinds, save_png, set_title
 
 _KINDS = ("k_pre_rope", "k_post_rope", "k_rotated")

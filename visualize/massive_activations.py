@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
 from rotatekv.capture.files import Capture, read_capture
-from rotatekv.cli import exit_on_user_error
 from rotatekv.errors import UserError
 from rotatekv.evals.colours import COLOURS, PALETTE
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import (
     SINK_COLOUR,
     Figure,

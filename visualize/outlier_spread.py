@@ -18,9 +18,9 @@ from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds
 import torch
 
 from rotatekv.capture.files import Capture, read_capture
-from rotatekv.cli import exit_on_user_error
 from rotatekv.evals.colours import PALETTE
 from rotatekv.kernels.hadamard import rotate_channels
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import Figure, add_layer_argument, figure_parser, pick_layer, save_png, set_title
 
 

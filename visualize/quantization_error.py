@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rotatekv.capture.files import Capture, read_capture
-from rotatekv.cli import exit_on_user_error
 from rotatekv.errors import UserError
 from rotatekv.evals.colours import PALETTE
+from rotatekv.scripts import exit_on_user_error
 from visualize.common import Figure, figure_parser, layer_axis, save_png, set_title
 
 _TITLES = {"keys": "keys, after RoPE", "values": "values"}

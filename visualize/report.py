@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.cli import exit_on_user_error, make_parser
+from rotatekv.cli import make_parser
 from rotatekv.errors import UserError
 from rotatekv.files import write_output
+from rotatekv.scripts import exit_on_user_error
 from visualize.report_figures import collect_figures
 from visualize.report_page import build_page, counted
 from visualize.report_runs import collect_runs

