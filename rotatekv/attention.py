@@ -3,8 +3,8 @@
 Hugging Face's own forwards run: projections, norms and RoPE are theirs. Two things are ours. Their ``cache.update``
 stores the new tokens (rotatekv/cache/layer.py), by a codec of ``rotatekv/methods/``:
 
-    keys     undo RoPE → rotate groups of heads → reorder channels → 2-bit codes     (write)
-             codes → inverse reorder → inverse rotation → RoPE again                 (read)
+    keys     undo RoPE → rotate groups of heads → 2-bit codes, like channels share a scale   (write)
+             codes → inverse rotation → RoPE again                                           (read)
     values   rotate each head → 2-bit codes → inverse rotation
 
 It returns the new keys with their layer's cache as an attribute, so that no token is decoded before it is needed. Their

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.layout import pack_blocks
-from rotatekv.kernels.quantize import dequantize_groups, quantize_groups
-from rotatekv.methods.stores import BlockStore, StoredOrder
+from rotatekv.kernels.quantize import dequantize, dequantize_groups, quantize, quantize_groups
+from rotatekv.methods.stores import BlockStore, ChannelGroups
 
 BITS = [2, 3, 4]
 
@@ -125,11 +124,32 @@ def test_huge_and_tiny_values_give_no_nan_or_inf(bits, clip_ratio, magnitude):
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 1, 16)])
 def test_one_token_and_a_batch_of_one_token_rows(shape, dtype):
     x = random(*shape).to(dtype)
-    whole = dequantize(quantize(x, 2, 8, 0.8))
+    group_of_channel = torch.tensor([0, 1] * 8)
+
+    def rounded(tokens: torch.Tensor) -> torch.Tensor:
+        codes = quantize(tokens, 2, 8, group_of_channel, 0.8)
+        return dequantize(**codes, group_of_channel=group_of_channel)
+
+    whole = rounded(x)
     assert whole.shape == shape and torch.isfinite(whole).all()
     for row in range(shape[0]):
-        single = dequantize(quantize(x[row : row + 1], 2, 8, 0.8))
-        assert torch.equal(single, whole[row : row + 1])
+        assert torch.equal(rounded(x[row : row + 1]), whole[row : row + 1])
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_permutation_decides_only_which_channels_share_a_scale(bits, fine):
+    """The paper's words, permute and quantize and permute back, against groups that are gathered where they lie."""
+    x, order = random(2, 5, 48), torch.randperm(48, generator=torch.Generator().manual_seed(bits))
+    group_of_channel = torch.empty(48, dtype=torch.int64)
+    for place, channel in enumerate(order.tolist()):
+        group_of_channel[channel] = place // 16
+    found = quantize(x, bits, 16, group_of_channel, 0.8, fine)
+    codes, scale, zero = quantize_groups(x[..., order], bits, 16, 0.8, fine)
+    assert torch.equal(found["codes"][..., order], codes)
+    assert torch.equal(found["scale"], scale) and torch.equal(found["zero"], zero)
+    back = dequantize(**found, group_of_channel=group_of_channel)
+    assert torch.equal(back[..., order], dequantize_groups(codes, scale, zero))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -151,8 +171,8 @@ def test_quantizing_does_not_change_its_input(bits):
 def test_a_store_gives_back_what_was_appended_in_whatever_pieces(bits, batch, tokens, group, seed):
     generator = torch.Generator().manual_seed(seed)
     channels = 2 * group
-    order = StoredOrder.of(torch.randperm(channels, generator=generator))
-    store, pieces = BlockStore(bits, group, order=order), []
+    groups = ChannelGroups(torch.randperm(channels, generator=generator) // group)
+    store, pieces = BlockStore(bits, groups), []
     for count in tokens:
         codes = torch.randint(0, 2**bits, (batch, count, channels), generator=generator).to(torch.uint8)
         scale = torch.rand(batch, count, 2, generator=generator).half()
@@ -166,7 +186,7 @@ def test_a_store_gives_back_what_was_appended_in_whatever_pieces(bits, batch, to
     blocks = -(-total // 16)
     assert sum(x.nbytes for x in store) == batch * blocks * (2 * channels * bits + 16 * 2 * 3)
     keep = max(1, total // 2)
-    shorter = BlockStore(bits, group, order=order)
+    shorter = BlockStore(bits, groups)
     shorter.append({name: tensor[:, :keep] for name, tensor in store.tokens().items()})
     store.crop(keep)
     assert all(torch.equal(one, other) for one, other in zip(store, shorter, strict=True))

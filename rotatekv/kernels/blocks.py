@@ -7,7 +7,7 @@ import torch
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels, rotate_channels
 from rotatekv.kernels.layout import unpack_blocks, write_blocks
-from rotatekv.kernels.quantize import FINE_SCALE, Packed, quantize_groups, wide_scale, wide_zero
+from rotatekv.kernels.quantize import FINE_SCALE, Packed, dequantize, quantize
 
 
 def quantize_into_blocks_reference(
@@ -30,7 +30,8 @@ def quantize_into_blocks_reference(
        become ``low·cos + high·sin`` and ``high·cos − low·sin`` (YaRN's factor is divided out of them already).
     2. ``affine``: ``(x − offset) / factor``, the inverse of what a read does.
     3. ``rotation_width`` W: each W consecutive channels of a token times the Hadamard matrix of order W.
-    4. ``order`` (C,) int32: quantized channel j is channel ``order[j]`` so far, and is stored there.
+    4. ``order`` (C,) int32, the channels group after group: each ``group_size`` of them share a scale and a zero point;
+       every channel is stored where it is. None: consecutive channels do.
     """
     heads = heads.float()
     if unrope is not None:
@@ -42,10 +43,11 @@ def quantize_into_blocks_reference(
         x = (x - affine.offset) / affine.factor
     if rotation_width:
         x = rotate_channels(x, rotation_width)
+    group_of_channel = torch.arange(x.shape[-1], dtype=torch.int64, device=x.device) // group_size
     if order is not None:
-        x = x[..., order.long()]
-    codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio, packed["scale"].dtype == FINE_SCALE)
-    write_blocks(packed, start, codes if order is None else codes[..., torch.argsort(order)], scale, zero, bits)
+        group_of_channel = group_of_channel[torch.argsort(order)]
+    fine = packed["scale"].dtype == FINE_SCALE
+    write_blocks(packed, start, **quantize(x, bits, group_size, group_of_channel, clip_ratio, fine), bits=bits)
 
 
 def dequantize_blocks_reference(
@@ -59,8 +61,6 @@ def dequantize_blocks_reference(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens as heads of plain numbers, un-rotated: (B, H_kv, T, D), computed in ``dtype``."""
-    codes, scale, zero = unpack_blocks(packed, tokens, bits)
-    zero, scale = (side[..., group_of_channel.long()].to(dtype) for side in (wide_zero(scale, zero), wide_scale(scale)))
-    x = (codes - zero) * scale  # (B, T, C)
+    x = dequantize(*unpack_blocks(packed, tokens, bits), group_of_channel, dtype)  # (B, T, C)
     x = rotate_channels(x, rotation_width, inverse=True) if rotation_width else x
     return channels_to_heads(x if affine is None else affine(x), head_dim)

@@ -10,7 +10,7 @@ import torch
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.hadamard import channels_to_heads, rotate_channels
 from rotatekv.kernels.layout import unpack_blocks, unpack_planes
-from rotatekv.kernels.quantize import Packed, wide_scale, wide_zero
+from rotatekv.kernels.quantize import Packed, dequantize
 from rotatekv.kernels.rope_tables import RopeTables
 
 
@@ -75,13 +75,15 @@ def decode_attention_reference(
     """The arguments of ``rotatekv.kernels.cpu.decode_attention``, computed in ``dtype`` → (B, H, T_q, D)."""
     query_tokens, dim = queries.shape[2:]
     channels, device = keys["low"].shape[-1], queries.device
-    value_group = torch.arange(channels, dtype=torch.int64, device=device) // (channels // values["scale"].shape[2])
-    if options.key_tokens_per_scale:
+    counted = torch.arange(channels, dtype=torch.int64, device=device)
+    if options.key_tokens_per_scale:  # every channel has its own
         k = unpack_planes(keys, packed_tokens, options.key_bits, options.key_tokens_per_scale)
+        k = dequantize(*k, counted, dtype)
     else:
-        k = _per_channel(unpack_blocks(keys, packed_tokens, options.key_bits), group_of_channel.long())
-    v = _per_channel(unpack_blocks(values, packed_tokens, options.value_bits), value_group)
-    k, v = (_dequantized(x, total_tokens, dtype) for x in (k, v))  # (B, T, C)
+        k = dequantize(*unpack_blocks(keys, packed_tokens, options.key_bits), group_of_channel, dtype)
+    value_group = counted // (channels // values["scale"].shape[2])
+    v = dequantize(*unpack_blocks(values, packed_tokens, options.value_bits), value_group, dtype)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, total_tokens - packed_tokens)) for x in (k, v))  # (B, T, C)
     if options.rotation_width:
         k = rotate_channels(k, options.rotation_width, inverse=True)
     if options.key_affine is not None:
@@ -103,16 +105,3 @@ def decode_attention_reference(
         seen &= columns > own - options.sliding_window
     weights = torch.softmax(scores.masked_fill(~seen[:, None], -math.inf), -1).nan_to_num(0.0)  # a row may see nothing
     return (weights.view(*rows.shape[:3], -1) @ v).view(queries.shape)
-
-
-def _per_channel(stored: tuple[torch.Tensor, ...], group_of_channel: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Codes, scale and zero of ``unpack_blocks`` → (B, T, C) each."""
-    codes, scale, zero = stored
-    return codes, scale[..., group_of_channel], zero[..., group_of_channel]
-
-
-def _dequantized(stored: tuple[torch.Tensor, ...], total_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """Codes, scale and zero (B, T_packed, C) → (B, T, C), zeros for the tokens that are not packed."""
-    codes, scale, zero = stored
-    x = (codes.to(dtype) - wide_zero(scale, zero).to(dtype)) * wide_scale(scale).to(dtype)
-    return torch.nn.functional.pad(x, (0, 0, 0, total_tokens - x.shape[1]))

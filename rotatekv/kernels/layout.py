@@ -12,9 +12,9 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
 ``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. In the fine format ``scale`` is
 uint8, the float16's bits 7 to 14, and ``zero`` counts eighths; the scale's dtype says which format it is.
 
-Values are grouped in consecutive channels. Keys are stored in Hadamard order, before the outlier-aware permutation, so
-the group of channel c is looked up in ``group_of_channel`` (C,): reading needs no inverse permutation. A new block's
-lanes past T are zero.
+Channels lie as the Hadamard matrix gives them. A group of values is consecutive channels. The group of key channel c is
+``group_of_channel[c]``: the outlier-aware permutation decides which channels share a scale, and moves none of them. A
+new block's lanes past T are zero.
 
 Codecs whose scales are not per token keep the planes ``low`` and ``high`` alone in blocks: ``stores.PlaneStore``. A
 kernel reads these where scales are per channel over groups of g tokens, g a multiple of 16, so that a block has one of

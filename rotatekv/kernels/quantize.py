@@ -98,12 +98,43 @@ def dequantize_groups(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tens
     return groups.sub_(wide_zero(scale, zero).unsqueeze(-1)).mul_(wide_scale(scale).unsqueeze(-1)).flatten(-2)
 
 
-def quantize(x: torch.Tensor, bits: int, group_size: int, clip_ratio: float, fine: bool = False) -> Packed:
-    """(B, T, C) → ``codes`` (B, T, C) uint8, ``scale`` (B, T, C/g) float16 or uint8, ``zero`` (B, T, C/g) int8."""
-    codes, scale, zero = quantize_groups(x, bits, group_size, clip_ratio, fine)
-    return {"codes": codes, "scale": scale, "zero": zero}
+def quantize(
+    x: torch.Tensor,
+    bits: int,
+    group_size: int,
+    group_of_channel: torch.Tensor,
+    clip_ratio: float = 1.0,
+    fine: bool = False,
+) -> Packed:
+    """Round channels that lie anywhere: those of one group share a scale and a zero point; see ``quantize_groups``.
+
+    Args:
+        x: (..., C).
+        group_of_channel: (C,) integers 0 … C / group_size − 1, each of them ``group_size`` times.
+
+    Returns:
+        ``codes`` (..., C) uint8, each where its number was, ``scale`` and ``zero`` (..., groups).
+    """
+    by_group = torch.argsort(group_of_channel, stable=True)  # (C,) channels, group after group
+    codes, scale, zero = quantize_groups(x[..., by_group], bits, group_size, clip_ratio, fine)
+    return {"codes": codes[..., torch.argsort(by_group)], "scale": scale, "zero": zero}
 
 
-def dequantize(tokens: Packed) -> torch.Tensor:
-    """The inverse of ``quantize`` up to rounding → (B, T, C) float32."""
-    return dequantize_groups(tokens["codes"], tokens["scale"], tokens["zero"])
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    group_of_channel: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``x̂ = (code − zero)·scale`` of each channel's group: the inverse of ``quantize`` up to rounding.
+
+    Args:
+        codes: (..., C). scale, zero: (..., groups), as they are stored. group_of_channel: (C,).
+
+    Returns:
+        (..., C), computed in ``dtype``.
+    """
+    group = group_of_channel.long()
+    channels = codes.to(dtype).sub_(wide_zero(scale, zero)[..., group])
+    return channels.mul_(wide_scale(scale)[..., group])

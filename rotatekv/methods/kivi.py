@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from rotatekv.config import QuantConfig
-from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.layout import BLOCK
+from rotatekv.kernels.quantize import dequantize_groups, quantize_groups
 from rotatekv.methods.base import LayerGeometry, Packed, Statistics
 from rotatekv.methods.rtn import RTN
 from rotatekv.methods.stores import HeadForm, PlaneStore
@@ -39,7 +39,7 @@ class KIVI(RTN):
     def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, layer, statistics)
         self.tokens_per_flush = self.k_groupsize = config.k_groupsize or DEFAULT_GROUP
-        self.key_tokens_per_scale, self.group_of_channel = self.k_groupsize, None
+        self.key_tokens_per_scale, self.key_groups = self.k_groupsize, None
 
     @property
     def can_fuse(self) -> bool:
@@ -58,11 +58,11 @@ class KIVI(RTN):
     def encode_keys(self, channels: torch.Tensor) -> Packed:
         """(B, T, C), T a multiple of g → ``codes`` (B, T, C), ``scale`` and ``zero`` (B, T / g, C)."""
         columns = channels.unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
-        packed = quantize(columns, self.k_bits, self.k_groupsize, self.k_clip_ratio)
-        codes = packed["codes"].transpose(2, 3).flatten(1, 2)  # (B, T, C)
-        return {"codes": codes, "scale": packed["scale"].squeeze(-1), "zero": packed["zero"].squeeze(-1)}
+        codes, scale, zero = quantize_groups(columns, self.k_bits, self.k_groupsize, self.k_clip_ratio)
+        codes = codes.transpose(2, 3).flatten(1, 2)  # (B, T, C)
+        return {"codes": codes, "scale": scale.squeeze(-1), "zero": zero.squeeze(-1)}
 
     def decode_keys(self, tokens: Packed) -> torch.Tensor:
         codes = tokens["codes"].unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
-        sides = {name: tokens[name].unsqueeze(-1) for name in ("scale", "zero")}
-        return dequantize({"codes": codes, **sides}).transpose(2, 3).flatten(1, 2)  # (B, T, C)
+        scale, zero = (tokens[name].unsqueeze(-1) for name in ("scale", "zero"))  # (B, T / g, C, 1)
+        return dequantize_groups(codes, scale, zero).transpose(2, 3).flatten(1, 2)  # (B, T, C)

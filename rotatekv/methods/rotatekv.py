@@ -1,4 +1,4 @@
-"""RotateKV (arXiv 2501.16383): rotate groups of key heads before RoPE, reorder the channels, quantize per token."""
+"""RotateKV (arXiv 2501.16383): rotate groups of key heads before RoPE, quantize a token in groups of like channels."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rotatekv.errors import UserError
 from rotatekv.kernels.hadamard import channels_to_heads, head_group_size, heads_to_channels, rotate_channels
 from rotatekv.methods.base import LayerGeometry, Statistics
 from rotatekv.methods.rtn import RTN
-from rotatekv.methods.stores import Constant, StoredOrder
+from rotatekv.methods.stores import ChannelGroups
 
 
 class RotateKV(RTN):
-    """Round-to-nearest in the rotated and reordered space.
+    """Round-to-nearest in the rotated space, in groups of like channels.
 
     Keys, Pre-RoPE Grouped-Head Rotation: the heads are cut into groups of G; the G·D channels of a group
-    are multiplied by one Hadamard matrix, before RoPE. Outlier-Aware Rotation: the layer's channels are
-    then permuted so that channels of like size share a scale. Values: one Hadamard per head.
+    are multiplied by one Hadamard matrix, before RoPE. Outlier-Aware Rotation: channels of like size share a scale,
+    whichever of the layer they are. Values: one Hadamard per head.
     """
 
     rotates = True
@@ -38,22 +38,18 @@ class RotateKV(RTN):
                     "switch both off, or both on"
                 )
             (self.order,) = self.use_statistics(statistics, "reorder_index")
-            # Blocks hold keys in Hadamard order, so that a kernel reads without an inverse permutation
-            # (kernels/layout.py); a stored channel's group is then that of its reordered place.
-            self.stored_order = StoredOrder.of(self.order)
-            self.group_of_channel = Constant(self.stored_order.stored(self.group_of_channel.tensor))
+            # PAPER: permutes the channels. Nothing but their groups depends on it, so here they stay where they are.
+            place = torch.argsort(self.order)  # of each channel in the permutation
+            self.key_groups = ChannelGroups(place // self.k_groupsize)
 
     @classmethod
     def statistics_kind(cls, config: QuantConfig) -> str | None:
         return "reorder" if config.Outlier_Aware_Key_Rotation else None
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
-        rotated = self.rotate_key_channels(self.centre_key_channels(heads_to_channels(keys).float()))
-        return rotated if self.stored_order is None else self.stored_order.quantized(rotated)  # (B, T, H_kv·D)
+        return self.rotate_key_channels(self.centre_key_channels(heads_to_channels(keys).float()))  # (B, T, H_kv·D)
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
-        if self.stored_order is not None:
-            channels = self.stored_order.stored(channels)
         rotated = rotate_channels(channels.float(), self.key_width, inverse=True)  # (B, T, H_kv·D)
         return channels_to_heads(self.uncentre_key_channels(rotated), self.layer.head_dim)  # (B, H_kv, T, D)
 

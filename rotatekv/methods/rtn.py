@@ -11,7 +11,7 @@ from rotatekv.kernels import dequantize, quantize
 from rotatekv.kernels.decode_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
-from rotatekv.methods.stores import BlockStore, Constant, HeadForm, StoredOrder
+from rotatekv.methods.stores import BlockStore, ChannelGroups, HeadForm
 
 ROTATION_FLAGS = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")
 
@@ -28,29 +28,29 @@ class RTN(KVMethod):
         self.k_clip_ratio, self.v_clip_ratio = config.k_clip_ratio, config.v_clip_ratio
         self.key_width = 0  # channels rotated together
         self._options: dict[tuple, DecodeOptions] = {}
-        self.stored_order: StoredOrder | None = None
         self.key_factor = self.key_offset = None  # what keys lack after the inverse rotation, (C,) Constants
-        channels = torch.arange(layer.channels, dtype=torch.int32, device="cpu")
-        self.group_of_channel = Constant(channels // self.k_groupsize)
-        self.value_group_of_channel = Constant(channels // self.v_groupsize)
+        self.key_groups: ChannelGroups | None = ChannelGroups.consecutive(layer.channels, self.k_groupsize)
+        self.value_groups = ChannelGroups.consecutive(layer.channels, self.v_groupsize)
 
     def encode_keys(self, channels: torch.Tensor) -> Packed:
-        return quantize(channels, self.k_bits, self.k_groupsize, self.k_clip_ratio, self.fine)
+        groups = self.key_groups.of_channel.on(channels.device)
+        return quantize(channels, self.k_bits, self.k_groupsize, groups, self.k_clip_ratio, self.fine)
 
     def decode_keys(self, tokens: Packed) -> torch.Tensor:
-        return dequantize(tokens)
+        return dequantize(**tokens, group_of_channel=self.key_groups.of_channel.on(tokens["codes"].device))
 
     def encode_values(self, channels: torch.Tensor) -> Packed:
-        return quantize(channels, self.v_bits, self.v_groupsize, self.v_clip_ratio, self.fine)
+        groups = self.value_groups.of_channel.on(channels.device)
+        return quantize(channels, self.v_bits, self.v_groupsize, groups, self.v_clip_ratio, self.fine)
 
     def decode_values(self, tokens: Packed) -> torch.Tensor:
-        return dequantize(tokens)
+        return dequantize(**tokens, group_of_channel=self.value_groups.of_channel.on(tokens["codes"].device))
 
     @cached_property
     def key_form(self) -> HeadForm:
         return HeadForm(
             self.layer.head_dim,
-            self.group_of_channel,
+            self.key_groups,
             self.key_width,
             self.key_tokens_per_scale,
             self.key_factor,
@@ -60,7 +60,7 @@ class RTN(KVMethod):
     @cached_property
     def value_form(self) -> HeadForm:
         width = self.layer.head_dim if self.rotates else 0
-        return HeadForm(self.layer.head_dim, self.value_group_of_channel, width)
+        return HeadForm(self.layer.head_dim, self.value_groups, width)
 
     @property
     def can_fuse(self) -> bool:
@@ -92,7 +92,7 @@ class RTN(KVMethod):
         )
 
     def key_store(self) -> BlockStore:
-        return BlockStore(self.k_bits, self.k_groupsize, self.k_clip_ratio, self.stored_order, self.fine)
+        return BlockStore(self.k_bits, self.key_groups, self.k_clip_ratio, self.fine)
 
     def value_store(self) -> BlockStore:
-        return BlockStore(self.v_bits, self.v_groupsize, self.v_clip_ratio, fine=self.fine)
+        return BlockStore(self.v_bits, self.value_groups, self.v_clip_ratio, self.fine)

@@ -131,52 +131,45 @@ class HeadForm:
 
     Args:
         head_dim: D.
-        group_of_channel: (C,) int32, the quantization group of each channel as it lies in the blocks; None: scales
-            are per channel.
+        groups: the channels that share a scale; None: each has its own.
         rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
         tokens_per_scale: tokens that share a channel's scale, a multiple of 16; 0: scales are per token.
         factor, offset: (C,) float32, ``x·factor + offset`` after the rotation is undone; None: nothing of it.
     """
 
     head_dim: int
-    group_of_channel: Constant | None
+    groups: ChannelGroups | None
     rotation_width: int = 0
     tokens_per_scale: int = 0
     factor: Constant | None = None
     offset: Constant | None = None
 
     def groups_on(self, device: torch.device) -> torch.Tensor | None:
-        return None if self.group_of_channel is None else self.group_of_channel.on(device)
+        return None if self.groups is None else self.groups.of_channel.on(device)
 
     def affine_on(self, device: torch.device) -> Affine | None:
         return None if self.factor is None else Affine(self.factor.on(device), self.offset.on(device))
 
 
-@dataclass(frozen=True)
-class StoredOrder:
-    """Where a codec's channels lie in the blocks; made once per codec, so that its caches hold no copy.
+class ChannelGroups:
+    """Which channels share a scale and a zero point; made once per codec, so that its caches hold no copy.
 
-    Args:
-        position_of_channel: (C,) int64, quantized channel j lies at ``position_of_channel[j]``.
-        channel_at_position: (C,) int64, its inverse. position32: the same as the first in int32, for the kernel.
+    Attributes:
+        size: channels of a group.
+        of_channel: (C,) int32, each channel's group.
+        order: (C,) int32, the channels group after group, as the kernels that write want them; None: 0 … C − 1.
     """
 
-    position_of_channel: Constant
-    channel_at_position: Constant
-    position32: Constant
+    def __init__(self, of_channel: torch.Tensor):
+        order = torch.argsort(of_channel, stable=True)
+        self.size = len(order) // (int(of_channel.max()) + 1)
+        self.of_channel = Constant(of_channel.int())
+        is_consecutive = bool((of_channel.diff() >= 0).all())
+        self.order = None if is_consecutive else Constant(order.int())
 
     @classmethod
-    def of(cls, position_of_channel: torch.Tensor) -> StoredOrder:
-        inverse = torch.argsort(position_of_channel)
-        return cls(*map(Constant, (position_of_channel, inverse, position_of_channel.to(torch.int32))))
-
-    def stored(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) channels as they are quantized → as they lie in the blocks."""
-        return x.index_select(-1, self.channel_at_position.on(x.device))
-
-    def quantized(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``stored``."""
-        return x.index_select(-1, self.position_of_channel.on(x.device))
+    def consecutive(cls, channels: int, size: int) -> ChannelGroups:
+        return cls(torch.arange(channels, dtype=torch.int32, device="cpu") // size)
 
 
 class CodeStore(Store):
@@ -213,23 +206,19 @@ class BlockStore(CodeStore):
 
     Args:
         bits: per code.
-        group_size: consecutive channels that share a scale. clip_ratio, fine: see ``quantize.quantize_groups``.
-        order: how the blocks order the channels; None: as they come.
+        groups: the channels that share a scale. clip_ratio, fine: see ``quantize.quantize_groups``.
     """
 
     is_written_by_kernels = True
 
-    def __init__(
-        self, bits: int, group_size: int, clip_ratio: float = 1.0, order: StoredOrder | None = None, fine: bool = False
-    ):
+    def __init__(self, bits: int, groups: ChannelGroups, clip_ratio: float = 1.0, fine: bool = False):
         super().__init__(bits)
         self.tensors = Blocks({})
-        self.group_size, self.clip_ratio, self.order, self.fine = group_size, clip_ratio, order, fine
+        self.groups, self.clip_ratio, self.fine = groups, clip_ratio, fine
 
     def append(self, new: Packed) -> None:
         codes = new["codes"]  # (B, T, C)
         self.reserve(*codes.shape, codes.device)
-        codes = codes if self.order is None else self.order.stored(codes)
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
         self.length += codes.shape[1]
 
@@ -245,16 +234,16 @@ class BlockStore(CodeStore):
             return super().add(heads, encode)
         batch, count, tokens, dim = heads.shape
         self.reserve(batch, tokens, count * dim, heads.device)
-        order = None if self.order is None else self.order.position32.on(heads.device)
+        order = self.groups.order
         heads = heads.float() if heads.dtype == torch.float64 else heads  # which kernels do not read
         kernels.quantize_into_blocks(
             heads,
             self.tensors,
             self.length,
             self.bits,
-            self.group_size,
+            self.groups.size,
             self.clip_ratio,
-            order,
+            None if order is None else order.on(heads.device),
             form.rotation_width,
             form.affine_on(heads.device),
             unrope,
@@ -265,7 +254,7 @@ class BlockStore(CodeStore):
         """Make room for ``tokens`` more tokens."""
         missing = self.missing_blocks(tokens)
         if missing > 0:
-            groups = channels // self.group_size
+            groups = channels // self.groups.size
             fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device, self.fine)
             if self.tensors:
                 fresh = Blocks({name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()})
@@ -273,7 +262,7 @@ class BlockStore(CodeStore):
 
     def tokens(self) -> Packed:
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
-        return {"codes": codes if self.order is None else self.order.quantized(codes), "scale": scale, "zero": zero}
+        return {"codes": codes, "scale": scale, "zero": zero}
 
     def crop(self, length: int) -> None:
         blocks = -(-length // BLOCK)
