@@ -1,9 +1,9 @@
 """The paper's tables, and ours beside them: runs what is missing and writes results/tables/<table>.md and .csv.
 
 Perplexity, all methods:  python reproduce.py --table ppl --limit 16
-What that would take:     python reproduce.py --table ppl --limit 16 --dry_run
+The commands behind it:   python reproduce.py --table ppl --limit 16 --dry_run
 
-A finished run is reused, a broken-off one goes on. Every table is written anew after each run.
+A finished run is reused, a broken-off one goes on. Every table is written again after each run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,10 +21,9 @@ from rotatekv.cli import check_positive, make_parser
 from rotatekv.errors import UserError
 from rotatekv.models.text import DTYPES, EMBEDDED_MODEL
 from rotatekv.reproduce.ablation import ablation_cells
-from rotatekv.reproduce.estimate import list_commands
 from rotatekv.reproduce.paper_figures import load_paper_figures
 from rotatekv.reproduce.plan import TABLES, Cell, Options, check_methods, default_methods, method_cells
-from rotatekv.reproduce.runs import Runs
+from rotatekv.reproduce.runs import Runs, shown
 from rotatekv.reproduce.tables import write_tables
 from rotatekv.scripts import exit_on_user_error
 
@@ -34,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", default="ppl", help=f"{', '.join(TABLES)} or all; several as a list (default: ppl)")
     parser.add_argument("--models", default=EMBEDDED_MODEL, help="as --model of the scripts (default: %(default)s)")
     parser.add_argument("--methods", help=f"NAME,NAME (default: {','.join(default_methods())}); not for ablation")
-    parser.add_argument("--dry_run", action="store_true", help="list the commands, with time and memory; run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="list the commands that are missing; run nothing")
     group = parser.add_argument_group("handed to the scripts")
     group.add_argument("--data_dir", help="folder with local data sets (default: the Hub)")
     group.add_argument("--output_dir", default="results", help="runs, and tables/ in it (default: results)")
@@ -74,23 +73,14 @@ def main(argv: list[str] | None = None) -> None:
 def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
     models = _names(args.models, "--models")
     figures = load_paper_figures()
-    shared = [
-        part
-        for name in ("data_dir", "device")
-        if (value := getattr(args, name)) is not None
-        for part in (f"--{name}", value)
-    ] + (["--dtype", args.dtype] if args.dtype != "auto" else [])
-    options = Options(
-        tuple(shared),
-        args.limit,
-        args.chunk_size,
-        args.PPL_seq_length,
-        args.dataset,
-        args.context_lengths,
-        args.depths,
-        args.needle_type,
-        args.max_new_tokens,
-    )
+    handed_on = {
+        "data_dir": args.data_dir,
+        "device": args.device,
+        "dtype": args.dtype if args.dtype != "auto" else None,
+    }
+    shared = [part for name, value in handed_on.items() if value is not None for part in (f"--{name}", value)]
+    given = {name: getattr(args, name) for name in Options.__dataclass_fields__ if name != "shared"}
+    options = Options(tuple(shared), **given)
     if table == "ablation":
         rows = (ablation_cells(model, options, figures, runs.geometry(model), tuple(shared)) for model in models)
         cells = [cell for found in rows for cell in found]
@@ -98,6 +88,22 @@ def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
         methods = default_methods() if args.methods is None else check_methods(_names(args.methods, "--methods"))
         cells = method_cells(table, models, methods, options, figures)
     return [runs.calibrated(cell, tuple(shared)) for cell in cells]
+
+
+def list_commands(tables: Mapping[str, Sequence[Cell]], runs: Runs) -> None:
+    """Print what would be started, each command once, under a line that counts the table's cells."""
+    listed: set[str] = set()
+    for table, cells in tables.items():
+        outcomes = {cell: runs.find(cell) for cell in cells}
+        done = sum(outcome.status == "done" for outcome in outcomes.values())
+        print(f"# {table}: {len(cells)} cells, {done} finished")
+        for cell, outcome in outcomes.items():
+            commands = [] if outcome.status == "done" else [runs.calibration_command(cell), runs.command(cell)]
+            note = f"  # cannot run here: {outcome.reason}" if outcome.reason else ""
+            for line in dict.fromkeys(shown(command) for command in commands if command):
+                if line not in listed:
+                    listed.add(line)
+                    print(f"{line}{note}")
 
 
 def fill(table: str, cells: Sequence[Cell], runs: Runs, made_by: str) -> int:

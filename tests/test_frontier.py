@@ -56,7 +56,7 @@ def test_a_damaged_run_is_one_line(runs, content, capsys):
     next(runs.glob("*/metrics.json")).write_text(content)
     with pytest.raises(SystemExit) as stop:
         frontier.main(["--input", str(runs), "--chunk_size", "8"])
-    assert stop.value.code == 2 and "is damaged: --rescore" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is damaged: the same command with --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [([], "no finished FP16 run in"), (["--chunk_size", "9"], "chunk_size 9")])

@@ -270,7 +270,7 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
     [
         ("metrics.json", b'{"metric": ', "--resume"),
         ("metrics.json", b"\xff\xfe", "--resume"),
-        ("metrics.json", b'{"n": 1}', "not the metrics"),
+        ("metrics.json", b'{"n": 1}', "--resume"),
         ("metrics.json", b"[" * 100_000, "--resume"),
         ("config.json", b"[]", "--overwrite"),
     ],

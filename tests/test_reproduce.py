@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.external import EXTERNAL
 from rotatekv.methods import LayerGeometry
-from rotatekv.reproduce import estimate as reproduce_estimate
 from rotatekv.reproduce import paper_figures
 from rotatekv.reproduce import plan as reproduce_plan
 from rotatekv.reproduce import runs as reproduce_runs
@@ -160,26 +160,9 @@ def test_after_an_interruption_the_rest_is_run(flags, tmp_path, monkeypatch, sta
 def test_dry_run_lists_commands_and_runs_nothing(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce_runs, "_start", lambda *_: pytest.fail("a dry run started something"))
     reproduce.main([*flags, "--methods", "RTN2,RTN3", "--limit", "2", "--dry_run"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "# ppl: 4 cells, 0 finished" and len(lines) == 6 and not any(tmp_path.iterdir())
-    assert all(
-        re.match(r"python PPL_evaluation.py .*--resume  # \d+ s, 0.00 GB \(2 × parameters", x) for x in lines[1:5]
-    )
-    assert lines[-1].startswith("# 4 commands, about ")
-
-
-def test_estimates_scale_finished_runs_by_tokens_and_add_up_bytes(folder, text_file, tmp_path, started):
-    runs, options = Runs(tmp_path, limit=4), options_of(text_file, limit=2)
-    cell = ppl_cell(str(folder), "RTN2", options)
-    assert runs.run(cell, tmp_path / "log").status == "failed"  # its flags say 2 windows where 4 are wanted
-    (metrics,) = runs.finished("ppl", str(folder))
-    found = reproduce_estimate.estimate(cell, runs)
-    assert found.seconds == pytest.approx(2 * metrics["seconds"]) and found.basis == "1 finished runs"
-    longer = ppl_cell(str(folder), "RTN2", options_of(text_file, PPL_seq_length=2 * WINDOW))
-    assert reproduce_estimate.estimate(longer, runs).seconds == pytest.approx(4 * metrics["seconds"])
-    parameters = sum(p.numel() for p in runs.skeleton(str(folder)).parameters())
-    cache = 2 * 2 * 48 * WINDOW * (2 + 24 / 64) / 8  # 2 layers of 48 channels
-    assert found.memory == pytest.approx(4 * parameters + cache)
+    first, *commands = capsys.readouterr().out.splitlines()
+    assert first == "# ppl: 4 cells, 0 finished" and not any(tmp_path.iterdir())
+    assert len(set(commands)) == 4 and all(re.fullmatch("python PPL_evaluation.py .*--resume", x) for x in commands)
 
 
 def test_a_run_under_other_indices_limit_text_or_a_touched_config_is_not_reused(folder, text_file, tmp_path, started):
@@ -187,7 +170,8 @@ def test_a_run_under_other_indices_limit_text_or_a_touched_config_is_not_reused(
 
     def cell(name: str, **changes):
         calibration = Calibration(name, ("--dataset", name))
-        return ppl_cell(str(folder), "RotateKV2", options_of(text_file, limit=1, **changes), calibration=calibration)
+        plain = ppl_cell(str(folder), "RotateKV2", options_of(text_file, limit=1, **changes))
+        return replace(plain, calibration=calibration)
 
     for name, seed in (("a", 1), ("b", 2), ("a-again", 1)):
         order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(seed)) for _ in range(2)])
@@ -244,7 +228,7 @@ def test_calibrations_are_made_once_and_handed_over(folder, text_file, tmp_path,
     flags = ("--model", str(folder), "--dataset", str(text_file), "--calibration_tokens", "64", "--seq_length", "32")
     calibration = Calibration("words-64", flags)
     for method in ("RotateKV2", "RotateKV4"):
-        cell = ppl_cell(str(folder), method, options_of(text_file, limit=1), calibration=calibration)
+        cell = replace(ppl_cell(str(folder), method, options_of(text_file, limit=1)), calibration=calibration)
         assert runs.run(cell, tmp_path / "log").status == "done"
     assert [command[0] for command in started] == ["calibrate_reorder.py", "PPL_evaluation.py", "PPL_evaluation.py"]
     assert runs.calibration_file(cell).is_file() and runs.calibration_command(cell) is None

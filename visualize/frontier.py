@@ -7,7 +7,6 @@ python visualize/frontier.py --input results/ppl/smollm2-135m --chunk_size 64 --
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 from rotatekv.cli import make_parser
 from rotatekv.errors import UserError
 from rotatekv.evals.colours import PALETTE
+from rotatekv.evals.results import read_metrics
 from rotatekv.scripts import exit_on_user_error
 from visualize.common import Figure, save_png, set_title
 
@@ -59,14 +59,9 @@ def read_runs(folder: Path, chunk_size: int | None) -> list[dict]:
     """
     found = []
     for path in sorted(folder.glob("*/metrics.json")):
-        try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            numbers = [*metrics["metric"].values(), metrics["avg_bits"]["total"], metrics["n"]]
-            drawn = metrics["task"] == "ppl" and metrics["config"].get("chunk_size") == chunk_size
-            drawn &= "method" in metrics["config"] and all(x is not None and math.isfinite(x) for x in numbers)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is damaged: --rescore {path.parent} writes it anew") from None
-        if drawn:
+        metrics = read_metrics(path.parent)
+        ppl, is_ppl = metrics["metric"].get("ppl"), metrics.get("task") == "ppl"
+        if is_ppl and ppl is not None and math.isfinite(ppl) and metrics["config"].get("chunk_size") == chunk_size:
             found.append(metrics)
     exact = max((run for run in found if run["config"]["method"] == "FP16"), key=lambda run: run["n"], default=None)
     if exact is None:

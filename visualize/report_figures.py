@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visualize.report_runs import Problem, RunRecord
+from visualize.report_runs import RunRecord
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Figure:
     run: RunRecord | None = None
 
 
-def collect_figures(folders: Iterable[Path], runs: Iterable[RunRecord], problems: list[Problem]) -> list[Figure]:
+def collect_figures(folders: Iterable[Path], runs: Iterable[RunRecord], problems: list[str]) -> list[Figure]:
     """The figures of ``folders`` by name, then those of the runs in the runs' order; none twice."""
     seen = set()
     wanted = [(path, None) for folder in folders for path in sorted(folder.rglob("*.png"))]
@@ -41,7 +41,7 @@ def collect_figures(folders: Iterable[Path], runs: Iterable[RunRecord], problems
     return figures
 
 
-def _read_figure(path: Path, run: RunRecord | None, problems: list[Problem]) -> Figure | None:
+def _read_figure(path: Path, run: RunRecord | None, problems: list[str]) -> Figure | None:
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
@@ -49,7 +49,7 @@ def _read_figure(path: Path, run: RunRecord | None, problems: list[Problem]) -> 
             described = picture.text.get("Description", "")
             width, height = picture.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        problems.append(Problem(str(path), "is not a readable PNG: the figure is left out"))
+        problems.append(f"{path} is not a readable PNG: the figure is left out")
         return None
     source = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     return Figure(path.name, " ".join(described.split()) or _own_caption(path, run), width, height, source, run)

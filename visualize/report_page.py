@@ -14,7 +14,7 @@ from pathlib import Path
 
 from visualize.report_compare import compare_data
 from visualize.report_figures import Figure
-from visualize.report_runs import Problem, RunRecord
+from visualize.report_runs import RunRecord
 from visualize.report_tasks import Metric, main_metrics, number_text, other_metrics, task_of, time_text
 
 _PARTS = Path(__file__).parent / "report"
@@ -33,11 +33,7 @@ class Column:
 
 
 def build_page(
-    runs: list[RunRecord],
-    figures: list[Figure],
-    problems: list[Problem],
-    made: datetime,
-    title: str = "RotateKV results",
+    runs: list[RunRecord], figures: list[Figure], problems: list[str], made: datetime, title: str = "RotateKV results"
 ) -> str:
     """The whole page. The same arguments give the same text."""
     finished = [run for run in runs if run.metrics is not None]
@@ -78,7 +74,7 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _facts(finished: list[RunRecord], unfinished: list[RunRecord], problems: list[Problem], made: datetime) -> str:
+def _facts(finished: list[RunRecord], unfinished: list[RunRecord], problems: list[str], made: datetime) -> str:
     runs = finished + unfinished
     states = Counter(run.state for run in runs)
     order = ("complete", "partial", "no result", "unfinished")
@@ -260,10 +256,10 @@ def _unfinished_section(runs: list[RunRecord]) -> str:
     )
 
 
-def _problem_section(problems: list[Problem]) -> str:
+def _problem_section(problems: list[str]) -> str:
     if not problems:
         return ""
-    lines = "\n".join(f"<li><code>{escape(item.path)}</code> {escape(item.reason)}</li>" for item in problems)
+    lines = "\n".join(f"<li>{escape(problem)}</li>" for problem in problems)
     return (
         '<section id="problems" aria-labelledby="problems-title">\n<h2 id="problems-title">Unreadable '
         f"<small>{counted(len(problems), 'file')}</small></h2>\n<ul>\n{lines}\n</ul>\n</section>"

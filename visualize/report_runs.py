@@ -10,20 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rotatekv.config import PRESETS
+from rotatekv.errors import UserError
+from rotatekv.evals.results import read_metrics
 
 TASK_ORDER = ("ppl", "gsm8k", "longbench", "needle", "milebench")
 _RUN_FILES = ("config.json", "metrics.json", "samples.jsonl")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that could not be read, in words for the page and for stderr."""
-
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 @dataclass
@@ -101,10 +92,10 @@ class RunRecord:
         return (self.metrics or {}).get(name)
 
 
-def collect_runs(inputs: Iterable[Path]) -> tuple[list[RunRecord], list[Problem]]:
+def collect_runs(inputs: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
     """Every run under the folders, in an order that does not depend on the file system, and what could not be read."""
     runs: list[RunRecord] = []
-    problems: list[Problem] = []
+    problems: list[str] = []
     for folder in _run_folders(inputs):
         run = _read_run(folder, problems)
         if run is not None:
@@ -160,21 +151,18 @@ def _run_folders(inputs: Iterable[Path]) -> list[Path]:
     return sorted(found.values())
 
 
-def _read_run(folder: Path, problems: list[Problem]) -> RunRecord | None:
+def _read_run(folder: Path, problems: list[str]) -> RunRecord | None:
     """None for a folder of something else, and for a run whose json is damaged, which ``problems`` then names."""
-    before = len(problems)
-    metrics = _read_object(folder / "metrics.json", "--resume", problems)
-    config = _read_object(folder / "config.json", "--overwrite", problems)
-    samples = _read_samples(folder, problems) if len(problems) == before else []
-    if metrics is not None and not isinstance(metrics.get("metric"), dict):
-        problems.append(Problem(str(folder / "metrics.json"), "is not the metrics of a run"))
+    try:
+        metrics, config = read_metrics(folder), _read_config(folder / "config.json")
+    except UserError as error:
+        problems.append(f"{error}; this run is left out")
         return None
+    samples = _read_samples(folder, problems)
     if config is None:
-        config = _mapping((metrics or {}).get("config"))
-    if any(problem.path.endswith(".json") for problem in problems[before:]):
-        return None
+        config = metrics["config"] if metrics else {}
     if metrics is None and not config:
-        problems.append(Problem(str(folder), "has samples but no config.json"))
+        problems.append(f"{folder} has samples but no config.json")
         return None
     if metrics is None and "task" not in config and not samples:
         return None  # a model's config.json, say
@@ -182,21 +170,19 @@ def _read_run(folder: Path, problems: list[Problem]) -> RunRecord | None:
     return RunRecord(folder, task, config, metrics, samples)
 
 
-def _read_object(path: Path, mend: str, problems: list[Problem]) -> dict | None:
+def _read_config(path: Path) -> dict | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        reason = f"is damaged, so this run is left out; the same command with {mend} writes it anew"
-        problems.append(Problem(str(path), reason))
-        return None
-    return content
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: the same command with --overwrite writes it anew")
+    return config
 
 
-def _read_samples(folder: Path, problems: list[Problem]) -> list[dict]:
+def _read_samples(folder: Path, problems: list[str]) -> list[dict]:
     """All samples in the order of their ids, those of ranks that were killed included."""
     found: dict[str, dict] = {}
     for path in [folder / "samples.jsonl", *sorted(folder.glob("samples.rank*.jsonl"))]:
@@ -205,14 +191,14 @@ def _read_samples(folder: Path, problems: list[Problem]) -> list[dict]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            problems.append(Problem(str(path), f"cannot be read ({error.strerror}): its samples are left out"))
+            problems.append(f"{path}: cannot be read ({error.strerror}): its samples are left out")
             continue
         for place, line in enumerate(lines, start=1):
             sample = _sample_of(line)
             if sample is not None:
                 found[str(sample["id"])] = sample
             elif place < len(lines):  # a torn last line is what a kill leaves, and no damage
-                problems.append(Problem(str(path), f"line {place} is damaged and left out"))
+                problems.append(f"{path}: line {place} is damaged and left out")
     return [found[name] for name in sorted(found, key=natural)]
 
 

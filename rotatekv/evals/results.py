@@ -27,7 +27,7 @@ from rotatekv.statistics import model_slug
 SCHEMA = 1
 _LOCK = ".lock"
 NOT_FINITE = ": try another --dtype (float32), or see whether the model's weights are finite"
-_FAILED_DISK = "mend it, then start the same command again with --resume"
+_FAILED_DISK = "fix it, then start the same command again with --resume"
 
 
 class Run:
@@ -140,9 +140,9 @@ class Run:
     def _old_metrics(self) -> dict:
         """What metrics.json holds; less than any run where it is missing or damaged."""
         try:
-            old = json.loads(self._path("metrics.json").read_text(encoding="utf-8"))
-            return {**old, "n": int(old["n"]), "partial": bool(old["partial"]), "metric": dict(old["metric"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            old = read_metrics(self.folder) or {}
+            return {**old, "n": int(old["n"]), "partial": bool(old["partial"])}
+        except (UserError, ValueError, KeyError, TypeError):
             return {"n": -1, "partial": True}
 
     def rewrite(self, samples: Sequence[dict], first: dict, **results) -> dict:
@@ -154,19 +154,16 @@ class Run:
         Returns:
             what metrics.json holds now.
         """
-        path = self._path("metrics.json")
+        path, old = self._path("metrics.json"), read_metrics(self.folder)
+        if old is None:
+            old = {**self._header(), **first}
         try:
-            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**self._header(), **first}
-            if not isinstance(old, dict):
-                raise ValueError("no json object")
             self._write_samples(map(_as_json, samples))
             old.pop("reason", None)
             record = _as_json({**old, **results}, NOT_FINITE) | {"rescored": _now()}
             write_json(path, record)
         except OSError as error:
-            raise write_error(path, error, "mend it, then --rescore again") from None
-        except ValueError as error:
-            raise UserError(f"cannot read {path} ({error})") from None
+            raise write_error(path, error, "fix it, then --rescore again") from None
         return record
 
     def _header(self) -> dict:
@@ -282,6 +279,24 @@ def _without_nan(content, name: str, lost: list[str]):
     if isinstance(content, list | tuple):
         return [_without_nan(value, f"{name}.{number}", lost) for number, value in enumerate(content)]
     return content
+
+
+def read_metrics(folder: Path) -> dict | None:
+    """What metrics.json of a run's folder holds; None where there is none.
+
+    Raises:
+        UserError: it is damaged, or no run's.
+    """
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        metrics = None
+    if not isinstance(metrics, dict) or not all(isinstance(metrics.get(name), dict) for name in ("config", "metric")):
+        raise UserError(f"{path} is damaged: the same command with --resume writes it anew")
+    return metrics
 
 
 def config_hash(config: dict) -> str:

@@ -125,7 +125,7 @@ def draw_figures(draw: Callable[[Sequence[dict], dict, Path], None], records, me
     try:
         draw(records, metrics, folder)
     except OSError as error:
-        raise write_error(folder, error, "mend it, then start the same command again with --resume") from None
+        raise write_error(folder, error, "fix it, then start the same command again with --resume") from None
 
 
 def rescore(

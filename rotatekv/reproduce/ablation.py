@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
@@ -27,6 +27,19 @@ _STEPS = (
 )
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table. ``paper`` names the paper's row; ``dataset`` is another than the table's."""
+
+    group: str
+    label: str
+    flags: tuple[str, ...] = ()
+    method: str = METHOD
+    paper: str = ""
+    calibration: Calibration | None = None
+    dataset: str | None = None
+
+
 def ablation_cells(
     model: str, options: Options, figures: dict, geometry: LayerGeometry | None, calibration_flags: tuple[str, ...]
 ) -> list[Cell]:
@@ -37,67 +50,55 @@ def ablation_cells(
         calibration_flags: what calibrate_reorder.py shares with the evaluations (``--data_dir``, ``--device``, …).
     """
     found = []
-    for group, label, method, flags, paper, calibration, dataset in _rows(geometry):
+    for row in _rows(geometry):
+        calibration = row.calibration
         if calibration is not None:
             calibration = replace(calibration, flags=("--model", model, *calibration.flags, *calibration_flags))
-        cell = ppl_cell(
-            model,
-            method,
-            options,
-            table="ablation",
-            group=group,
-            label=label,
-            flags=flags,
-            calibration=calibration,
-            dataset=dataset,
-        )
-        found.append(replace(cell, paper=figures.get(("ablation", model, paper))))
+        cell = ppl_cell(model, row.method, options, flags=row.flags, dataset=row.dataset)
+        place = {"table": "ablation", "group": row.group, "label": row.label}
+        paper = figures.get(("ablation", model, row.paper))
+        found.append(replace(cell, **place, calibration=calibration, paper=paper))
     return found
 
 
-def _rows(geometry: LayerGeometry | None) -> Iterator[tuple]:
-    """group, label, method, flags, the paper's row, calibration, data set (None: the table's)."""
-    yield "steps", "plain rounding", "RTN2", (), "", None, None
+def _rows(geometry: LayerGeometry | None) -> Iterator[_Row]:
+    yield _Row("steps", "plain rounding", method="RTN2")
     for label, flags, paper in _STEPS:
-        yield "steps", label, METHOD, flags, paper, None, None
+        yield _Row("steps", label, flags, paper=paper)
     for size in (32, 64, 96, 128):
         # Values share a scale within a head; a size that no head holds is for the keys alone.
         values = ("--v_groupsize", str(size)) if geometry is None or geometry.head_dim % size == 0 else ()
-        flags = ("--k_groupsize", str(size), *values)
         if _fits(geometry, QuantConfig(k_groupsize=size)):
             label = f"{size} channels" if values else f"{size} channels (keys alone)"
-            yield "group size", label, METHOD, flags, f"g = {size}", None, None
+            yield _Row("group size", label, ("--k_groupsize", str(size), *values), paper=f"g = {size}")
     yield from _head_rows(geometry)
     for count in (0, 5, 20, 40):
-        flags = ("--num_sink_entries", str(count)) if count else _NO_SINKS
-        yield "sinks", f"{count} entries", METHOD, flags, "", None, None
+        yield _Row("sinks", f"{count} entries", ("--num_sink_entries", str(count)) if count else _NO_SINKS)
     for count in (5, 20):
         flags = ("--sink_selection", "first", "--num_sink_entries", str(count))
-        yield "sinks", f"first {count} tokens", METHOD, flags, "", None, None
+        yield _Row("sinks", f"first {count} tokens", flags)
     for ratio in (0.7, 0.8, 0.9, 1.0):
-        yield "clip ratio", f"{ratio}", METHOD, _clips(ratio, ratio), "", None, None
+        yield _Row("clip ratio", f"{ratio}", _clips(ratio, ratio))
     for text in _TEXTS:
         for length in _LENGTHS:
-            calibration = _calibration(text, length)
-            yield "calibration", f"{text}, {length} tokens", METHOD, (), "", calibration, None
+            yield _Row("calibration", f"{text}, {length} tokens", calibration=_calibration(text, length))
     for text in _TEXTS:
         label = f"{text}, {_DEFAULT_LENGTH} tokens, measured on the essays"
-        yield "calibration", label, METHOD, (), "", _calibration(text, _DEFAULT_LENGTH), "essays"
+        yield _Row("calibration", label, calibration=_calibration(text, _DEFAULT_LENGTH), dataset="essays")
     for keys, values in ((2, 3), (3, 2), (2, 4), (4, 2), (3, 4), (4, 3)):
         clips = _clips(*(0.8 if bits == 2 else 1.0 for bits in (keys, values)))  # as the presets clip
-        flags = ("--k_bits", str(keys), "--v_bits", str(values), *clips)
-        yield "bits", f"keys {keys}, values {values}", METHOD, flags, "", None, None
+        yield _Row("bits", f"keys {keys}, values {values}", ("--k_bits", str(keys), "--v_bits", str(values), *clips))
 
 
-def _head_rows(geometry: LayerGeometry | None) -> Iterator[tuple]:
+def _head_rows(geometry: LayerGeometry | None) -> Iterator[_Row]:
     for heads in (1, 2, 3, 4):
         config = QuantConfig(head_group_num=heads)
         if geometry is not None and key_heads_per_group(config, geometry) != heads:
             continue  # no such group in this model: it would be a smaller one's row again
         flags = ("--head_group_num", str(heads))
         calibration = Calibration(f"{heads}-heads", (*flags, "--dataset", "essays"))
-        yield "heads per group", f"{heads} heads", METHOD, flags, "", calibration, None
-        yield "heads per group", f"{heads} heads, no reordering", METHOD, (*flags, *NOT_CALIBRATED), "", None, None
+        yield _Row("heads per group", f"{heads} heads", flags, calibration=calibration)
+        yield _Row("heads per group", f"{heads} heads, no reordering", (*flags, *NOT_CALIBRATED))
 
 
 def _calibration(text: str, length: int) -> Calibration:

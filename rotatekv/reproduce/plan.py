@@ -84,9 +84,6 @@ class Options:
     needle_type: str = "standard"
     max_new_tokens: int | None = None
 
-    def limit_flags(self) -> tuple[str, ...]:
-        return () if self.limit is None else ("--limit", str(self.limit))
-
 
 def default_methods() -> list[str]:
     """Every registered preset and external method, family by family in the order they are registered."""
@@ -111,11 +108,10 @@ def method_cells(
     for model in models:
         for method in methods:
             if table == "ppl":
-                row = [ppl_cell(model, method, options, view) for view in (ONE_SHOT, STREAMED)]
+                cells += [ppl_cell(model, method, options, view) for view in (ONE_SHOT, STREAMED)]
             else:
-                row = [_generation_cell(table, model, method, options)]
-            cells += [replace(cell, paper=figures.get((table, model, method))) for cell in row]
-    return cells
+                cells.append(_generation_cell(table, model, method, options))
+    return [replace(cell, paper=figures.get((table, cell.model, cell.method))) for cell in cells]
 
 
 def ppl_cell(
@@ -123,35 +119,18 @@ def ppl_cell(
     method: str,
     options: Options,
     view: str = ONE_SHOT,
-    *,
-    table: str = "ppl",
-    group: str = "",
-    label: str | None = None,
     flags: Sequence[str] = (),
     dataset: str | None = None,
-    calibration: Calibration | None = None,
 ) -> Cell:
-    """A perplexity; ``flags`` are those that change the method, ``label`` its row where that is not the method."""
+    """A perplexity; ``flags`` are those that change the method, ``dataset`` another than the options'."""
     dataset = dataset or options.dataset
     length = options.PPL_seq_length or (_PAPER_PPL_LENGTH if model in ALIASES else _PPL_LENGTH)
     chunk_size = options.chunk_size if view == STREAMED else None
-    chunks = ("--chunk_size", str(chunk_size)) if chunk_size else ()
-    all_flags = (
-        *("--model", model, "--method", method),
-        *flags,
-        "--dataset",
-        dataset,
-        "--PPL_seq_length",
-        str(length),
-        *chunks,
-        *options.shared,
-        *options.limit_flags(),
-    )
+    flags = [*flags, "--dataset", dataset, "--PPL_seq_length", str(length)]
+    flags += ["--chunk_size", str(chunk_size)] if chunk_size else []
     name = _DATASET_IDS.get(dataset, Path(dataset).name)
-    protocol = (("dataset", name), ("PPL_seq_length", length), ("chunk_size", chunk_size))
-    return Cell(
-        table, group, model, label or method, view, "ppl", method, all_flags, "ppl", protocol, calibration=calibration
-    )
+    protocol = {"dataset": name, "PPL_seq_length": length, "chunk_size": chunk_size}
+    return _cell("ppl", model, method, view, flags, "ppl", protocol, options)
 
 
 def _generation_cell(table: str, model: str, method: str, options: Options) -> Cell:
@@ -173,5 +152,12 @@ def _generation_cell(table: str, model: str, method: str, options: Options) -> C
         flags += ["--depths", options.depths]
     if new_tokens is not None:
         flags += ["--max_new_tokens", str(new_tokens)]
-    all_flags = ("--model", model, "--method", method, *flags, *options.shared, *options.limit_flags())
-    return Cell(table, "", model, method, SCORE, table, method, all_flags, metric, tuple(protocol.items()))
+    return _cell(table, model, method, SCORE, flags, metric, protocol, options)
+
+
+def _cell(
+    task: str, model: str, method: str, view: str, flags: Sequence[str], metric: str, protocol: dict, options: Options
+) -> Cell:
+    limit = () if options.limit is None else ("--limit", str(options.limit))
+    flags = ("--model", model, "--method", method, *flags, *options.shared, *limit)
+    return Cell(task, "", model, method, view, task, method, flags, metric, tuple(protocol.items()))

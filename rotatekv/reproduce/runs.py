@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rotatekv.cli import evaluation_parser, method_from_args
-from rotatekv.config import PRESETS, QuantConfig
+from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.evals.results import config_hash
+from rotatekv.evals.results import config_hash, read_metrics
 from rotatekv.external import EXTERNAL
 from rotatekv.families import find_text_model, layer_geometry
 from rotatekv.methods import LayerGeometry, method_class
-from rotatekv.models.text import ALIASES, EMBEDDED_MODEL, known_weights, load_skeleton
+from rotatekv.models.text import ALIASES, known_weights, load_skeleton
 from rotatekv.models.vision import RANDOM_LLAVA, VISION_ALIASES
 from rotatekv.patching.patch import plan_fingerprint
 from rotatekv.reproduce.plan import Calibration, Cell
@@ -66,10 +66,6 @@ class Runs:
     def skeleton(model: str):
         """The model on the meta device; None where its config is out of reach, or it is made at random."""
         return None if model == RANDOM_LLAVA else load_skeleton(VISION_ALIASES.get(model, model))
-
-    def shape(self, model: str):
-        """As ``skeleton``, for estimates: the random LLaVA counts as the text model inside it."""
-        return self.skeleton(EMBEDDED_MODEL if model == RANDOM_LLAVA else model)
 
     def weights(self, model: str) -> str | None:
         """Those the model has today; None where they are out of reach."""
@@ -120,8 +116,8 @@ class Runs:
         wanted = self.wanted(cell)
         found = [
             ("weights" in metrics["config"], metrics.get("started", ""), str(path.parent), metrics)
-            for path in self._folder(cell).glob("*/metrics.json")
-            if (metrics := _read_metrics(path)) is not None and self._fits(metrics, wanted, cell.task)
+            for path in (self.output_dir / cell.task / model_slug(cell.model)).glob("*/metrics.json")
+            if (metrics := _read_run(path.parent)) is not None and self._fits(metrics, wanted, cell.task)
         ]
         if found:
             knows_weights, _, folder, metrics = max(found, key=lambda run: run[:3])
@@ -167,14 +163,6 @@ class Runs:
             return found
         return Outcome("failed", reason=f"the script ended well, but left no run that fits: see {log}")
 
-    def finished(self, task: str, model: str) -> list[dict]:
-        """metrics.json of all runs of a task and a model, for estimates."""
-        paths = (self.output_dir / task / model_slug(model)).glob("*/metrics.json")
-        return [metrics for path in sorted(paths) if (metrics := _read_metrics(path)) is not None]
-
-    def _folder(self, cell: Cell) -> Path:
-        return self.output_dir / cell.task / model_slug(cell.model)
-
     def _fits(self, metrics: dict, wanted: dict, task: str) -> bool:
         config = json.loads(json.dumps(metrics["config"]))
         if isinstance(config.get("quant"), dict):
@@ -205,14 +193,6 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(["python", *command])
 
 
-def preset_bits(method: str) -> float:
-    """Bits per number that the preset's name stands for, without scales."""
-    if method in EXTERNAL:
-        return EXTERNAL[method].nbits
-    config = PRESETS[method]
-    return 16 if config.method == "fp16" else (config.k_bits + config.v_bits) / 2
-
-
 def _start(command: Sequence[str], log: Path) -> str:
     """Run a script of ours to its end → why it failed, in one line; empty where it did not."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -232,11 +212,11 @@ def _start(command: Sequence[str], log: Path) -> str:
     return f"killed by signal {-code}" if code < 0 else said
 
 
-def _read_metrics(path: Path) -> dict | None:
+def _read_run(folder: Path) -> dict | None:
     """A run's metrics.json; None where it is damaged or its config is not the one its folder is named after."""
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"metric", "n", "avg_bits", "cache_bytes_per_token", "seconds"} <= set(metrics)
-        return metrics if whole and config_hash(metrics["config"]) == path.parent.name else None
-    except (OSError, ValueError, KeyError, TypeError):
+        metrics = read_metrics(folder) or {}
+    except UserError:
         return None
+    whole = {"n", "avg_bits", "cache_bytes_per_token", "seconds"} <= set(metrics)
+    return metrics if whole and config_hash(metrics["config"]) == folder.name else None
