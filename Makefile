@@ -5,6 +5,7 @@
 # make report   report.html, from results/ and the gallery
 # make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
 # make resolve  what every Python would install, to tests/installs.json (needs uv and PyPI)
+# make docs-check  runs the commands that README.md and docs/ mark, and compares what they show (minutes)
 # make lint   ruff
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,7 +15,7 @@ MODEL := smollm2-135m
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo gemma test test-gemma lint clean figures report resolve tables
+.PHONY: install demo gemma test test-gemma lint clean figures report resolve tables docs-check
 
 install: $(VENV)/.installed
 
@@ -64,6 +65,9 @@ tables: install
 
 resolve: install
 	$(BIN)/python tests/resolve_installs.py
+
+docs-check: install
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/docs_check.py --data_dir $(DATA_DIR)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -1,7 +1,7 @@
 """The attention of a patched model, for every family. Start reading here.
 
 Hugging Face's own forwards run: projections, norms and RoPE are theirs. Two things are ours. Their ``cache.update``
-stores the new tokens (rotatekv/cache/layer.py), by a codec of ``rotatekv/methods/``:
+stores the new tokens, by a codec of ``rotatekv/methods/``:
 
     keys     undo RoPE → rotate groups of heads → 2-bit codes, like channels share a scale   (write)
              codes → inverse rotation → RoPE again                                           (read)
@@ -10,6 +10,21 @@ stores the new tokens (rotatekv/cache/layer.py), by a codec of ``rotatekv/method
 It returns the new keys with their layer's cache as an attribute, so that no token is decoded before it is needed. Their
 attention function is ``attention`` below: a few new tokens attend in one kernel that reads the codes as they lie and
 un-rotates values once, in its output; a prefill decodes the layer's cache, and Hugging Face's function does the rest.
+
+Where each idea of the paper is (docs/architecture.md draws how they hang together):
+
+    rotation             rotatekv/methods/rotatekv.py:RotateKV.keys_in
+                         rotatekv/kernels/hadamard.py:rotate_channels
+    reorder              rotatekv/methods/rotatekv.py:RotateKV (which channels share a scale)
+    attention sinks      rotatekv/cache/sinks.py:detect_sinks
+    quantize and pack    rotatekv/kernels/quantize.py:quantize_groups
+                         rotatekv/kernels/layout.py:write_blocks
+    write, in one kernel rotatekv/kernels/cpu/__init__.py:quantize_into_blocks
+      its specification  rotatekv/kernels/blocks.py:quantize_into_blocks_reference
+    fused decode         rotatekv/kernels/cpu/__init__.py:decode_attention
+      its specification  rotatekv/kernels/decode_attention.py:decode_attention_reference
+
+The reorder's indices are calibrated: rotatekv/calibration/reorder.py:indices_from_key_sums.
 """
 
 from __future__ import annotations
