@@ -52,6 +52,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    if argv is None:  # the process is this command's own: SIGTERM stops the script under way, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = parse_args(argv)
     check_positive(args, "limit", "chunk_size", "PPL_seq_length", "max_new_tokens")
     tables = _names(args.table, "--table")
@@ -137,5 +139,4 @@ def _names(text: str, flag: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a script under way is stopped, too
     main()

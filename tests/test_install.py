@@ -1,14 +1,11 @@
-"""What pip is asked for against what it resolves to (``installs.json``), the versions taken, and the wheel."""
+"""What pip is asked for against what it resolves to (``installs.json``), and the versions taken."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,32 +146,3 @@ def test_make_install_names_the_python_it_needs(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Python 3.10 or newer is needed: make PYTHON=python3.11" in done.stdout
     assert not (tmp_path / "venv").exists()
-
-
-def test_the_wheel_is_whole_and_runs_without_what_only_evaluations_need(tmp_path):
-    """Built from a copy and unpacked in an empty folder: every module and data file is in it."""
-    source, inside = tmp_path / "source", tmp_path / "inside"
-    for name in ("rotatekv", "reorder_indices"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    wanted = {path.relative_to(source) for path in source.glob("*/**/*") if path.is_file()}
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        wheel.extractall(inside)
-    assert all((inside / path).exists() or (inside / "rotatekv" / path).exists() for path in wanted)
-    code = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys('datasets gguf lm_eval matplotlib peft rouge_score PIL'.split()))\n"
-        "import torch, rotatekv, rotatekv.cli, rotatekv.statistics, rotatekv.evals.efficiency\n"
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, head_dim=16,\n"
-        "    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4))\n"
-        "rotatekv.patch_model(model, 'RTN2')\n"
-        "out = model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, pad_token_id=0)\n"
-        "print(rotatekv.__file__, out.shape[1])\n"
-    )
-    path = {**os.environ, "PYTHONPATH": str(inside)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == [f"{inside / 'rotatekv' / '__init__.py'} 7"], done.stderr

@@ -27,7 +27,7 @@ from rotatekv.patching.patch import plan_fingerprint
 from rotatekv.reproduce.plan import Calibration, Cell
 from rotatekv.statistics import has_statistics, model_slug
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # the scripts lie here: in a checkout, and beside an installed package
 _SEED = 0
 _GENERATE = ("gsm8k", "longbench", "needle", "milebench")
 _UNKNOWN_WEIGHTS = "of an older version, which did not note the weights: remove its folder to run it again"
