@@ -15,10 +15,11 @@ from PIL import Image, PngImagePlugin
 
 from rotatekv.config import PRESETS
 from rotatekv.evals.results import Run
-from visualize import report, report_page
-from visualize.report_compare import MOST_LETTERS, MOST_SAMPLES
-from visualize.report_figures import collect_figures
-from visualize.report_runs import collect_runs
+from visualize import report
+from visualize.report_page.compare import MOST_LETTERS, MOST_SAMPLES
+from visualize.report_page.figures import collect_figures
+from visualize.report_page.page import build_page
+from visualize.report_page.runs import collect_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)
@@ -109,7 +110,7 @@ def add_png(path: Path, description: str | None = None) -> None:
 def page_of(*roots, figures=()) -> Page:
     runs, problems = collect_runs(roots)
     found = collect_figures(figures, runs, problems)
-    return Page(report_page.build_page(runs, found, problems, MADE))
+    return Page(build_page(runs, found, problems, MADE))
 
 
 def test_every_run_is_there_with_its_values(tmp_path):
@@ -233,8 +234,8 @@ def test_no_resource_comes_from_outside(tmp_path):
         assert tag not in ("iframe", "object", "embed", "base", "video", "audio")
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             assert attributes.get(name, "#").startswith(("data:", "#"))
-    style = (ROOT / "visualize" / "report" / "page.css").read_text()
-    script = (ROOT / "visualize" / "report" / "page.js").read_text()
+    style = (ROOT / "visualize" / "report_page" / "page.css").read_text()
+    script = (ROOT / "visualize" / "report_page" / "page.js").read_text()
     assert not re.search(r"url\(|@import", style)
     assert not re.search(r"fetch\(|XMLHttpRequest|import\(|innerHTML|outerHTML|insertAdjacentHTML|http", script)
     (policy,) = (attributes["content"] for tag, attributes in page.elements if "http-equiv" in attributes)
@@ -251,7 +252,7 @@ def test_links_inside_the_page_have_a_target(tmp_path):
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     links = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
     assert len(names) == len(set(names))
-    assert {"#figure-0", "#unfinished", "#problems", "#figures"} <= links <= {f"#{name}" for name in names}
+    assert {"#figure-0", "#unfinished", "#unreadable", "#figures"} <= links <= {f"#{name}" for name in names}
 
 
 def test_an_unfinished_run_says_how_to_go_on(tmp_path):
@@ -334,10 +335,10 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
         for task in ("needle", "ppl"):
             add_run(tmp_path, task=task, method=method, metric={"ppl": 1.0})
             add_run(tmp_path, task=task, method=method, metric={"ppl": 1.0}, seed=1)
-    first = report_page.build_page(*_collected(tmp_path), MADE)
+    first = build_page(*_collected(tmp_path), MADE)
     true_rglob = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(true_rglob(self, pattern))))
-    assert report_page.build_page(*_collected(tmp_path), MADE) == first
+    assert build_page(*_collected(tmp_path), MADE) == first
     assert Page(first).column("Perplexity: runs", "method")[0].startswith("FP16")
 
 

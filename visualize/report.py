@@ -17,9 +17,9 @@ from rotatekv.cli import make_parser
 from rotatekv.errors import UserError
 from rotatekv.files import write_output
 from rotatekv.scripts import exit_on_user_error
-from visualize.report_figures import collect_figures
-from visualize.report_page import build_page, counted
-from visualize.report_runs import collect_runs
+from visualize.report_page.figures import collect_figures
+from visualize.report_page.page import build_page, counted
+from visualize.report_page.runs import collect_runs
 
 _INPUT, _FIGURES = "results", "visualize/gallery"
 LARGE_MEGABYTES = 50
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     write_page(output, page)
-    print(f"{counted(len(runs), 'run')}, {counted(len(figures), 'figure')}, {len(page) / 1e6:.1f} MB: {output}")
+    print(f"{counted(runs, 'run')}, {counted(figures, 'figure')}, {len(page) / 1e6:.1f} MB: {output}")
 
 
 def folders_of(given: str | None, default: str, flag: str) -> list[Path]:

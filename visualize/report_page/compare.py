@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 
-from visualize.report_runs import RunRecord, flat, number
-from visualize.report_tasks import main_metrics, number_text, other_metrics, task_of, time_text
+from visualize.report_page.runs import RunRecord, flat, number
+from visualize.report_page.tasks import main_metrics, number_text, other_metrics, task_of, time_text
 
 MOST_SAMPLES = 50
 MOST_LETTERS = 300
@@ -15,12 +15,9 @@ _MEASURES = ("nll", "score")
 _SAME_SAMPLES = ("quant.", "method", "fingerprint", "weights", "dtype", "attn_implementation", "batch_size")
 
 
-def compare_data(runs: list[RunRecord]) -> str:
-    """The runs as json that may stand inside a script element."""
-    content = {"mostSamples": MOST_SAMPLES, "mostLetters": MOST_LETTERS, "runs": [_run_data(run) for run in runs]}
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # `<` only ever stands inside strings here; \u2028 and \u2029 are line ends to some readers.
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+def compare_data(runs: list[RunRecord]) -> dict:
+    """The runs as json, for the page's script."""
+    return {"mostSamples": MOST_SAMPLES, "mostLetters": MOST_LETTERS, "runs": [_run_data(run) for run in runs]}
 
 
 def _run_data(run: RunRecord) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visualize.report_runs import RunRecord
+from visualize.report_page.runs import RunRecord
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from visualize.report_runs import RunRecord
+from visualize.report_page.runs import RunRecord
 
 _MOST_METRICS = 6  # of an unknown task in its main table; the others go to the table of scores below it
 
