@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rotatekv import load_model
+from rotatekv import RotateKVCache, load_model
 from rotatekv.statistics import save_statistics
 
 # tqdm's own lock is shared with forked processes: one killed while it holds the lock would stop every later test.
@@ -63,6 +64,40 @@ def tiny_model(family: str = "llama", **changes) -> torch.nn.Module:
         if name.endswith("bias") or "norm" in name:  # HF makes them 0 and 1, which would hide mistakes
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     return model
+
+
+def token_ids(rows: int = 1, tokens: int = 12, seed: int = 0) -> torch.Tensor:
+    """(rows, tokens) of the tiny models' words."""
+    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(tokens: int, *padding: int) -> torch.Tensor:
+    """(B, T) int64, 0 at the first ``padding`` tokens of each row."""
+    return (torch.arange(tokens) >= torch.tensor(padding)[:, None]).long()
+
+
+def logits(model, cache, ids: torch.Tensor, chunks: Iterable[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, T, V) of the next ``sum(chunks)`` tokens of ``ids``, in one call per chunk.
+
+    Args:
+        cache: None: a new one of a patched model. mask: of all tokens; positions are then those of ``generate``.
+    """
+    cache = RotateKVCache.for_model(model) if cache is None else cache
+    start, parts = cache.get_seq_length(), []
+    with torch.no_grad():
+        for length in chunks:
+            now, inputs = slice(start, start + length), {}
+            if mask is not None:
+                positions = (mask.cumsum(1) - 1).clamp(min=0)
+                inputs = {"attention_mask": mask[:, : now.stop], "position_ids": positions[:, now]}
+            parts.append(model(ids[:, now], past_key_values=cache, **inputs).logits)
+            start += length
+    return torch.cat(parts, dim=1)
+
+
+def random_order(first_seed: int = 3) -> torch.Tensor:
+    """Reorder indices of the tiny models, (2, 48) int64."""
+    return torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(first_seed + n)) for n in range(2)])
 
 
 @pytest.fixture(params=FAMILIES)
@@ -127,9 +162,8 @@ def statistics(tmp_path_factory):
     from test_rotatekv_plus import random_statistics as plus_statistics
 
     folder = tmp_path_factory.mktemp("statistics")
-    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
     files = {
-        "rotatekv": save_reorder_indices(folder / "order.safetensors", order, {"head_group_num": 3}),
+        "rotatekv": save_reorder_indices(folder / "order.safetensors", random_order(), {"head_group_num": 3}),
         "kvquant": save_statistics(folder / "kvquant.safetensors", "kvquant", kvquant_statistics(), {}),
         "rotatekv_plus": save_statistics(folder / "plus.safetensors", "plus", plus_statistics(8.0), {}),
     }

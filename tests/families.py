@@ -236,25 +236,6 @@ def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(4, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def left_padding(tokens: int, *padding: int) -> torch.Tensor:
-    """(B, T) int64, 0 at the first ``padding`` tokens of each row."""
-    return (torch.arange(tokens) >= torch.tensor(padding)[:, None]).long()
-
-
-def logits(model: nn.Module, cache, ids: torch.Tensor, chunks, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, T, V) of the next ``sum(chunks)`` tokens of ``ids``, with the mask and positions that ``generate`` gives."""
-    start, parts = cache.get_seq_length(), []
-    mask = torch.ones_like(ids) if mask is None else mask
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        for length in chunks:
-            now = slice(start, start + length)
-            inputs = {"attention_mask": mask[:, : now.stop], "position_ids": positions[:, now]}
-            parts.append(model(ids[:, now], past_key_values=cache, **inputs).logits)
-            start += length
-    return torch.cat(parts, dim=1)
-
-
 def random_orders(model: nn.Module) -> torch.Tensor:
     """A permutation of each layer's H_kv·D key channels, (layers, H_kv·D) int64."""
     config, generator = model.config.get_text_config(), torch.Generator().manual_seed(1)

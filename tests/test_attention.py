@@ -7,30 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import left_padding, logits, tiny_model, token_ids
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
 
 PHI3 = {"partial_rotary_factor": 0.5}
-
-
-def token_ids(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def logits_in_chunks(model, ids, chunks, cache, **inputs) -> torch.Tensor:
-    parts, start = [], 0
-    with torch.no_grad():
-        for length in chunks:
-            now = slice(start, start + length)
-            inputs_now = {name: x[:, : start + length] for name, x in inputs.items() if name == "attention_mask"}
-            if "position_ids" in inputs:
-                inputs_now["position_ids"] = inputs["position_ids"][:, now]
-            parts.append(model(ids[:, now], past_key_values=cache, **inputs_now).logits)
-            start += length
-    return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -44,20 +27,17 @@ def test_fp16_gives_the_stock_logits_at_once_and_in_chunks(family, attention):
             assert torch.equal(model(ids).logits, stock)
             assert torch.equal(model(ids, use_cache=False).logits, stock)
             cache = RotateKVCache.for_model(model)
-            torch.testing.assert_close(logits_in_chunks(model, ids, chunks, cache), stock, rtol=1e-4, atol=2e-4)
+            torch.testing.assert_close(logits(model, cache, ids, chunks), stock, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_fp16_gives_the_stock_logits_of_a_left_padded_batch_with_its_own_positions(any_family, attention):
     any_family.set_attn_implementation(attention)
-    ids, mask = token_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
-    mask[0, :5] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"attention_mask": mask, "position_ids": positions}
+    ids, mask = token_ids(2, 14), left_padding(14, 5, 0)
     chunks = (8, 3, 1, 1, 1)
-    stock = logits_in_chunks(any_family, ids, chunks, DynamicCache(config=any_family.config), **inputs)
+    stock = logits(any_family, DynamicCache(config=any_family.config), ids, chunks, mask)
     with patch_model(any_family, "FP16"):
-        ours = logits_in_chunks(any_family, ids, chunks, RotateKVCache.for_model(any_family), **inputs)
+        ours = logits(any_family, RotateKVCache.for_model(any_family), ids, chunks, mask)
     real = mask.bool()
     torch.testing.assert_close(ours[real], stock[real], rtol=1e-4, atol=2e-4)
 

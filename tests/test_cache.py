@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save_reorder_indices, tiny_model
+from conftest import save_reorder_indices, tiny_model, token_ids
 from transformers import Cache, DynamicCache
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
@@ -32,10 +32,6 @@ CONFIGS = {
     "QuaRot3": PRESETS["QuaRot3"],
     "TurboQuant3": PRESETS["TurboQuant3"],
 }
-
-
-def token_ids(rows: int = 1, tokens: int = 12, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=CONFIGS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import left_padding, logits, random_order, save_reorder_indices, tiny_model, token_ids
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import cpu, triton
@@ -34,10 +34,6 @@ CONFIGS = {
 }
 
 
-def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """The number of query tokens of every call of the kernel."""
@@ -51,19 +47,10 @@ def calls(monkeypatch) -> list:
     return seen
 
 
-def logits(model, config: QuantConfig, chunks: tuple[int, ...], rows: int = 1, mask: torch.Tensor | None = None):
+def decoded(model, config: QuantConfig, chunks: tuple[int, ...], rows: int = 1, mask: torch.Tensor | None = None):
     """(B, T, V) logits of a text fed in ``chunks`` through one cache."""
-    ids, start, parts = token_ids(rows, sum(chunks)), 0, []
-    with patch_model(model, config), torch.no_grad():
-        cache = RotateKVCache.for_model(model)
-        for length in chunks:
-            inputs = {}
-            if mask is not None:
-                inputs["attention_mask"] = mask[:, : start + length]
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
-            parts.append(model(ids[:, start : start + length], past_key_values=cache, **inputs).logits)
-            start += length
-    return torch.cat(parts, dim=1)
+    with patch_model(model, config):
+        return logits(model, None, token_ids(rows, sum(chunks)), chunks, mask)
 
 
 def fused_calls(config: QuantConfig, start: int, chunks: tuple[int, ...], packed: int = 0) -> list[int]:
@@ -82,27 +69,22 @@ def fused_calls(config: QuantConfig, start: int, chunks: tuple[int, ...], packed
 @pytest.mark.parametrize("rows", [1, 3])
 def test_decoded_logits_are_those_of_the_general_path(name, rows, any_family, calls, monkeypatch):
     """In float64, so that hardly a number sits on a rounding tie that the kernel's float32 would tip."""
-    mask = torch.ones(rows, 62, dtype=torch.long)
-    if rows > 1:
-        mask[0, :7] = mask[2, :19] = 0
+    mask = left_padding(62, *(7, 0, 19)[:rows]) if rows > 1 else left_padding(62, 0)
     chunks = (35, 1, 1, 5, 16, 1, 1, 2)
-    fused = logits(any_family.double(), CONFIGS[name], chunks, rows, mask)
+    fused = decoded(any_family.double(), CONFIGS[name], chunks, rows, mask)
     has_window = CONFIGS[name].method == "kivi" or CONFIGS[name].residual_length
     alone = (7, 0, 19) if rows > 1 and has_window else (0,)  # padded rows, each attended to alone
     expected = [n for left in alone for n in fused_calls(CONFIGS[name], 0, (chunks[0] - left, *chunks[1:]))]
     assert sorted(calls) == sorted(expected) and expected.count(1) >= 8
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
-    general = logits(any_family, CONFIGS[name], chunks, rows, mask)
+    general = decoded(any_family, CONFIGS[name], chunks, rows, mask)
     assert len(calls) == len(expected)
     difference = (fused - general)[mask.bool()].abs()
     assert difference.median() < 5e-4 and difference.mean() < 0.005 * general.std()
 
 
 def test_reordered_keys_are_read_in_their_order(tiny, calls, tmp_path, monkeypatch):
-    from conftest import save_reorder_indices
-
-    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
-    path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
+    path = save_reorder_indices(tmp_path / "order.safetensors", random_order(), {"head_group_num": 3})
     tiny.name_or_path = "tiny"
     config, results = replace(PRESETS["RotateKV4"], residual_length=4), {}
     for backend in ("cpu", "reference"):
@@ -146,12 +128,9 @@ READ = CONFIGS | {
 @pytest.mark.parametrize("name", READ)
 def test_a_prefill_reads_its_blocks_with_a_kernel(name, tiny, tmp_path, monkeypatch):
     """The same keys and values as the general path reads from the same cache, sinks and window among them."""
-    from conftest import save_reorder_indices
-
     reads, kernel = [], cpu.dequantize_blocks
     monkeypatch.setattr(cpu, "dequantize_blocks", lambda *a, **b: reads.append(a[1]) or kernel(*a, **b))
-    order = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n)) for n in (3, 4)])
-    path = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
+    path = save_reorder_indices(tmp_path / "order.safetensors", random_order(), {"head_group_num": 3})
     tiny.name_or_path = "tiny"
     with patch_model(tiny, READ[name], path if READ[name].Outlier_Aware_Key_Rotation else None), torch.no_grad():
         cache = RotateKVCache.for_model(tiny)
@@ -173,7 +152,7 @@ def test_a_prefill_reads_its_blocks_with_a_kernel(name, tiny, tmp_path, monkeypa
 def test_the_reference_backend_reads_without_the_kernel(tiny, monkeypatch):
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     monkeypatch.setattr(cpu, "dequantize_blocks", lambda *args, **options: pytest.fail("the kernel was called"))
-    logits(tiny, PLAIN, (30, 21))
+    decoded(tiny, PLAIN, (30, 21))
 
 
 def generated(model, **options) -> torch.Tensor:
@@ -250,13 +229,13 @@ def test_without_a_compiler_torch_decodes_after_one_warning(tiny, monkeypatch, t
     """A compiler that is not there, an empty build cache: the same numbers, one warning."""
     from rotatekv.kernels.cpu import build
 
-    want = logits(tiny, PLAIN, (20, 1, 1))
+    want = decoded(tiny, PLAIN, (20, 1, 1))
     build._load.cache_clear()
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("ROTATEKV_CACHE_DIR", str(tmp_path / "empty"))
     try:
         with pytest.warns(RuntimeWarning, match="torch is") as caught:
-            got = logits(tiny, PLAIN, (20, 1, 1))
+            got = decoded(tiny, PLAIN, (20, 1, 1))
     finally:
         build._load.cache_clear()
     assert 1 <= sum("torch is" in str(warning.message) for warning in caught) <= 2  # one per library

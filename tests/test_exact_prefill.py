@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, token_ids
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
@@ -19,10 +19,6 @@ PADDED = {  # rows in caches of their own, and rows in one
     "RotateKV2+": PRESETS["RotateKV2+"],
     "RotateKV2": PRESETS["RotateKV2"],
 }
-
-
-def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def exact(config):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import left_padding, tiny_model, token_ids
 from test_generate import generate
 from test_rotatekv_plus import random_statistics
 
@@ -35,10 +35,6 @@ STEPS = (37, 1, 7, 20, 1)  # tokens of the calls: RotateKV+ packs a block in the
 
 class Broken(BaseException):
     """Not an Exception, as Ctrl-C is not."""
-
-
-def token_ids(tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(8, 128, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=CONFIGS)
@@ -66,7 +62,7 @@ def places(model) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("error", [RuntimeError, Broken])
 def test_a_call_broken_off_anywhere_is_as_if_it_had_not_been(error, patched):
-    whole, broken, start, ids = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched), 0, token_ids(66)
+    whole, broken, start, ids = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched), 0, token_ids(1, 66)
 
     def break_off(*args):
         raise error("broken off")
@@ -90,7 +86,11 @@ def test_a_call_broken_off_anywhere_is_as_if_it_had_not_been(error, patched):
 
 def test_a_padded_batchs_call_broken_off_is_as_if_it_had_not_been(patched):
     """Where each row has a cache of its own, and where none has."""
-    whole, broken, ids = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched), token_ids(80).view(2, 40)
+    whole, broken, ids = (
+        RotateKVCache.for_model(patched),
+        RotateKVCache.for_model(patched),
+        token_ids(1, 80).view(2, 40),
+    )
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
 
@@ -115,7 +115,7 @@ def test_a_padded_batchs_call_broken_off_is_as_if_it_had_not_been(patched):
 def test_a_store_broken_off_between_keys_and_values_is_taken_back(patched, monkeypatch):
     cache, other = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched)
     for taken in (cache, other):
-        patched(token_ids(37), past_key_values=taken)
+        patched(token_ids(1, 37), past_key_values=taken)
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -123,9 +123,9 @@ def test_a_store_broken_off_between_keys_and_values_is_taken_back(patched, monke
     with monkeypatch.context() as patch:
         patch.setattr(cache.layers[1].packed_values, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            patched(token_ids(24, 1), past_key_values=cache)
-    again = patched(token_ids(24, 1), past_key_values=cache).logits
-    assert torch.equal(again, patched(token_ids(24, 1), past_key_values=other).logits)
+            patched(token_ids(1, 24, 1), past_key_values=cache)
+    again = patched(token_ids(1, 24, 1), past_key_values=cache).logits
+    assert torch.equal(again, patched(token_ids(1, 24, 1), past_key_values=other).logits)
 
 
 def test_a_hook_of_the_users_that_raises_beside_ours_poisons_nothing():
@@ -133,21 +133,21 @@ def test_a_hook_of_the_users_that_raises_beside_ours_poisons_nothing():
     with patch_model(model, ROTATEKV2), torch.no_grad():
         cache, other = RotateKVCache.for_model(model), RotateKVCache.for_model(model)
         for taken in (cache, other):
-            model(token_ids(9), past_key_values=taken)
+            model(token_ids(1, 9), past_key_values=taken)
 
         def break_off(*args):
             raise Broken
 
         hook = model.model.register_forward_pre_hook(break_off)
         with pytest.raises(Broken):
-            model(token_ids(5), past_key_values=cache)
+            model(token_ids(1, 5), past_key_values=cache)
         hook.remove()
-        expected = model(token_ids(5), past_key_values=other).logits
-        assert torch.equal(model(token_ids(5), past_key_values=cache).logits, expected)
+        expected = model(token_ids(1, 5), past_key_values=other).logits
+        assert torch.equal(model(token_ids(1, 5), past_key_values=cache).logits, expected)
 
 
 def test_generate_goes_on_after_ctrl_c():
-    model, ids = tiny_model(), token_ids(12)
+    model, ids = tiny_model(), token_ids(1, 12)
     with patch_model(model, ROTATEKV2):
         expected = generate(model, ids).sequences
         cache, calls = RotateKVCache.for_model(model), []
@@ -167,7 +167,7 @@ def test_generate_goes_on_after_ctrl_c():
 
 
 def test_early_exit_is_refused_before_it_starts():
-    model, ids = tiny_model(), token_ids(12)
+    model, ids = tiny_model(), token_ids(1, 12)
     with patch_model(model, ROTATEKV2):
         expected = generate(model, ids).sequences
         with pytest.raises(UserError, match=r"assistant_early_exit .* prompt_lookup_num_tokens"):
@@ -256,7 +256,7 @@ def ends_before(number: int, error: type[BaseException], call) -> bool:
 @pytest.mark.usefixtures("one_thread")
 def test_patching_broken_off_at_any_line_leaves_the_model_as_it_was():
     """Every time a line runs that changes the model, and the first time for a quarter of the others."""
-    model, ids = tiny_model(num_hidden_layers=1), token_ids(12)
+    model, ids = tiny_model(num_hidden_layers=1), token_ids(1, 12)
     stock = model(ids).logits
     model.model.layers.train()
     hook = model.model.layers[0].register_forward_pre_hook(lambda *args: None)
@@ -305,9 +305,8 @@ def test_unpatching_broken_off_at_any_line_is_done_by_unpatching_again():
 @pytest.mark.parametrize(("name", "window", "padding"), [("RotateKV2", 24, 0), ("KIVI2", None, 5), ("KIVI2", 24, 5)])
 def test_a_call_broken_off_at_any_line_is_made_whole_or_not_at_all(name, window, padding):
     """What ``get_seq_length`` says then is what the cache holds, at the latest when it is used again."""
-    model, ids = tiny_model("mistral", num_hidden_layers=1, sliding_window=window), token_ids(122).view(2, 61)
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
+    model, ids = tiny_model("mistral", num_hidden_layers=1, sliding_window=window), token_ids(2, 61)
+    mask = left_padding(61, padding, 0)
 
     def same(one, other):
         ours, theirs = list(one.tensors()), list(other.tensors())
@@ -332,22 +331,22 @@ def test_a_call_broken_off_at_any_line_is_made_whole_or_not_at_all(name, window,
 
 def test_a_cache_is_copied_whole(patched):
     cache = RotateKVCache.for_model(patched)
-    patched(token_ids(40), past_key_values=cache)
+    patched(token_ids(1, 40), past_key_values=cache)
     for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert all(map(torch.equal, copied.tensors(), cache.tensors()))
         before = cache.nbytes()
-        patched(token_ids(5), past_key_values=copied)
+        patched(token_ids(1, 5), past_key_values=copied)
         assert cache.nbytes() == before and copied.get_seq_length() == 45
 
 
 def test_a_call_without_tokens_is_one_line_and_leaves_the_cache_alone(patched):
     cache, nothing = RotateKVCache.for_model(patched), torch.empty(1, 0, dtype=torch.long)
-    calls = [{"input_ids": nothing}, {"inputs_embeds": torch.empty(1, 0, 96)}, {"input_ids": token_ids(5)[:0]}, {}]
+    calls = [{"input_ids": nothing}, {"inputs_embeds": torch.empty(1, 0, 96)}, {"input_ids": token_ids(1, 5)[:0]}, {}]
     for length in (0, 7):
         for call in calls:
             with pytest.raises(UserError, match="no tokens: pass input_ids"):
                 patched(**call, past_key_values=cache)
         assert cache.get_seq_length() == length
-        patched(token_ids(7), past_key_values=cache)
+        patched(token_ids(1, 7), past_key_values=cache)
     with pytest.raises(UserError, match="no tokens: pass input_ids"):
         patched.generate(nothing)

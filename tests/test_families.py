@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_reorder_indices
-from families import FAMILIES, MORE, REFUSED, SUPPORTED, Family, left_padding, logits, random_orders, token_ids
+from conftest import left_padding, logits, save_reorder_indices
+from families import FAMILIES, MORE, REFUSED, SUPPORTED, Family, random_orders, token_ids
 from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, find_decoder, left_padding, logits, random_orders, token_ids
+from conftest import left_padding, logits
+from families import FAMILIES, find_decoder, random_orders, token_ids
 from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache

@@ -11,15 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save_reorder_indices, tiny_model
+from conftest import save_reorder_indices, tiny_model, token_ids
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
 
 TOKENS = 10
-
-
-def token_ids(rows: int = 1, tokens: int = 14, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def repetitive_ids() -> torch.Tensor:
@@ -62,9 +58,9 @@ STRATEGIES = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fp16_generates_what_the_stock_model_generates(strategy, rows, tiny):
-    stock = generate(tiny, token_ids(rows), **STRATEGIES[strategy])
+    stock = generate(tiny, token_ids(rows, 14), **STRATEGIES[strategy])
     with patch_model(tiny, "FP16"):
-        ours = generate(tiny, token_ids(rows), **STRATEGIES[strategy])
+        ours = generate(tiny, token_ids(rows, 14), **STRATEGIES[strategy])
     assert torch.equal(ours.sequences, stock.sequences)
     torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-4, atol=1e-4)
 
@@ -205,7 +201,7 @@ def row_of(cache, row: int) -> RotateKVCache:
 def test_greedy_generations_cache_equals_one_rebuilt(changes, tmp_path):
     model = double_model()
     with patch_calibrated(model, tmp_path, replace(ROTATEKV2, **changes)):
-        out = generate(model, token_ids())
+        out = generate(model, token_ids(1, 14))
         assert_same_cache(out.past_key_values, rebuilt(model, out.sequences, 14))
 
 
@@ -223,7 +219,7 @@ def test_the_winning_beams_cache_equals_one_rebuilt_from_its_tokens(num_beams, c
     with patch_calibrated(model, tmp_path, replace(ROTATEKV2, **changes)):
         with monkeypatch.context() as patch:
             patch.setattr(RotateKVCache, "reorder_cache", note)
-            out = generate(model, token_ids(), num_beams=num_beams)
+            out = generate(model, token_ids(1, 14), num_beams=num_beams)
         places = out.beam_indices[0, :TOKENS]
         assert places.unique().numel() > 1, "the winner never changed places"
         read_last = next((c for c in before_reorder if c.get_seq_length() == 13 + TOKENS), out.past_key_values)
@@ -268,7 +264,7 @@ def test_prompt_lookup_gives_the_plain_greedy_tokens(changes, tmp_path, monkeypa
 
 
 def test_chunked_prefill_equals_manual_chunks(tmp_path):
-    model, ids = double_model(), token_ids(2)
+    model, ids = double_model(), token_ids(2, 14)
     with patch_calibrated(model, tmp_path), torch.no_grad():
         out = generate(model, ids, prefill_chunk_size=4)
         cache = RotateKVCache.for_model(model)
@@ -284,7 +280,7 @@ def test_chunked_prefill_equals_manual_chunks(tmp_path):
 
 
 def test_returned_sequences_equal_a_batch_of_copies(tmp_path):
-    model, ids = double_model(), token_ids()
+    model, ids = double_model(), token_ids(1, 14)
     with patch_calibrated(model, tmp_path):
         out = generate(model, ids, do_sample=True, num_return_sequences=3)
         copies = generate(model, ids.repeat(3, 1), do_sample=True)
@@ -296,10 +292,10 @@ def test_returned_sequences_equal_a_batch_of_copies(tmp_path):
 
 def test_sampling_is_reproduced_by_its_seed_and_differs_from_the_stock_model(tmp_path):
     model, options = double_model(), {"do_sample": True, "temperature": 1.2}
-    stock = generate(model, token_ids(), seed=3, **options)
+    stock = generate(model, token_ids(1, 14), seed=3, **options)
     with patch_calibrated(model, tmp_path):
-        first, again = (generate(model, token_ids(), seed=3, **options) for _ in range(2))
-        other = generate(model, token_ids(), seed=4, **options)
+        first, again = (generate(model, token_ids(1, 14), seed=3, **options) for _ in range(2))
+        other = generate(model, token_ids(1, 14), seed=4, **options)
     assert torch.equal(first.sequences, again.sequences)
     assert not torch.equal(first.sequences, other.sequences)
     assert not torch.equal(first.sequences, stock.sequences)
@@ -337,16 +333,16 @@ def test_a_conversation_on_one_cache_equals_calls_with_its_boundaries(changes, t
 def test_an_explicit_cache_and_none_generate_the_same(tmp_path):
     model = double_model()
     with patch_calibrated(model, tmp_path):
-        implicit = generate(model, token_ids(2))
+        implicit = generate(model, token_ids(2, 14))
         cache = RotateKVCache.for_model(model)
-        explicit = generate(model, token_ids(2), past_key_values=cache)
+        explicit = generate(model, token_ids(2, 14), past_key_values=cache)
         assert explicit.past_key_values is cache
         assert torch.equal(implicit.sequences, explicit.sequences)
         assert_same_cache(implicit.past_key_values, cache)
 
 
 def test_no_cache_at_all_generates_what_a_fresh_prefill_per_step_says(tmp_path):
-    model, ids = double_model(), token_ids()
+    model, ids = double_model(), token_ids(1, 14)
     with patch_calibrated(model, tmp_path), torch.no_grad():
         out = generate(model, ids, use_cache=False)
         for step in range(TOKENS):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import left_padding, logits, tiny_model, token_ids
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.cache.cache import _token_mask
@@ -19,24 +19,6 @@ STEPPED = ("FP16", "RTN2", "KIVI2", "QuaRot2", "TurboQuant2", "KVQuant2", "Rotat
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
 
-def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, ids, chunks, mask=None) -> torch.Tensor:
-    """(B, T, V) logits of ``ids`` fed in ``chunks`` through one cache, with the positions ``generate`` gives."""
-    cache, parts, start = RotateKVCache.for_model(model), [], 0
-    with torch.no_grad():
-        for length in chunks:
-            inputs = {}
-            if mask is not None:
-                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
-                inputs = {"attention_mask": mask[:, : start + length], "position_ids": positions}
-            parts.append(model(ids[:, start : start + length], past_key_values=cache, **inputs).logits)
-            start += length
-    return torch.cat(parts, dim=1)
-
-
 def small(name: str) -> QuantConfig:
     """A preset; KIVI's with groups and a window for heads of 16 channels and short texts."""
     kivi = {"k_groupsize": 16, "v_groupsize": 16, "residual_length": 20}
@@ -44,10 +26,7 @@ def small(name: str) -> QuantConfig:
 
 
 def padded(rows: int, tokens: int, padding: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.ones(rows, tokens, dtype=torch.long)
-    for row, left in enumerate(padding):
-        mask[row, :left] = 0
-    return token_ids(rows, tokens), mask
+    return token_ids(rows, tokens), left_padding(tokens, *padding)
 
 
 def named(model) -> torch.nn.Module:
@@ -70,9 +49,9 @@ def test_rows_of_a_padded_batch_are_those_rows_alone(name, statistics, torch_alo
     steps = 40 if name in STEPPED else 3
     ids, mask = padded(3, prompt + steps, padding)
     with patch_model(model, config, statistics(config)):
-        batch = logits(model, ids, (prompt,) + (1,) * steps, mask)
+        batch = logits(model, None, ids, (prompt,) + (1,) * steps, mask)
         for row, left in enumerate(padding):
-            alone = logits(model, ids[row : row + 1, left:], (prompt - left,) + (1,) * steps)
+            alone = logits(model, None, ids[row : row + 1, left:], (prompt - left,) + (1,) * steps)
             torch.testing.assert_close(batch[row : row + 1, left:], alone, rtol=0, atol=1e-6)
 
 
@@ -83,9 +62,9 @@ def test_every_family_and_attention_groups_from_the_first_token(family, attentio
     model, config = tiny_model(family, attn_implementation=attention), small("KIVI4")
     ids, mask = padded(3, 60, (13, 0, 4))
     with patch_model(model, config), torch.no_grad():
-        batch = logits(model, ids, (9, 40, 8, 1, 1, 1), mask)
+        batch = logits(model, None, ids, (9, 40, 8, 1, 1, 1), mask)
         for row, left, chunks in ((0, 13, (36, 8, 1, 1, 1)), (1, 0, (9, 40, 8, 1, 1, 1)), (2, 4, (5, 40, 8, 1, 1, 1))):
-            alone = logits(model, ids[row : row + 1, left:], chunks)
+            alone = logits(model, None, ids[row : row + 1, left:], chunks)
             difference = (batch[row : row + 1, left:] - alone).abs()
             assert difference.median() < 1e-4 and difference.mean() < 0.01 * alone.std()
 
@@ -95,9 +74,9 @@ def test_a_row_that_is_all_padding_at_first_gets_its_sinks_later(name, statistic
     model, config = named(tiny_model()), small(name)
     ids, mask = padded(2, 60, (13, 0))
     with patch_model(model, config, statistics(config)):
-        batch = logits(model, ids, (9, 40, 10, 1), mask)
-        torch.testing.assert_close(batch[:1, 13:], logits(model, ids[:1, 13:], (36, 10, 1)), rtol=0, atol=1e-6)
-        torch.testing.assert_close(batch[1:], logits(model, ids[1:], (9, 40, 10, 1)), rtol=0, atol=1e-6)
+        batch = logits(model, None, ids, (9, 40, 10, 1), mask)
+        torch.testing.assert_close(batch[:1, 13:], logits(model, None, ids[:1, 13:], (36, 10, 1)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch[1:], logits(model, None, ids[1:], (9, 40, 10, 1)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["KIVI2", "RotateKV2+", "RotateKV2"])
@@ -146,7 +125,7 @@ def test_a_call_of_padded_rows_that_fails_can_be_made_again(done, layer, torch_a
         raise KeyboardInterrupt
 
     with patch_model(model, small("KIVI2")), torch.no_grad():
-        want, cache = logits(model, ids, chunks, mask), RotateKVCache.for_model(model)
+        want, cache = logits(model, None, ids, chunks, mask), RotateKVCache.for_model(model)
         for start, length in zip((0, 30), done, strict=False):
             step(cache, start, length)
         hook = model.model.layers[layer].mlp.register_forward_hook(fail)
@@ -166,7 +145,7 @@ def test_the_fused_kernels_decode_padded_rows_as_torch_does(name, statistics, mo
         monkeypatch.setenv("ROTATEKV_BACKEND", backend)
         model, config = named(tiny_model()), small(name)
         with patch_model(model, config, statistics(config)):
-            found[backend] = logits(model, ids, (60,) + (1,) * 16, mask)[mask.bool()]
+            found[backend] = logits(model, None, ids, (60,) + (1,) * 16, mask)[mask.bool()]
     difference = (found["cpu"] - found["reference"]).abs()
     assert difference.median() < 5e-4 and difference.mean() < 0.005 * found["reference"].std()
 
@@ -346,7 +325,7 @@ def test_a_callers_mask_of_all_tokens_where_a_window_has_slid(name, torch_alone)
             masks = {"full_attention": seen, "sliding_attention": seen & (query - key < families.WINDOW)}
             got.append(model(ids[:, start:stop], attention_mask=masks, past_key_values=cache).logits)
         assert cache.layers[0].dropped
-        torch.testing.assert_close(torch.cat(got, 1), logits(model, ids, (50, 5, 1)), rtol=0, atol=1e-9)
+        torch.testing.assert_close(torch.cat(got, 1), logits(model, None, ids, (50, 5, 1)), rtol=0, atol=1e-9)
 
 
 def test_sdpa_told_not_to_be_causal_sees_all_tokens_whatever_the_window(tiny):

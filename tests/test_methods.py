@@ -13,12 +13,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import left_padding, logits, tiny_model, token_ids
 from scipy.linalg import hadamard as sylvester
 from scipy.stats import beta
 from transformers import DynamicCache
 
-from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
+from rotatekv import PRESETS, QuantConfig, UserError, patch_model
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.methods.turboquant import sphere_levels
 
@@ -254,24 +254,6 @@ def double_model(family: str = "llama"):
     return tiny_model(family, head_dim=DIM).double()
 
 
-def token_ids(rows: int = 2, tokens: int = 40, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def logits_in_chunks(model, ids, chunks, cache, mask=None) -> torch.Tensor:
-    start, parts = 0, []
-    with torch.no_grad():
-        for length in chunks:
-            inputs = {}
-            if mask is not None:
-                inputs["attention_mask"] = mask[:, : start + length]
-                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
-            chunk = ids[:, start : start + length]
-            parts.append(model(chunk, past_key_values=cache, **inputs).logits)
-            start += length
-    return torch.cat(parts, dim=1)
-
-
 def assert_equal_but_for_ties(got, want, stock) -> None:
     effect, difference = (want - stock).abs(), (got - want).abs()
     assert effect.mean() > 1e-2, "nothing was quantized"
@@ -282,15 +264,14 @@ def assert_equal_but_for_ties(got, want, stock) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_chunks_and_decoding_equal_hugging_faces_own_forward(name, family, padded):
     ours, other = double_model(family), double_model(family)
-    ids, mask = token_ids(), torch.ones(2, 40, dtype=torch.long)
-    padding = (11, 0) if padded else (0,)
-    mask[0, : padding[0]] = 0
+    padding = (11, 0) if padded else (0, 0)
+    ids, mask = token_ids(2, 40), left_padding(40, *padding)
     chunks = (19, 7, 1, 1, 1, 1, 1, 1, 1, 1, 4, 1, 1)
     with patch_model(ours, small(name)):
-        got = logits_in_chunks(ours, ids, chunks, RotateKVCache.for_model(ours), mask)
+        got = logits(ours, None, ids, chunks, mask)
     # One by one, so that each query sees its own recent window.
-    want = logits_in_chunks(other, ids, [1] * 40, ExactCache(name, other.config, padding), mask)
-    stock = logits_in_chunks(other, ids, chunks, DynamicCache(config=other.config), mask)
+    want = logits(other, ExactCache(name, other.config, padding), ids, [1] * 40, mask)
+    stock = logits(other, DynamicCache(config=other.config), ids, chunks, mask)
     assert_equal_but_for_ties(got[mask.bool()], want[mask.bool()], stock[mask.bool()])
 
 
@@ -301,10 +282,10 @@ def test_generate_equals_hugging_faces_own_beams(name, num_beams):
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "num_beams": num_beams}
     options |= {"attention_mask": torch.ones(2, 20, dtype=torch.long)}
     with patch_model(ours, small(name)):
-        got = ours.generate(token_ids(tokens=20), **options, return_dict_in_generate=True)
+        got = ours.generate(token_ids(2, 20), **options, return_dict_in_generate=True)
         assert got.past_key_values.get_seq_length() == 31
     options |= {"past_key_values": ExactCache(name, other.config), "prefill_chunk_size": 1}  # each its own window
-    assert torch.equal(got.sequences, other.generate(token_ids(tokens=20), **options))
+    assert torch.equal(got.sequences, other.generate(token_ids(2, 20), **options))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("KIVI")])

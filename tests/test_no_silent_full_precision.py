@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model
+from conftest import save_tiny_folder, tiny_model, token_ids
 from transformers import AutoTokenizer, DynamicCache, StaticCache, pipeline
 
 import rotatekv.methods
@@ -35,10 +35,6 @@ def zeros_method(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-def token_ids(rows: int = 1, tokens: int = 12) -> torch.Tensor:
-    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(3))
 
 
 @contextmanager

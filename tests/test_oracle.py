@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, SUPPORTED, left_padding, logits, random_orders, token_ids
+from conftest import left_padding, logits
+from families import FAMILIES, SUPPORTED, random_orders, token_ids
 from oracle import OracleCache, watching
 from transformers import DynamicCache
 

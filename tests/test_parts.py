@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, left_padding, logits, token_ids
+from conftest import left_padding, logits
+from families import FAMILIES, token_ids
 from families import find_decoder as decoder_of
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model

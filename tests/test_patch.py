@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import save_reorder_indices, tiny_model
+from conftest import save_reorder_indices, tiny_model, token_ids
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -24,10 +24,6 @@ from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.methods.stores import TokenStore
 
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False)
-
-
-def token_ids(rows: int = 1, tokens: int = 12, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model, ids=None, **options) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, token_ids
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import cpu
@@ -25,10 +25,6 @@ FIXED = [
     ("phi3", rope("default", partial_rotary_factor=0.5)),
     ("llama", rope("proportional", partial_rotary_factor=0.5)),
 ]
-
-
-def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def decoded(model, **options) -> torch.Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model, tiny_text
+from conftest import left_padding, logits, save_tiny_folder, tiny_model, tiny_text, token_ids
 
 import calibrate_reorder
 from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model
@@ -41,22 +41,11 @@ def statistics_file(tmp_path):
     return save_statistics(tmp_path / "tiny.plus.safetensors", "plus", random_statistics(), {})
 
 
-def token_ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, config, path, chunks, mask=None) -> tuple[torch.Tensor, RotateKVCache]:
-    rows = 1 if mask is None else mask.shape[0]
-    ids, start, parts = token_ids(rows, sum(chunks)), 0, []
-    mask = torch.ones_like(ids) if mask is None else mask
-    with patch_model(model, config, path), torch.no_grad():
+def run(model, config, path, chunks, mask=None) -> tuple[torch.Tensor, RotateKVCache]:
+    ids = token_ids(1 if mask is None else len(mask), sum(chunks))
+    with patch_model(model, config, path):
         cache = RotateKVCache.for_model(model)
-        for length in chunks:
-            here = {"attention_mask": mask[:, : start + length]}
-            here["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
-            parts.append(model(ids[:, start : start + length], past_key_values=cache, **here).logits)
-            start += length
-    return torch.cat(parts, dim=1), cache
+        return logits(model, cache, ids, chunks, mask), cache
 
 
 def numpy_fine(x: np.ndarray, bits: int, clip: float) -> np.ndarray:
@@ -104,7 +93,7 @@ def test_the_factors_make_the_scores_noise_least():
 
 def test_bits_are_the_formulas(statistics_file, tiny):
     tokens, config = 200, replace(PLUS, extra_bit_share=0.4)
-    _, cache = logits(tiny, config, statistics_file, (tokens,))
+    _, cache = run(tiny, config, statistics_file, (tokens,))
     assert [(m.k_bits, m.v_bits) for m in (x.method for x in cache.layers)] == [(3, 2), (2, 3)]
     packed = (tokens - 16) // 16 * 16
     sides = packed * HEADS * 2 * 2  # a byte of scale and one of zero, keys and values
@@ -133,16 +122,15 @@ def test_massive_tokens_stay_exact_whenever_they_come(tmp_path, monkeypatch):
     hidden = model.get_input_embeddings()(token_ids(2, 90)).abs().amax(-1)  # (B, T), the first layer's input
     threshold = hidden.flatten().sort().values[-12].item() - 1e-6
     path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(threshold), {})
-    mask = torch.ones(2, 90, dtype=torch.long)
-    mask[0, :9] = 0
-    whole, cache = logits(model, PLUS, path, (90,), mask)
+    mask = left_padding(90, 9, 0)
+    whole, cache = run(model, PLUS, path, (90,), mask)
     layers = [alone.layers[0] for alone in cache.parts.caches()]  # padded rows are kept each alone
     assert [layer.packed_keys.length for layer in layers] == [64, 64]
     expected = [(hidden[row, left : left + 64] > threshold).nonzero()[:, 0].int() for row, left in ((0, 9), (1, 0))]
     assert sum(map(len, expected)) > 4
     assert all(torch.equal(layer.sink_columns, sinks) for layer, sinks in zip(layers, expected, strict=True))
     for chunks in ((30, 20, 1, 39), (5, 85), (12,) + (1,) * 78):
-        parts, other = logits(model, PLUS, path, chunks, mask)
+        parts, other = run(model, PLUS, path, chunks, mask)
         for alone, sinks in zip(other.parts.caches(), expected, strict=True):
             assert torch.equal(alone.layers[0].sink_columns, sinks)
         difference = (parts - whole)[mask.bool()].abs()
@@ -215,11 +203,11 @@ def test_the_fused_kernels_give_the_general_path(preset, rows, tmp_path, any_fam
     if rows > 1:
         mask[0, :7] = mask[2, :19] = 0
     model, config, chunks = any_family.double(), PRESETS[preset], (40, 1, 1, 3, 16, 1)
-    fused, _ = logits(model, config, path, chunks, mask)
+    fused, _ = run(model, config, path, chunks, mask)
     expected = LAYERS * sum(fused_calls(chunks[0] - left, chunks[1:]) for left in (0, 7, 19)[:rows])
     assert len(calls) == expected >= LAYERS * 4
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
-    general, cache = logits(model, config, path, chunks, mask)
+    general, cache = run(model, config, path, chunks, mask)
     caches = cache.parts.caches() if rows > 1 else [cache]
     assert len(calls) == expected and all(len(alone.layers[0].sink_rows) for alone in caches)
     difference = (fused - general)[mask.bool()].abs()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_folder, tiny_model, tiny_text
+from conftest import save_tiny_folder, tiny_model, tiny_text, token_ids
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -18,10 +18,6 @@ from rotatekv.patching.patch import build_methods
 
 PER_TOKEN = [f"{name}{bits}" for name in ("RTN", "QuaRot", "TurboQuant", "RotateKV") for bits in (2, 3, 4)]
 BY_CHANNEL = ["KIVI2", "KIVI4", *(f"{name}" for bits in (2, 3, 4) for name in (f"KVQuant{bits}", f"RotateKV{bits}+"))]
-
-
-def token_ids(tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -60,7 +56,7 @@ def naive_error(model, ids: torch.Tensor, layer: int, bits: int) -> float:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_error_is_that_of_every_pair(bits):
-    model, ids = tiny_model("llama"), token_ids(33)
+    model, ids = tiny_model("llama"), token_ids(1, 33)
     methods = build_methods(model, model.model, PRESETS[f"RTN{bits}"])
     errors = score_errors(model, [ids], {"RTN": methods})["RTN"]
     assert errors.tolist() == pytest.approx([naive_error(model, ids, layer, bits) for layer in (0, 1)], rel=1e-3)
@@ -71,7 +67,7 @@ def test_a_plain_model_is_not_warned_of_at_four_bits():
     model = tiny_model("llama")
     codecs, others = presets_for(model)
     assert {"RTN2", "QuaRot2", "TurboQuant4"} <= codecs.keys() and "plus" in others["RotateKV2+"]
-    errors = score_errors(model, [token_ids(200), token_ids(200, 1)], codecs)
+    errors = score_errors(model, [token_ids(1, 200), token_ids(1, 200, 1)], codecs)
     four = {name: of_layers for name, of_layers in errors.items() if name.endswith("4")}
     assert len(four) == 3 and not any("warning" in line for line in describe(four))
     assert errors["RTN2"].min() > 3 * errors["RTN4"].max()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import left_padding, logits, tiny_model, token_ids
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,22 +24,6 @@ CONFIGS = {
 }
 
 
-def token_ids(rows: int, tokens: int) -> torch.Tensor:
-    return torch.randint(8, 128, (rows, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model, config, chunks, mask) -> torch.Tensor:
-    ids, start, parts = token_ids(2, sum(chunks)), 0, []
-    with patch_model(model, config), torch.no_grad():
-        cache = RotateKVCache.for_model(model)
-        for length in chunks:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start : start + length]
-            inputs = {"attention_mask": mask[:, : start + length], "position_ids": positions}
-            parts.append(model(ids[:, start : start + length], past_key_values=cache, **inputs).logits)
-            start += length
-    return torch.cat(parts, dim=1)
-
-
 # Hugging Face's eager attention in float64 gives NaN for padding: its mask's −1.8e308 meets a float32 softmax.
 @pytest.mark.parametrize("attention, padding", [("sdpa", 0), ("sdpa", 11), ("eager", 0)])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -48,11 +32,12 @@ def test_prefill_chunks_and_decoding_are_one(name, attention, padding, monkeypat
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     model, tokens = tiny_model("llama").double(), QUERIES_AT_ONCE + 30
     model.set_attn_implementation(attention)
-    mask = torch.ones(2, tokens, dtype=torch.long)
-    mask[0, :padding] = 0
-    decoded = logits(model, CONFIGS[name], (max(padding, 1) + 1,) + (1,) * (tokens - max(padding, 1) - 1), mask)
+    ids, mask, ones = token_ids(2, tokens), left_padding(tokens, padding, 0), tokens - max(padding, 1) - 1
+    with patch_model(model, CONFIGS[name]):
+        decoded = logits(model, None, ids, (max(padding, 1) + 1, *[1] * ones), mask)
     for chunks in ((tokens,), (50, 1, tokens - 51), (40, 16, 16, tokens - 72)):
-        other = logits(model, CONFIGS[name], chunks, mask)
+        with patch_model(model, CONFIGS[name]):
+            other = logits(model, None, ids, chunks, mask)
         difference = (other - decoded)[mask.bool()].abs()
         assert difference.median() < 1e-6 and difference.mean() < 1e-3
 

@@ -1,0 +1,382 @@
+"""Thirty-odd mistakes made by hand, one in each part, and the tests that must fail by them: make breaks (10 minutes).
+
+The tree is copied to a temporary folder. There the tests named below pass first; then each break is put in alone, its
+tests must fail, and it is taken out again. ``python tests/breaks.py window crop`` tries those breaks alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_TEST_FAILED = 1  # pytest's exit status; others say that no test ran
+
+
+@dataclass(frozen=True)
+class Break:
+    """One mistake.
+
+    Attributes:
+        file: where it is made. find: the text there, once. put: what stands in its place.
+        tests: pytest's names of them, after ``tests/test_``; one must fail.
+    """
+
+    name: str
+    file: str
+    find: str
+    put: str
+    tests: tuple[str, ...]
+
+
+BREAKS = (
+    # The algorithm, in torch
+    Break(
+        "rotation's inverse",
+        "rotatekv/kernels/hadamard.py",
+        "(left.T @ blocks @ right)",
+        "(left @ blocks @ right)",
+        ("transforms.py::test_inverse_undoes_the_transform_and_the_norm_stays",),
+    ),
+    Break(
+        "reorder",
+        "rotatekv/methods/rotatekv.py",
+        '(self.order,) = self.use_statistics(statistics, "reorder_index")',
+        '(self.order,) = (x.roll(1) for x in self.use_statistics(statistics, "reorder_index"))',
+        ("families.py::test_rotatekv2_is_the_oracle[llama-decode]",),
+    ),
+    Break(
+        "quantizer's clip",
+        "rotatekv/kernels/quantize.py",
+        "top = groups.amax(-1) * clip_ratio",
+        "top = groups.amax(-1)",
+        ("quantize.py::test_quantizer_equals_the_numpy_version",),
+    ),
+    Break(
+        "packing, two low bits",
+        "rotatekv/kernels/layout.py",
+        "_pack_plane(old & 3, 2)",
+        "_pack_plane(old & 1, 2)",
+        ("quantize.py::test_the_words_are_the_documented_ones",),
+    ),
+    Break(
+        "packing, 3 and 4 bits",
+        "rotatekv/kernels/layout.py",
+        "HIGH_PLANE[bits][1]) << 2",
+        "HIGH_PLANE[bits][1]) << 1",
+        ("quantize.py::test_a_store_gives_back_what_was_appended_in_whatever_pieces",),
+    ),
+    Break(
+        "RoPE undone",
+        "rotatekv/rope.py",
+        "return cos / norm, -sin / norm",
+        "return cos, -sin",
+        ("families.py::test_rotatekv2_is_the_oracle[llama, yarn-decode]",),
+    ),
+    Break(
+        "KIVI's groups",
+        "rotatekv/methods/kivi.py",
+        '"scale": packed["scale"].squeeze(-1)',
+        '"scale": packed["scale"].squeeze(-1).roll(1, 1)',
+        ("methods.py::test_a_codec_gives_what_its_paper_says[KIVI2]",),
+    ),
+    Break(
+        "KVQuant's outliers",
+        "rotatekv/methods/kvquant.py",
+        "scaled.abs().topk(",
+        "scaled.topk(",
+        ("kvquant.py::test_codec_equals_the_reference",),
+    ),
+    Break(
+        "TurboQuant's levels",
+        "rotatekv/methods/turboquant.py",
+        "((dimension - 3) / 2)",
+        "((dimension - 1) / 2)",
+        ("methods.py::test_turboquant_levels_are_the_best_for_a_coordinate_of_the_sphere",),
+    ),
+    # The cache
+    Break(
+        "sinks",
+        "rotatekv/cache/sinks.py",
+        "is_sink &= token_mask",
+        "pass",
+        (
+            "sinks.py::test_a_sequence_of_padding_alone_has_no_sinks",
+            "sinks.py::test_padding_is_never_a_sink_however_large",
+        ),
+    ),
+    Break(
+        "recent window",
+        "rotatekv/cache/window.py",
+        "max(length - self.residual_length, 0)",
+        "max(length - self.residual_length + 1, 0)",
+        ("cache.py::test_the_window_is_the_last_tokens_in_16_bits_and_the_rest_is_quantized_as_without",),
+    ),
+    Break(
+        "crop",
+        "rotatekv/methods/stores.py",
+        "tensor[:, length % BLOCK :] = 0",
+        "tensor[:, length % BLOCK + 1 :] = 0",
+        ("cache.py::test_crop_leaves_what_the_first_tokens_alone_had_made",),
+    ),
+    Break(
+        "crop into the first call",
+        "rotatekv/cache/cropping.py",
+        "spare.until >= length",
+        "spare.until > length",
+        ("speculation.py::test_a_crop_into_the_first_call_has_the_sinks_of_the_tokens_that_stayed",),
+    ),
+    Break(
+        "select rows",
+        "rotatekv/cache/cache.py",
+        "self._positions.set(self.positions.index_select(0, rows.to(self.positions.device)))",
+        "pass",
+        ("cache.py::test_positions_follow_the_caches_operations",),
+    ),
+    Break(
+        "padding",
+        "rotatekv/cache/parts.py",
+        "self.columns = torch.cat([self.columns, self.new + cached])",
+        "self.columns = torch.cat([self.columns, self.new])",
+        ("masks.py::test_rows_of_a_padded_batch_are_those_rows_alone[KIVI2]",),
+    ),
+    Break(
+        "sliding window",
+        "rotatekv/cache/cropping.py",
+        "unseen = self._kept() - self.sliding_window + 1",
+        "unseen = self._kept() - self.sliding_window + 17",
+        ("families.py::test_rotatekv2_is_the_oracle[mistral, sliding-decode]",),
+    ),
+    Break(
+        "exact prefill",
+        "rotatekv/cache/cache.py",
+        "self.first_call_is_exact = not cached and not self.config.quantize_prefill",
+        "self.first_call_is_exact = False",
+        ("exact_prefill.py::test_generate_begins_as_the_stock_model",),
+    ),
+    Break(
+        "a call that failed",
+        "rotatekv/patching/hooks.py",
+        "cache.end_forward(failed=output is None)",
+        "cache.end_forward(failed=False)",
+        ("cache.py::test_a_call_that_failed_half_way_can_be_repeated",),
+    ),
+    # Kernels
+    Break(
+        "fused decode in C++",
+        "rotatekv/kernels/cpu/chunk.h",
+        "if (column >= 0 && column < count) scores[column] = kNever;",
+        "if (column > 0 && column < count) scores[column] = kNever;",
+        ("decode.py::test_decoded_logits_are_those_of_the_general_path",),
+    ),
+    Break(
+        "Triton kernel in the interpreter",
+        "rotatekv/kernels/triton/quantize.py",
+        "_merge_word(high, word, codes >> 2,",
+        "_merge_word(high, word, codes >> 1,",
+        ("triton_kernels.py::test_triton_kernel_equals_torch[quantize]",),
+    ),
+    # The model
+    Break(
+        "proof of a family",
+        "rotatekv/patching/proof.py",
+        "if not error < _limit(expected.dtype):",
+        "if error > 1e9:",
+        ("families.py::test_what_is_refused_says_why_and_is_as_before[diffllama]",),
+    ),
+    Break(
+        "patch undone",
+        "rotatekv/patching/changes.py",
+        "elif self.name in vars(self.owner):",
+        "elif False:",
+        ("families.py::test_a_patched_family_is_as_before_when_it_is_unpatched[llama]",),
+    ),
+    Break(
+        "generate's cache",
+        "rotatekv/patching/hooks.py",
+        "elif generation_config.use_cache:",
+        "elif False:",
+        ("generate.py::test_fp16_generates_what_the_stock_model_generates",),
+    ),
+    Break(
+        "speculation",
+        "rotatekv/patching/hooks.py",
+        "return prompt_first(type(model)._get_candidate_generator(model, *args, **kwargs))",
+        "return type(model)._get_candidate_generator(model, *args, **kwargs)",
+        ("speculation.py::test_speculative_decoding_is_greedy[RotateKV2-prompt lookup]",),
+    ),
+    # Calibration
+    Break(
+        "check of a statistics file",
+        "rotatekv/statistics.py",
+        "if made_for is not None and not _same_model(made_for, model_id):",
+        "if False:",
+        ("calibration.py::test_a_file_for_another_model_shape_or_group_is_refused",),
+    ),
+    Break(
+        "calibration of the reorder",
+        "rotatekv/calibration/reorder.py",
+        "torch.argsort(rotate_channels(key_sums.double(), width), dim=-1, stable=True)",
+        "torch.argsort(key_sums.double(), dim=-1, stable=True)",
+        ("calibration.py::test_indices_equal_the_argsort_of_all_rotated_keys",),
+    ),
+    Break(
+        "calibration of KVQuant",
+        "rotatekv/calibration/kvquant.py",
+        "position = share / 2 * (tokens - 1)",
+        "position = share * (tokens - 1)",
+        ("kvquant.py::test_ranges_and_levels_of_a_text_equal_those_of_all_its_numbers",),
+    ),
+    Break(
+        "calibration of RotateKV+",
+        "rotatekv/calibration/plus.py",
+        "/ variance).log() / 4",
+        "/ variance).log() / 2",
+        ("rotatekv_plus.py::test_factors_and_thresholds_are_those_of_the_definition",),
+    ),
+    # Benchmarks
+    Break(
+        "perplexity's sum",
+        "rotatekv/evals/perplexity.py",
+        "float(total) / (length - 1)",
+        "float(total) / length",
+        ("evaluation.py::test_fp16_perplexity_equals_five_lines_on_the_stock_model",),
+    ),
+    Break(
+        "GSM8K's answer",
+        "rotatekv/evals/gsm8k.py",
+        "text.partition(_MARK)[2]",
+        "text.rpartition(_MARK)[2]",
+        ("gsm8k.py::test_extracted_number", "gsm8k.py::test_agrees_with_lm_eval"),
+    ),
+    Break(
+        "needle's score", "rotatekv/evals/needle.py", r"(?<!\w){words}", "{words}", ("needle.py::test_recall_by_hand",)
+    ),
+    Break(
+        "LongBench's metric",
+        "rotatekv/evals/longbench.py",
+        r'prediction.lstrip("\n").split("\n")[0]',
+        r'prediction.split("\n")[0]',
+        ("longbench.py::test_few_shot_tasks_count_the_first_line",),
+    ),
+    Break(
+        "MileBench's metric",
+        "rotatekv/evals/milebench_metrics.py",
+        "return min(found)[2]",
+        "return max(found)[2]",
+        ("milebench.py::test_awkward_choices",),
+    ),
+    Break(
+        "a run resumed",
+        "rotatekv/evals/results.py",
+        "if good < len(data):",
+        "if False:",
+        ("results.py::test_a_torn_last_line_is_dropped_from_file_and_samples",),
+    ),
+    Break(
+        "share of a process",
+        "rotatekv/distributed.py",
+        "items[rank() :: world_size()]",
+        "items[rank() : len(items) - 1 : world_size()]",
+        ("distributed.py::test_shares_are_the_whole_once",),
+    ),
+    Break(
+        "a flag",
+        "rotatekv/cli.py",
+        'if value is not None and key != "method"',
+        'if value and key != "method"',
+        ("cli.py::test_a_flag_overrides_the_preset_and_nothing_else",),
+    ),
+    # Pictures
+    Break(
+        "capture",
+        "rotatekv/capture/hooks.py",
+        "(top.indices % width)",
+        "(top.indices // width)",
+        ("capture.py::test_massive_activations_are_those_of_the_hidden_states",),
+    ),
+    Break(
+        "a figure",
+        "visualize/quantization_error.py",
+        "[0.25, 0.5, 0.75]",
+        "[0.25, 0.6, 0.75]",
+        ("figures.py::test_each_methods_line_is_its_own_error",),
+    ),
+    Break(
+        "the report",
+        "visualize/report_runs.py",
+        'return "partial" if self._of("partial") else "complete"',
+        'return "complete"',
+        ("report.py::test_every_run_is_there_with_its_values",),
+    ),
+)
+
+
+def copy_tree(folder: Path) -> None:
+    """The files that git knows or would take."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: Sequence[str], libraries: Path | None = None) -> tuple[int, str]:
+    """pytest's exit status and output; ``libraries``: where the C++ kernels are built."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if libraries is not None:
+        environment["ROTATEKV_CACHE_DIR"] = str(libraries)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/test_{x}" for x in tests),
+    ]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout[-2000:]
+
+
+def try_break(folder: Path, tried: Break) -> str:
+    """``caught``, or what is wrong."""
+    path = folder / tried.file
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text.count(tried.find) != 1:
+        return f"the text stands {text.count(tried.find)} times in {tried.file}"
+    path.write_text(text.replace(tried.find, tried.put), encoding="utf-8")
+    status, _ = run_tests(folder, tried.tests, folder / "libraries" if path.suffix in (".h", ".cpp") else None)
+    path.write_text(text, encoding="utf-8")
+    return "caught" if status == _TEST_FAILED else f"NOT CAUGHT (pytest ends with {status})"
+
+
+def main(names: Sequence[str]) -> None:
+    chosen = [x for x in BREAKS if not names or any(name in x.name for name in names)]
+    with tempfile.TemporaryDirectory(prefix="rotatekv-breaks-") as place:
+        folder = Path(place)
+        copy_tree(folder)
+        status, output = run_tests(folder, [test for x in chosen for test in x.tests])
+        if status:
+            sys.exit(f"the tests fail without any break:\n{output}")
+        results = []
+        for tried in chosen:
+            start = time.monotonic()
+            results.append(try_break(folder, tried))
+            test = tried.tests[0].partition("::")[2]
+            print(f"{tried.name:<34}{test[:60]:<62}{results[-1]}, {time.monotonic() - start:.0f} s", flush=True)
+    caught = results.count("caught")
+    print(f"{caught} of {len(results)} caught")
+    sys.exit(caught < len(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
