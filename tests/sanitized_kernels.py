@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 
 import torch
 from kernel_cases import Shape, Write, random_affine, random_planes, random_step, random_write
@@ -54,32 +53,25 @@ WRITES = [
 
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
-    instruction_sets = cpu.available_instruction_sets()[:2]
-    libraries = product(("attention", "quantize", "dequantize"), instruction_sets)
     with ThreadPoolExecutor(2) as pool:  # compile side by side
-        list(pool.map(load_library, *zip(*libraries, strict=True)))
-    for instruction_set in instruction_sets:
-        for shape in SHAPES:
-            cpu.decode_attention(**random_step(shape), threads=2, instruction_set=instruction_set)
-        for write in WRITES:
-            cpu.quantize_into_blocks(**random_write(write), threads=2, instruction_set=instruction_set)
-        for bits in (2, 3, 4):
-            for magnitude in (0.0, 1.0, 1e38, float("inf"), float("nan")):
-                for fine in (False, True):
-                    blocks = allocate_blocks(2, 2, 48, 3, bits, fine=fine)
-                    heads = torch.randn(2, 3, 20, 16) * magnitude
-                    cpu.quantize_into_blocks(heads, blocks, 12, bits, 16, instruction_set=instruction_set)
-            for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
-                planes = random_planes(2, tokens, 6 * head_dim, bits, 16, generator)
-                cpu.dequantize_blocks(
-                    planes, tokens, bits, None, head_dim, width, 2, instruction_set, tokens_per_scale=16
-                )
-                channels = torch.arange(6 * head_dim, dtype=torch.int32)
-                for affine in (None, random_affine(6 * head_dim, generator)):
-                    blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits, fine=affine is not None)
-                    cpu.dequantize_blocks(
-                        blocks, tokens, bits, channels // head_dim, head_dim, width, 2, instruction_set, affine=affine
-                    )
+        list(pool.map(load_library, ("attention", "quantize", "dequantize")))
+    for shape in SHAPES:
+        cpu.decode_attention(**random_step(shape), threads=2)
+    for write in WRITES:
+        cpu.quantize_into_blocks(**random_write(write), threads=2)
+    for bits in (2, 3, 4):
+        for magnitude in (0.0, 1.0, 1e38, float("inf"), float("nan")):
+            for fine in (False, True):
+                blocks = allocate_blocks(2, 2, 48, 3, bits, fine=fine)
+                heads = torch.randn(2, 3, 20, 16) * magnitude
+                cpu.quantize_into_blocks(heads, blocks, 12, bits, 16)
+        for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
+            planes = random_planes(2, tokens, 6 * head_dim, bits, 16, generator)
+            cpu.dequantize_blocks(planes, tokens, bits, None, head_dim, width, 2, tokens_per_scale=16)
+            channels = torch.arange(6 * head_dim, dtype=torch.int32)
+            for affine in (None, random_affine(6 * head_dim, generator)):
+                blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits, fine=affine is not None)
+                cpu.dequantize_blocks(blocks, tokens, bits, channels // head_dim, head_dim, width, 2, affine=affine)
     print("clean")
 
 

@@ -273,17 +273,6 @@ def test_over_2_gb_is_refused_with_its_size_unless_forced(folder, tmp_path, caps
     assert (tmp_path / "tiny-llama" / "attention_scores.safetensors").is_file()
 
 
-def test_the_essays_stand_in_for_a_dataset_out_of_reach_and_it_says_so(embedded, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rotatekv.capture.flags.load_model", lambda **flags: embedded)
-    PPL_evaluation.main(["--save_massive_activations", "True", "--PPL_seq_length", "64", "--save_dir", str(tmp_path)])
-    assert "WikiText-2 is out of reach" in capsys.readouterr().err
-    found = read_capture(tmp_path / "smollm2-135m", "massive_activations")
-    assert found.info.text == "essays/even" and found.info.layers == tuple(range(30))
-    # The paper's premise, on the real model: in deep layers the first token towers over all others.
-    assert found.get(20, "token_maximum").argmax() == 0 and 0 in found.get(20, "sinks")
-    assert found.get(20, "token_maximum")[0] > 100 * found.get(20, "median")
-
-
 def info_of(tensors: dict, **changes) -> CaptureInfo:
     values = {
         "kind": "k_pre_rope",

@@ -459,7 +459,11 @@ def test_clang_compiles_them_too(monkeypatch, tmp_path):
     assert build._load.__wrapped__("dequantize", "portable") is not None  # it has the lanes' shuffles
 
 
-def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["widest", "next"])
+def test_address_and_undefined_behaviour_sanitizers_stay_silent(place, tmp_path):
+    """Of the widest instruction set that the CPU has, and of the next."""
+    if place >= len(cpu.available_instruction_sets()):
+        pytest.skip("the CPU has no other instruction set")
     asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(asan):
         pytest.skip("no libasan")
@@ -470,6 +474,7 @@ def test_address_and_undefined_behaviour_sanitizers_stay_silent(tmp_path):
         "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0",
         "ROTATEKV_CACHE_DIR": str(tmp_path),
+        "ROTATEKV_CPU_KERNEL": cpu.available_instruction_sets()[place],
         "ROTATEKV_CPU_FLAGS": "-g -O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     }
     code = tests / "sanitized_kernels.py"

@@ -238,13 +238,16 @@ def test_a_killed_run_goes_on_with_one_and_with_three_processes(gsm8k_flags, tmp
         assert not list(resumed.glob("*/*/*/samples.rank*"))
 
 
-def test_a_mistake_of_one_rank_alone_ends_all(folder, tmp_path):
+def test_a_mistake_of_one_rank_alone_ends_all(folder, tmp_path, capfd):
     """Only the question that rank 1 gets is too long: rank 0, which waits for it, ends too, and the reason is told."""
     (tmp_path / "gsm8k").mkdir()
     rows = [{"question": "w1", "answer": "#### 1"}, {"question": "w1 " * 600, "answer": "#### 1"}]
     (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--model", folder, "--data_dir", tmp_path, "--num_fewshot", 0, "--max_new_tokens", 4, "--RTN4"]
-    done = torchrun(2, "GSM8K_evaluation.py", *flags, "--output_dir", tmp_path / "out")
-    assert done.returncode != 0 and done.stdout == ""
-    assert "exceed the model's context of 512" in done.stderr
+    ranks = start_ranks(2, [*map(str, flags), "--output_dir", str(tmp_path / "out")])
+    for process in ranks:
+        process.join(120)
+    said = capfd.readouterr()
+    assert [process.exitcode for process in ranks] == [2, 2] and said.out == ""
+    assert "exceed the model's context of 512" in said.err
     assert len(list((tmp_path / "out").glob("*/*/*/samples.rank0.jsonl"))) == 1, "rank 0's sample is lost"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,12 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_text
+from runs import metrics_of
 
 import PPL_evaluation
 from rotatekv import patch_model
-from rotatekv.compat import CACHE_NAME
-from rotatekv.evals.perplexity import perplexity, score_window
-from rotatekv.evals.texts import load_text, tokenize, windows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_REORDER = ["--Outlier_Aware_Key_Rotation", "False"]
@@ -36,11 +33,6 @@ def text_file(tmp_path_factory):
 def flags(folder, text_file, output_dir, *more):
     base = ["--model", folder, "--dataset", text_file, "--PPL_seq_length", 32, "--output_dir", output_dir]
     return [str(part) for part in (*base, *more)]
-
-
-def metrics_of(output_dir):
-    (path,) = Path(output_dir).glob("ppl/*/*/metrics.json")
-    return json.loads(path.read_text())
 
 
 def test_fp16_perplexity_equals_five_lines_on_the_stock_model(folder, text_file, tmp_path):
@@ -113,42 +105,6 @@ def test_a_longer_limit_takes_over_a_shorter_run(folder, text_file, tmp_path):
     assert metrics_of(tmp_path)["n"] == 5
 
 
-def test_rotatekv2_beats_plain_rounding_on_the_embedded_model(embedded):
-    model, tokenizer = embedded
-    window = next(windows_of(tokenize(tokenizer, load_text("essays")), 512))
-    nll = {}
-    for name in ("FP16", "RTN2", "RotateKV2"):
-        with patch_model(model, name):
-            nll[name] = score_window(model, window)["nll"]
-    assert perplexity([nll["FP16"]]) < perplexity([nll["RotateKV2"]]) < perplexity([nll["RTN2"]]) / 5
-
-
-def test_cache_bytes_of_the_embedded_model_at_2048_tokens(embedded):
-    """≤ 0.175 of fp16, by the memory formula of the README, also while decoding and at batch 4."""
-    from rotatekv import RotateKVCache
-
-    model, _ = embedded
-    torch.manual_seed(0)
-    ids = torch.randint(100, 40000, (1, 2048))
-    with patch_model(model, "RotateKV2"), torch.no_grad():
-        cache = RotateKVCache.for_model(model)
-        model.model(input_ids=ids, **{CACHE_NAME: cache})
-        for step in range(9):
-            tokens = 2048 + step
-            sinks = sum(len(layer.sink_rows) for layer in cache.layers)
-            packed = -(-tokens // 16) * 16  # whole blocks
-            formula = packed * (30 * 2 * 192 * 2 / 8 + 30 * 2 * 3 * 3) + 4 * tokens + sinks * (4 * 192 + 8)
-            held = sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors())
-            assert cache.nbytes() == held == formula
-            assert cache.nbytes() <= 0.175 * tokens * 30 * 2 * 192 * 2
-            assert cache.avg_bits()["total"] == pytest.approx(8 * held / (tokens * 30 * 2 * 192))
-            if step < 8:
-                model.model(input_ids=ids[:, step : step + 1], **{CACHE_NAME: cache})
-        one_row = cache.nbytes()
-        cache.batch_repeat_interleave(4)
-        assert cache.nbytes() == 4 * one_row
-
-
 def test_a_shorter_limit_does_not_take_a_longer_runs_place(folder, text_file, tmp_path):
     PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "3"))
     before = metrics_of(tmp_path)
@@ -179,12 +135,3 @@ def test_average_bits_of_unequal_samples_are_all_bytes_over_all_numbers():
 def test_a_limit_beyond_the_text_is_no_partial_run(folder, text_file, tmp_path):
     PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "99"))
     assert metrics_of(tmp_path)["partial"] is False
-
-
-def test_rescoring_gives_the_same_perplexity(folder, text_file, tmp_path, capsys):
-    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN4", "--limit", "3"))
-    before = metrics_of(tmp_path)
-    (path,) = tmp_path.glob("ppl/*/*")
-    PPL_evaluation.main(["--rescore", str(path)])
-    assert metrics_of(tmp_path)["metric"] == before["metric"]
-    assert capsys.readouterr().out.count("perplexity: ") == 2

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import save_tiny_folder, tiny_model
+from runs import metrics_of, samples_of
 
 import GSM8K_evaluation
 from rotatekv import patch_model
@@ -21,7 +17,6 @@ from rotatekv.evals import gsm8k
 from rotatekv.evals.generation import complete
 from rotatekv.evals.numbers import normalise
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNT = 7
 
 
@@ -52,16 +47,6 @@ def data(tmp_path_factory):
 def flags(folder, data, output_dir, *more):
     base = ["--model", folder, "--data_dir", data, "--output_dir", output_dir, "--num_fewshot", 1]
     return [str(part) for part in (*base, "--max_new_tokens", 6, *more)]
-
-
-def metrics_of(output_dir):
-    (path,) = Path(output_dir).glob("gsm8k/*/*/metrics.json")
-    return json.loads(path.read_text())
-
-
-def samples_of(output_dir):
-    (path,) = Path(output_dir).glob("gsm8k/*/*/samples.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --- the number in an answer -------------------------------------------------------------------------------------
@@ -359,113 +344,3 @@ def test_an_empty_answer_scores_0(folder, data, tmp_path, monkeypatch):
     sample = samples_of(tmp_path / "empty")[0]
     assert (sample["prediction"], sample["extracted"], sample["score"]) == ("", None, 0)
     assert metrics_of(tmp_path / "empty")["metric"]["accuracy"] == 0
-
-
-def test_killed_run_resumes_to_the_unbroken_answers(folder, data, tmp_path):
-    more = ["--method", "RotateKV2", "--Outlier_Aware_Key_Rotation", "False", "--max_new_tokens", 30]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    GSM8K_evaluation.main(flags(folder, data, whole, *more))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "GSM8K_evaluation.py"), *flags(folder, data, broken, *more)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        samples = list(broken.glob("gsm8k/*/*/samples.jsonl"))
-        if samples and samples[0].read_bytes().count(b"\n") >= 2:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    process.wait()
-    done = len(samples_of(broken))
-    assert 2 <= done < COUNT, "the run ended before it could be killed"
-    (run_folder,) = broken.glob("gsm8k/*/*")
-    GSM8K_evaluation.main(["--rescore", str(run_folder)])  # what is there can be scored
-    assert metrics_of(broken)["n"] == done and metrics_of(broken)["partial"] is True
-    kept = samples_of(broken)
-    GSM8K_evaluation.main(flags(folder, data, broken, *more, "--resume"))
-    assert samples_of(broken)[:done] == kept, "finished questions were answered again"
-    strip = [{key: value for key, value in sample.items() if key != "seconds"} for sample in samples_of(broken)]
-    assert strip == [{key: value for key, value in sample.items() if key != "seconds"} for sample in samples_of(whole)]
-    for key in ("metric", "n", "partial", "avg_bits", "cache_bytes_per_token"):
-        assert metrics_of(broken)[key] == metrics_of(whole)[key], key
-
-
-# --- --rescore ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def finished(folder, data, tmp_path):
-    GSM8K_evaluation.main(flags(folder, data, tmp_path, "--RTN4", "--limit", 4))
-    (run_folder,) = tmp_path.glob("gsm8k/*/*")
-    return run_folder
-
-
-def without_a_model(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("--rescore loaded a model")
-
-    monkeypatch.setattr(GSM8K_evaluation, "load_model", refuse)
-
-
-def test_rescore_reproduces_the_metrics(finished, monkeypatch, capsys):
-    without_a_model(monkeypatch)
-    before = json.loads((finished / "metrics.json").read_text())
-    samples = (finished / "samples.jsonl").read_bytes()
-    capsys.readouterr()
-    GSM8K_evaluation.main(["--rescore", str(finished)])
-    after = json.loads((finished / "metrics.json").read_text())
-    assert after.pop("rescored")
-    assert after == before and (finished / "samples.jsonl").read_bytes() == samples
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("gsm8k accuracy: ")
-    assert sorted(os.listdir(finished)) == [".lock", "config.json", "metrics.json", "samples.jsonl"]
-
-
-def test_rescore_follows_an_edited_prediction(finished, monkeypatch):
-    without_a_model(monkeypatch)
-    path = finished / "samples.jsonl"
-    before = json.loads((finished / "metrics.json").read_text())["metric"]["accuracy"]
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    wrong = next(number for number, record in enumerate(records) if not record["score"])
-    records[wrong]["prediction"] = f"So the sum. The answer is {records[wrong]['answers'][0]}.0"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    GSM8K_evaluation.main(["--rescore", str(finished)])
-    assert json.loads((finished / "metrics.json").read_text())["metric"]["accuracy"] == before + 25
-    assert json.loads(path.read_text().splitlines()[wrong])["score"] == 1
-
-
-def test_rescore_of_a_broken_off_run_says_partial_and_merges_ranks(finished):
-    before = json.loads((finished / "metrics.json").read_text())
-    (finished / "metrics.json").unlink()
-    lines = (finished / "samples.jsonl").read_text().splitlines(keepends=True)
-    (finished / "samples.jsonl").write_text(lines[0])
-    (finished / "samples.rank0.jsonl").write_text(lines[1] + lines[3])
-    (finished / "samples.rank1.jsonl").write_text(lines[2] + lines[2][:20])
-    GSM8K_evaluation.main(["--rescore", str(finished)])
-    after = json.loads((finished / "metrics.json").read_text())
-    assert sorted(os.listdir(finished)) == [".lock", "config.json", "metrics.json", "samples.jsonl"]
-    assert after["partial"] is True and after.keys() == before.keys() | {"rescored"}
-    keys = ("metric", "n", "avg_bits", "cache_bytes_per_token", "seconds", "model", "dataset", "seed", "config", "task")
-    assert {key: after[key] for key in keys} == {key: before[key] for key in keys}
-
-
-@pytest.mark.parametrize("foreign", ["missing", "empty", "other task", "no samples", "other fields", "damaged"])
-def test_rescore_refuses_what_is_no_such_run(tmp_path, finished, capsys, foreign):
-    folder = tmp_path / "elsewhere" if foreign == "missing" else finished
-    if foreign == "empty":
-        folder = tmp_path / "void"
-        folder.mkdir()
-    elif foreign == "other task":
-        config = json.loads((finished / "config.json").read_text())
-        (finished / "config.json").write_text(json.dumps({**config, "task": "ppl"}))
-    elif foreign == "no samples":
-        (finished / "samples.jsonl").unlink()
-    elif foreign == "other fields":
-        (finished / "samples.jsonl").write_text('{"id": 0, "nll": 1.0}\n')
-    elif foreign == "damaged":
-        (finished / "samples.jsonl").write_text('{"id": 0\n{"id": 1}\n')
-    capsys.readouterr()
-    before = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
-    with pytest.raises(SystemExit) as ended:
-        GSM8K_evaluation.main(["--rescore", str(folder)])
-    assert ended.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert before == ({path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None)

@@ -94,7 +94,7 @@ def decoded(model, config, file, backend, monkeypatch) -> torch.Tensor:
 
 
 @needs_compiler
-@pytest.mark.parametrize("heads", [1, 2, 3, 8])
+@pytest.mark.parametrize("heads", [1, 2, 8])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_preset_gives_what_torch_gives(head_dim, heads, tmp_path, monkeypatch):
     """In float64, so that hardly a number sits on a rounding tie that the kernel's float32 would tip."""

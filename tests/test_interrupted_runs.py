@@ -8,18 +8,15 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_folder, tiny_text
 from matplotlib.figure import Figure
+from runs import SCRIPTS, error_line, write_data
 from test_efficiency import CELL
-from test_needle import HAYSTACK, byte_tokenizer
 
 import calibrate_reorder
 import efficiency_evaluation
-import GSM8K_evaluation
 import needle_evaluation
-import PPL_evaluation
 import reproduce
-from rotatekv import files, load_model
+from rotatekv import files
 from rotatekv.evals import efficiency_figure, needle_figure
 from rotatekv.scripts import exit_on_user_error
 
@@ -32,47 +29,21 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A tiny model and every script's data, in one folder."""
-    path = tmp_path_factory.mktemp("interrupted")
-    save_tiny_folder(path / "tiny", vocab_size=260)
-    (path / "words.txt").write_text(tiny_text(96))
-    (path / "rain.txt").write_text(HAYSTACK)
-    (path / "gsm8k").mkdir()
-    rows = [{"question": f"w{number}", "answer": f"#### {number}"} for number in range(2)]
-    (path / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    byte_tokenizer().save_pretrained(save_tiny_folder(path / "bytes", vocab_size=260))
-    return path
+    return write_data(tmp_path_factory.mktemp("interrupted"))
 
 
-SCRIPTS = {
-    "ppl": (PPL_evaluation, ["--model", "tiny", "--dataset", "words.txt", "--PPL_seq_length", "32"], 7),
-    "gsm8k": (GSM8K_evaluation, ["--model", "tiny", "--data_dir", ".", "--num_fewshot", "0"], 6),
-    "needle": (
-        needle_evaluation,
-        ["--model", "bytes", "--haystack", "rain.txt", "--context_lengths", "300", "--depths", "0,100"],
-        10,
-    ),
-    "efficiency": (
-        efficiency_evaluation,
-        ["--model", "tiny", "--dataset", "words.txt", "--context_lengths", "16,24", "--batch_sizes", "2"],
-        10,
-    ),
-}
-SHORT = {"gsm8k": ["--max_new_tokens", "2"], "needle": ["--max_new_tokens", "2"]}
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request, data, monkeypatch):
-    """``(run, writes)``: a function of the flags behind the script's own, and how many steps its writes take."""
-    module, flags, writes = SCRIPTS[request.param]
+@pytest.fixture
+def run(name, data, monkeypatch):
+    """A script, of the flags behind its own; its model is loaded already, its figures are empty."""
+    script = SCRIPTS[name]
     monkeypatch.chdir(data)
-    loaded = load_model(flags[1])
-    monkeypatch.setattr(module, "load_model", lambda **flags: loaded)
-    for figures, name in ((efficiency_figure, "draw"), (needle_figure, "_draw")):  # these would take most of the time
-        monkeypatch.setattr(figures, name, lambda *_: Figure((1, 1)))
+    loaded = getattr(script.module, script.load)(script.flags[1])
+    monkeypatch.setattr(script.module, script.load, lambda **flags: loaded)
+    for figures, draw in ((efficiency_figure, "draw"), (needle_figure, "_draw")):  # these would take most of the time
+        monkeypatch.setattr(figures, draw, lambda *_: Figure((1, 1)))
     measured = {**CELL, "k_bits": 2.0, "v_bits": 2.0, "cache_bytes": 100}
     monkeypatch.setattr(efficiency_evaluation, "measure", lambda args, sides, ids, cell: {**measured, **cell})
-    return lambda *more: module.main([*flags, *SHORT.get(request.param, []), "--RTN2", *map(str, more)]), writes
+    return lambda *more: script.module.main([*script.flags, "--RTN2", *map(str, more)])
 
 
 class Faults:
@@ -126,20 +97,19 @@ def content(output_dir: Path) -> dict:
     return found
 
 
-def error_line(capsys) -> str:
-    """The one error of a script, without its progress bars."""
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    (line,) = [line for line in said.replace("\r", "\n").splitlines() if "error" in line.lower()]
-    return line
-
-
 FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
 
 
-@pytest.mark.parametrize("what", ["killed", "failing disk"])
-def test_resume_completes_a_run_stopped_at_any_write(script, faults, tmp_path, what, capsys):
-    run, writes = script
+# The others write the same files as gsm8k, which is killed.
+STOPPED = [
+    *((name, "killed") for name in SCRIPTS),
+    *((name, "failing disk") for name in ("ppl", "needle", "efficiency")),
+]
+
+
+@pytest.mark.parametrize(("name", "what"), STOPPED)
+def test_resume_completes_a_run_stopped_at_any_write(name, run, faults, tmp_path, what, capsys):
+    writes = SCRIPTS[name].writes
     run("--output_dir", tmp_path / "whole")
     assert faults.seen == writes
     expected = content(tmp_path / "whole")
@@ -166,8 +136,7 @@ def test_resume_completes_a_run_stopped_at_any_write(script, faults, tmp_path, w
 
 def test_resume_draws_the_figure_that_a_finished_run_lost(data, tmp_path, monkeypatch):
     monkeypatch.chdir(data)
-    _, flags, _ = SCRIPTS["needle"]
-    flags = [*flags, *SHORT["needle"], "--RTN2", "--output_dir", str(tmp_path)]
+    flags = [*SCRIPTS["needle"].flags, "--RTN2", "--output_dir", str(tmp_path)]
     needle_evaluation.main(flags)
     expected = content(tmp_path)
     (folder,) = tmp_path.glob("*/*/*/")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import tiny_model
+from runs import metrics_of, refused, samples_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -24,7 +21,6 @@ from rotatekv.evals import longbench
 from rotatekv.evals.generation import complete
 from rotatekv.evals.longbench import E_TASKS, GROUPS, TASKS, load_records, load_task, score, task_names
 
-ROOT = Path(__file__).resolve().parents[1]
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
 PLAIN = ["--chat_template", "False", "--RTN2"]
 
@@ -79,19 +75,6 @@ def flags(folder, data, output_dir, *more):
         str(part)
         for part in ("--model", folder, "--data_dir", data, "--output_dir", output_dir, "--max_new_tokens", 6, *more)
     ]
-
-
-def only(output_dir, name):
-    (path,) = Path(output_dir).glob(f"longbench/*/*/{name}")
-    return path
-
-
-def metrics_of(output_dir):
-    return json.loads(only(output_dir, "metrics.json").read_text())
-
-
-def samples_of(output_dir):
-    return [json.loads(line) for line in only(output_dir, "samples.jsonl").read_text().splitlines()]
 
 
 # -- scores, by hand ---------------------------------------------------------------------------------------------------
@@ -313,14 +296,6 @@ def test_samsum_ends_at_a_newline_but_not_with_its_first_token(tmp_path):
 # -- wrong input -------------------------------------------------------------------------------------------------------
 
 
-def error_of(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        LongBench_evaluation.main(arguments)
-    assert stop.value.code == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    return line
-
-
 @pytest.mark.parametrize(
     ("lines", "task", "said"),
     [
@@ -337,23 +312,26 @@ def error_of(capsys, arguments):
 def test_wrong_data_is_one_line(folder, tmp_path, capsys, lines, task, said):
     write_data(tmp_path)
     (tmp_path / "longbench" / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert said in error_of(capsys, flags(folder, tmp_path, tmp_path / "out", "--tasks", task))
+    assert said in refused(capsys, LongBench_evaluation, *flags(folder, tmp_path, tmp_path / "out", "--tasks", task))
 
 
 def test_wrong_flags_are_one_line(folder, tmp_path, capsys):
     data = write_data(tmp_path, qasper=[record()], gov_report=[record()])
 
     def said(*more):
-        return error_of(capsys, flags(folder, data, tmp_path / "out", "--tasks", "qasper,gov_report", *more))
+        return refused(
+            capsys, LongBench_evaluation, *flags(folder, data, tmp_path / "out", "--tasks", "qasper,gov_report", *more)
+        )
 
     assert "unknown task 'x'" in said("--tasks", "x")
     assert "no data file" in said("--tasks", "lcc")
     assert "no data file" in said("--e", "--tasks", "qasper") and "qasper_e.jsonl" in said("--e", "--tasks", "qasper")
     assert "--max_length must be at least 2" in said("--max_length", "1")
     assert "--max_length 507" in said("--max_length", "507") and "pass --max_length 506" in said("--max_length", "507")
-    assert "gov_report's answer of 512 tokens" in error_of(
+    assert "gov_report's answer of 512 tokens" in refused(
         capsys,
-        [
+        LongBench_evaluation,
+        *[
             part
             for part in flags(folder, data, tmp_path, "--tasks", "gov_report")
             if part not in ("6", "--max_new_tokens")
@@ -444,48 +422,6 @@ def test_tasks_of_unequal_size_count_the_same():
         {"id": "repobench-p/0", "score": 1.0}
     ]
     assert longbench.metric_of(records) == {"qasper": 0, "repobench-p": 100, "average": 50}
-
-
-def test_rescore(folder, two_tasks, tmp_path, capsys):
-    LongBench_evaluation.main(flags(folder, two_tasks, tmp_path, "--tasks", "qasper,lcc", "--limit", 1, "--RTN2"))
-    before = metrics_of(tmp_path)
-    path = only(tmp_path, "samples.jsonl")
-    LongBench_evaluation.main(["--rescore", str(path.parent)])
-    assert metrics_of(tmp_path)["metric"] == before["metric"]
-    samples = samples_of(tmp_path)
-    samples[0] |= {"prediction": "a b", "answers": ["b"]}
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    capsys.readouterr()
-    LongBench_evaluation.main(["--rescore", str(path.parent)])
-    after = metrics_of(tmp_path)
-    assert after["metric"]["qasper"] == 100 and samples_of(tmp_path)[0]["score"] == 1
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[-1].startswith(f"longbench average: {after['metric']['average']:.2f}  (RTN2, ")
-    assert shown[1].split() == ["qasper", "qa_f1_score", "1", "100.00"]
-
-
-def test_killed_run_resumes_to_the_unbroken_scores(folder, two_tasks, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ["--tasks", "qasper,lcc", "--max_new_tokens", "20", "--max_length", "200", *PLAIN]
-    command = [sys.executable, str(ROOT / "LongBench_evaluation.py"), *flags(folder, two_tasks, broken, *more)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        found = list(broken.glob("longbench/*/*/samples.jsonl"))
-        if found and found[0].read_bytes().count(b"\n") >= 2:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    process.wait()
-    done = only(broken, "samples.jsonl").read_bytes().splitlines()
-    assert 2 <= len(done) < 24, "the run ended before it could be killed"
-    LongBench_evaluation.main([*flags(folder, two_tasks, broken, *more), "--resume"])
-    LongBench_evaluation.main(flags(folder, two_tasks, whole, *more))
-    assert only(broken, "samples.jsonl").read_bytes().splitlines()[: len(done)] == done
-    assert metrics_of(broken)["metric"] == metrics_of(whole)["metric"] and metrics_of(broken)["n"] == 24
-    parts = [[(sample["id"], sample["prediction"]) for sample in samples_of(out)] for out in (broken, whole)]
-    assert parts[0] == parts[1]
 
 
 def test_real_records_of_all_tasks_load(data_dir):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny_folder, tiny_model, tiny_text
+from runs import metrics_of, refused, samples_of
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
@@ -331,25 +332,6 @@ def flags(folder, data, output_dir, *more):
     return [str(part) for part in (*base, *more)]
 
 
-def run_folder(output_dir) -> Path:
-    (path,) = Path(output_dir).glob("milebench/*/*")
-    return path
-
-
-def read_run(output_dir) -> tuple[dict, list[dict]]:
-    path = run_folder(output_dir)
-    lines = (path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((path / "metrics.json").read_text()), [json.loads(line) for line in lines]
-
-
-def error_of(capsys, argv) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        MileBench_evaluation.main(argv)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert exit_info.value.code == 2 and lines[-1].startswith("error: ")
-    return lines[-1]
-
-
 def change(dataset: Path, edit) -> Path:
     path = dataset / f"{dataset.name}.json"
     content = json.loads(path.read_text())
@@ -361,7 +343,7 @@ def change(dataset: Path, edit) -> Path:
 def test_all_data_sets_end_to_end(folder, pictures, tmp_path, capsys):
     MileBench_evaluation.main(flags(folder, pictures, tmp_path / "out", "--method", "RotateKV2", *NO_REORDER))
     out = capsys.readouterr().out.strip().splitlines()
-    metrics, records = read_run(tmp_path / "out")
+    metrics, records = metrics_of(tmp_path / "out"), samples_of(tmp_path / "out")
     assert [r["id"] for r in records] == ["Other-set/0", "Other-set/1", "TQA/0", "TQA/1", "TQA/2", "TQA/3"]
     assert metrics["metric"] == summarize(records) and metrics["n"] == 6 and metrics["partial"] is False
     assert set(metrics["metric"]) == {"TQA", "Other-set", "average", "images", "categories"}
@@ -377,7 +359,7 @@ def test_all_data_sets_end_to_end(folder, pictures, tmp_path, capsys):
 def test_fp16_answers_are_the_stock_models(folder, pictures, tmp_path):
     MileBench_evaluation.main(flags(folder, pictures, tmp_path, "--FP16", "--datasets", "TQA"))
     model, processor = load_vision_model(str(folder))
-    for expected, item in zip(read_run(tmp_path)[1], load_datasets(pictures, ["TQA"])[0], strict=True):
+    for expected, item in zip(samples_of(tmp_path), load_datasets(pictures, ["TQA"])[0], strict=True):
         inputs, _ = encode_prompt(processor, model, build_prompt(item), 4)
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert processor.tokenizer.decode(tokens, skip_special_tokens=True) == expected["prediction"]
@@ -439,7 +421,7 @@ def test_llava_next_with_mistral_inside(folder, pictures, tmp_path):
         num_additional_image_tokens=1,
     ).save_pretrained(tmp_path / "next")
     MileBench_evaluation.main(flags(tmp_path / "next", pictures, tmp_path, "--RTN4", "--datasets", "TQA"))
-    metrics, records = read_run(tmp_path)
+    metrics, records = metrics_of(tmp_path), samples_of(tmp_path)
     assert metrics["n"] == 4 and all(r["image_tokens"] > 2 * PER_IMAGE for r in records)
     assert all(r["tokens"] == r["prompt_tokens"] + r["new_tokens"] - 1 for r in records)
 
@@ -461,7 +443,7 @@ def test_a_long_context_loses_its_earliest_pictures_and_fits(tmp_path):
     folder = tiny_llava(tmp_path / "short", context=48)
     write_dataset(tmp_path / "data", "TQA", records=1, images=9)
     MileBench_evaluation.main(flags(folder, tmp_path / "data", tmp_path / "out", "--RTN4"))
-    _, (record_,) = read_run(tmp_path / "out")
+    (record_,) = samples_of(tmp_path / "out")
     assert 0 < record_["images_shown"] < 9 and record_["dropped_parts"] > 0
     assert record_["prompt_tokens"] + 4 <= 48 < record_["prompt_tokens"] + 4 + PER_IMAGE + 2
     assert record_["image_tokens"] == PER_IMAGE * record_["images_shown"]
@@ -526,59 +508,13 @@ def test_a_llava_is_calibrated_by_its_text_model(folder, pictures, tmp_path):
     calibrate_reorder.main([str(part) for part in calibrate])
     more = ["--calibration_file", output, "--datasets", "TQA", "--limit", "1"]
     MileBench_evaluation.main(flags(folder, pictures, tmp_path / "out", *more))
-    assert read_run(tmp_path / "out")[0]["config"]["quant"]["Outlier_Aware_Key_Rotation"] is True
-
-
-def test_interrupted_run_resumes_and_an_unbroken_one_agrees(folder, pictures, tmp_path, monkeypatch, capsys):
-    more = ["--method", "RotateKV2", *NO_REORDER]
-    MileBench_evaluation.main(flags(folder, pictures, tmp_path / "whole", *more))
-    real, asked = MileBench_evaluation.answer, []
-
-    def answer(model, processor, item, max_new_tokens):
-        asked.append(item["id"])
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        return real(model, processor, item, max_new_tokens)
-
-    monkeypatch.setattr(MileBench_evaluation, "answer", answer)
-    broken = flags(folder, pictures, tmp_path / "broken", *more)
-    with pytest.raises(SystemExit) as exit_info:
-        MileBench_evaluation.main(broken)
-    assert exit_info.value.code == 130
-    path = run_folder(tmp_path / "broken") / "samples.jsonl"
-    kept = path.read_bytes()
-    assert kept.count(b"\n") == 3 and not list(tmp_path.glob("broken/milebench/*/*/metrics.json"))
-    path.write_bytes(kept + b'{"id": "TQA/1", "score": 1.0')  # a write that a kill tore
-    assert "--resume goes on" in error_of(capsys, broken)
-    MileBench_evaluation.main([*broken, "--resume"])
-    assert path.read_bytes().startswith(kept)
-    assert asked[4:] == ["TQA/1", "TQA/2", "TQA/3"], "finished questions were asked again"
-    (whole, records), (again, others) = read_run(tmp_path / "whole"), read_run(tmp_path / "broken")
-    assert again["metric"] == whole["metric"] and again["avg_bits"] == whole["avg_bits"]
-    assert [r["prediction"] for r in others] == [r["prediction"] for r in records]
-
-
-def test_rescore_needs_no_model(folder, pictures, tmp_path, capsys, monkeypatch):
-    MileBench_evaluation.main(flags(folder, pictures, tmp_path / "out", "--RTN4", "--datasets", "TQA"))
-    path = run_folder(tmp_path / "out")
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    monkeypatch.setattr(MileBench_evaluation, "load_vision_model", None)
-    MileBench_evaluation.main(["--rescore", str(path)])
-    assert capsys.readouterr().out.strip().splitlines()[-1] == last
-    _, records = read_run(tmp_path / "out")
-    for number, prediction in enumerate(["B. w2", "", "it is w1", "B"]):
-        records[number]["prediction"] = prediction
-    (path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    MileBench_evaluation.main(["--rescore", str(path)])
-    metrics, records = read_run(tmp_path / "out")
-    assert metrics["metric"]["TQA"] == metrics["metric"]["average"] == 50.0
-    assert [r["score"] for r in records] == [1.0, 0.0, 0.0, 1.0]
+    assert metrics_of(tmp_path / "out")["config"]["quant"]["Outlier_Aware_Key_Rotation"] is True
 
 
 def test_limit_counts_records_of_each_data_set(folder, pictures, tmp_path):
     (pictures / "milebench" / "TQA" / "images" / "3-0.png").unlink()  # beyond the limit
     MileBench_evaluation.main(flags(folder, pictures, tmp_path / "out", "--RTN4", "--limit", "1"))
-    metrics, records = read_run(tmp_path / "out")
+    metrics, records = metrics_of(tmp_path / "out"), samples_of(tmp_path / "out")
     assert [r["id"] for r in records] == ["Other-set/0", "TQA/0"] and metrics["partial"] is True
 
 
@@ -623,31 +559,35 @@ def test_gpr1200_lists_its_choices_without_letters(tmp_path):
 )
 def test_damaged_records_are_named(tmp_path, capsys, edit, says):
     path = change(write_dataset(tmp_path, "TQA"), edit)
-    line = error_of(capsys, flags("nowhere", tmp_path, tmp_path / "out"))
+    line = refused(capsys, MileBench_evaluation, *flags("nowhere", tmp_path, tmp_path / "out"))
     assert says in line and str(path) in line
 
 
 def test_data_that_is_not_there(pictures, folder, tmp_path, capsys):
     base = ["--model", str(folder), "--output_dir", str(tmp_path / "out")]
-    assert "pass --data_dir DIR" in error_of(capsys, base)
-    assert "no data set in" in error_of(capsys, [*base, "--data_dir", str(tmp_path / "empty")])
-    line = error_of(capsys, flags(folder, pictures, tmp_path / "out", "--datasets", "TQA,nlvr"))
+    assert "pass --data_dir DIR" in refused(capsys, MileBench_evaluation, *base)
+    assert "no data set in" in refused(capsys, MileBench_evaluation, *[*base, "--data_dir", str(tmp_path / "empty")])
+    line = refused(capsys, MileBench_evaluation, *flags(folder, pictures, tmp_path / "out", "--datasets", "TQA,nlvr"))
     assert "unknown dataset 'nlvr'" in line and "Other-set, TQA" in line
     missing = pictures / "milebench" / "TQA" / "images" / "1-1.png"
     missing.write_bytes(b"no picture")
-    assert str(missing) in error_of(capsys, flags(folder, pictures, tmp_path / "out", "--FP16", "--datasets", "TQA"))
+    assert str(missing) in refused(
+        capsys, MileBench_evaluation, *flags(folder, pictures, tmp_path / "out", "--FP16", "--datasets", "TQA")
+    )
     missing.unlink()
-    line = error_of(capsys, flags(folder, pictures, tmp_path / "out2"))
+    line = refused(capsys, MileBench_evaluation, *flags(folder, pictures, tmp_path / "out2"))
     assert str(missing) in line and "record 2" in line
     (pictures / "milebench" / "TQA" / "TQA.json").write_text("{")
-    assert "as json" in error_of(capsys, flags(folder, pictures, tmp_path / "out3"))
+    assert "as json" in refused(capsys, MileBench_evaluation, *flags(folder, pictures, tmp_path / "out3"))
     assert not list(tmp_path.glob("out[23]"))
 
 
 def test_models_that_take_no_pictures_are_refused(pictures, tmp_path, capsys):
     text = save_tiny_folder(tmp_path / "text")
-    assert "text" in error_of(capsys, flags(text, pictures, tmp_path / "out"))
-    assert "cannot load model" in error_of(capsys, flags(tmp_path / "nowhere", pictures, tmp_path / "out"))
+    assert "text" in refused(capsys, MileBench_evaluation, *flags(text, pictures, tmp_path / "out"))
+    assert "cannot load model" in refused(
+        capsys, MileBench_evaluation, *flags(tmp_path / "nowhere", pictures, tmp_path / "out")
+    )
 
 
 def test_a_sliding_window_in_the_text_model_is_kept():

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import save_tiny_folder
 from PIL import Image
+from runs import read, refused, run_folder, samples_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +20,6 @@ from rotatekv.evals.needle import NEEDLE, NEEDLE_TYPES, Prompts
 from rotatekv.evals.needle_figure import write_heat_maps
 from rotatekv.evals.texts import Text
 
-ROOT = Path(__file__).resolve().parents[1]
 HAYSTACK = "It was late. The rain fell on the town and nobody came. A dog barked twice! Then silence fell over it. "
 CHAT = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}[bot]"
 
@@ -60,29 +55,6 @@ def flags(folder, haystack, output_dir, *more):
     base = ["--model", folder, "--haystack", haystack, "--output_dir", output_dir, "--max_new_tokens", 4]
     grid = ["--context_lengths", "300,400", "--depths", "0,50,100"]
     return [str(part) for part in (*base, *grid, *more)]
-
-
-def run_folder(output_dir) -> Path:
-    (path,) = Path(output_dir).glob("needle/*/*/")
-    return path
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def samples_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def refused(capsys, *arguments) -> str:
-    """The one line a wrong command ends with."""
-    with pytest.raises(SystemExit) as caught:
-        needle_evaluation.main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err.strip().splitlines()
-    assert caught.value.code == 2 and error[-1].startswith("error: ")
-    assert "Traceback" not in "".join(error)
-    return error[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- the grid
@@ -259,49 +231,6 @@ def test_limit_leaves_holes_and_a_longer_one_goes_on(folder, haystack, tmp_path)
     assert read(run / "metrics.json")["partial"] is False and None not in read(run / "grid.json")["recall"][2]
 
 
-def test_killed_run_resumes_to_the_unbroken_grid(folder, haystack, tmp_path):
-    more = ["--RTN4", "--depths", "0:100:15", "--max_new_tokens", "2"]
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    command = [sys.executable, str(ROOT / "needle_evaluation.py"), *flags(folder, haystack, broken, *more)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        found = list(broken.glob("needle/*/*/samples.jsonl"))
-        if found and found[0].read_bytes().count(b"\n") >= 3:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    process.wait()
-    path = run_folder(broken) / "samples.jsonl"
-    kept = path.read_bytes().splitlines()
-    assert 3 <= len(kept) < 30 and not (run_folder(broken) / "grid.json").exists()
-    needle_evaluation.main(flags(folder, haystack, broken, *more, "--resume"))
-    needle_evaluation.main(flags(folder, haystack, whole, *more))
-    assert path.read_bytes().splitlines()[: len(kept) - 1] == kept[:-1], "finished cells were asked again"
-    assert read(run_folder(broken) / "grid.json") == read(run_folder(whole) / "grid.json")
-
-
-def test_rescore_computes_everything_again_without_a_model(folder, haystack, tmp_path, monkeypatch, capsys):
-    needle_evaluation.main(flags(folder, haystack, tmp_path, "--FP16", "--needle_type", "passkey"))
-    run = run_folder(tmp_path)
-    samples = samples_of(run)
-    samples[0]["prediction"] = f" {samples[0]['key_phrase']}"
-    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    for name in ("grid.json", "heatmap.png"):
-        (run / name).unlink()
-    monkeypatch.setattr(needle_evaluation, "load_model", None)
-    capsys.readouterr()
-    needle_evaluation.main(["--rescore", str(run)])
-    assert (
-        capsys.readouterr().out.strip().splitlines()[-1].startswith("needle (passkey) rouge1: 16.67, recall: 16.67 %")
-    )
-    assert samples_of(run)[0]["recall"] == samples_of(run)[0]["score"] == 100
-    assert read(run / "metrics.json")["metric"]["recall"] == pytest.approx(100 / 6)
-    assert read(run / "grid.json")["recall"][0] == [100, 0]
-    assert_picture(run / "heatmap.png")
-
-
 def test_chat_template_is_the_default_where_there_is_one(folder, haystack, tmp_path, capsys):
     chat = save_tiny_folder(tmp_path / "tiny-chat", vocab_size=260)
     byte_tokenizer(chat=True).save_pretrained(chat)
@@ -311,7 +240,9 @@ def test_chat_template_is_the_default_where_there_is_one(folder, haystack, tmp_p
     a, b, c = (run_folder(tmp_path / name) for name in "abc")
     assert [read(run / "config.json")["chat_template"] for run in (a, b, c)] == [True, False, True]
     assert samples_of(a)[0]["prompt_sha256"] != samples_of(b)[0]["prompt_sha256"]
-    assert "no chat template" in refused(capsys, *flags(folder, haystack, tmp_path, "--chat_template"))
+    assert "no chat template" in refused(
+        capsys, needle_evaluation, *flags(folder, haystack, tmp_path, "--chat_template")
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -396,14 +327,16 @@ def test_compare_refuses_what_is_no_needle_run(tmp_path, capsys):
     }
     for name, content in damaged.items():
         bad = folder_with(tmp_path / name, content)
-        assert f"{name}/grid.json is damaged or no needle grid" in refused(capsys, "--compare", f"{good},{bad}")
-    assert "finished needle run" in refused(capsys, "--compare", f"{good},{tmp_path / 'nowhere'}")
+        assert f"{name}/grid.json is damaged or no needle grid" in refused(
+            capsys, needle_evaluation, "--compare", f"{good},{bad}"
+        )
+    assert "finished needle run" in refused(capsys, needle_evaluation, "--compare", f"{good},{tmp_path / 'nowhere'}")
     other = folder_with(tmp_path / "other", grid_for("standard"))
-    assert "different needle types" in refused(capsys, "--compare", f"{good},{other}")
-    assert "needs folders" in refused(capsys, "--compare", ",")
+    assert "different needle types" in refused(capsys, needle_evaluation, "--compare", f"{good},{other}")
+    assert "needs folders" in refused(capsys, needle_evaluation, "--compare", ",")
     file = tmp_path / "file"
     file.write_text("")
-    assert "another --output" in refused(capsys, "--compare", good, "--output", file / "x.png")
+    assert "another --output" in refused(capsys, needle_evaluation, "--compare", good, "--output", file / "x.png")
 
 
 # ---------------------------------------------------------------------------------------------------- wrong input
@@ -427,7 +360,7 @@ def test_compare_refuses_what_is_no_needle_run(tmp_path, capsys):
     ],
 )
 def test_wrong_flags_are_one_line_and_leave_no_run(folder, haystack, tmp_path, capsys, more, message):
-    assert message in refused(capsys, *flags(folder, haystack, tmp_path, *more))
+    assert message in refused(capsys, needle_evaluation, *flags(folder, haystack, tmp_path, *more))
     assert not list(tmp_path.iterdir())
 
 

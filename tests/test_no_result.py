@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny_folder, tiny_model, tiny_text
+from runs import refused
 from test_efficiency import LOST, cell
 
 import efficiency_evaluation
@@ -30,17 +31,6 @@ def broken_model(tmp_path_factory) -> Path:
     return path
 
 
-def error_of(capsys, main, *flags) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(flag) for flag in flags])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    (line,) = [line for line in said if line.startswith("error: ")]
-    assert said[-1] == line
-    return line
-
-
 def strict(path: Path) -> dict:
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {path}"))
 
@@ -48,14 +38,14 @@ def strict(path: Path) -> dict:
 def test_a_perplexity_that_is_no_number(broken_model, tmp_path, capsys, monkeypatch):
     flags = ["--model", broken_model, "--dataset", broken_model / "words.txt", "--PPL_seq_length", 32]
     flags += ["--RTN2", "--output_dir", tmp_path]
-    line = error_of(capsys, PPL_evaluation.main, *flags)
+    line = refused(capsys, PPL_evaluation, *flags)
     assert "metric.ppl is nan" in line and "--dtype" in line and "metrics.json" in line
     (path,) = tmp_path.glob("ppl/*/*/metrics.json")
     metrics, samples = strict(path), path.with_name("samples.jsonl").read_text()
     assert metrics["metric"] == {"ppl": None} and metrics["n"] == 2 and "metric.ppl is nan" in metrics["reason"]
     assert "NaN" not in samples and samples.count("nll is nan") == 2
-    assert error_of(capsys, PPL_evaluation.main, *flags, "--resume") == line
-    assert error_of(capsys, PPL_evaluation.main, "--rescore", path.parent) == line
+    assert refused(capsys, PPL_evaluation, *flags, "--resume") == line
+    assert refused(capsys, PPL_evaluation, "--rescore", path.parent) == line
     assert strict(path)["metric"] == {"ppl": None}
 
     # reproduce.py takes the run for what it is, and does not start it again.
@@ -68,21 +58,21 @@ def test_a_perplexity_that_is_no_number(broken_model, tmp_path, capsys, monkeypa
     report.main(["--input", str(tmp_path / "ppl"), "--output", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
     assert "1 no result" in page and "metric.ppl is nan" in page
-    assert "no finished FP16 run" in error_of(capsys, frontier.main, "--input", path.parents[1])
+    assert "no finished FP16 run" in refused(capsys, frontier, "--input", path.parents[1])
 
 
 def test_an_answer_of_logits_that_are_no_numbers_is_not_scored(broken_model, tmp_path, capsys):
     flags = ["--model", broken_model, "--haystack", broken_model / "words.txt", "--needle_type", "passkey"]
     flags += ["--context_lengths", 60, "--depths", 50, "--max_new_tokens", 4, "--RTN4", "--output_dir", tmp_path]
-    line = error_of(capsys, needle_evaluation.main, *flags)
+    line = refused(capsys, needle_evaluation, *flags)
     assert "logits are no finite numbers" in line and "--dtype" in line
     assert not [*tmp_path.rglob("metrics.json")] and not [*tmp_path.rglob("samples.jsonl")]
-    assert error_of(capsys, needle_evaluation.main, *flags, "--resume") == line
+    assert refused(capsys, needle_evaluation, *flags, "--resume") == line
 
 
 def test_an_old_record_with_nan_is_no_result(broken_model, tmp_path, capsys):
     flags = ["--model", broken_model, "--dataset", broken_model / "words.txt", "--PPL_seq_length", 32]
-    error_of(capsys, PPL_evaluation.main, *flags, "--RTN2", "--output_dir", tmp_path)
+    refused(capsys, PPL_evaluation, *flags, "--RTN2", "--output_dir", tmp_path)
     (path,) = tmp_path.glob("ppl/*/*/metrics.json")
     metrics = strict(path)
     del metrics["reason"]
@@ -103,7 +93,7 @@ def test_efficiency_where_nothing_fits_is_drawn_and_one_line(folder, tmp_path, c
     monkeypatch.setattr(efficiency_evaluation, "measure", lambda args, sides, ids, cell: {**lost, **cell})
     (tmp_path / "words.txt").write_text(tiny_text(64))
     flags = ["--model", folder, "--dataset", tmp_path / "words.txt", "--context_lengths", 10, "--RTN2"]
-    line = error_of(capsys, efficiency_evaluation.main, *flags, "--output_dir", tmp_path)
+    line = refused(capsys, efficiency_evaluation, *flags, "--output_dir", tmp_path)
     assert "no sample left a cache to measure" in line
     (path,) = tmp_path.glob("efficiency/*/*/metrics.json")
     assert strict(path)["avg_bits"] == {"k": None, "v": None, "total": None}

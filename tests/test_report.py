@@ -404,6 +404,7 @@ def test_a_lone_surrogate_does_not_stop_the_page(tmp_path):
     assert "torn" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.slow  # test_figures.py starts another of the folder's scripts
 def test_it_starts_as_a_script_from_another_folder(tmp_path):
     add_run(tmp_path / "results")
     call = [sys.executable, str(ROOT / "visualize" / "report.py")]

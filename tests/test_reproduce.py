@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import re
+import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -54,10 +55,12 @@ def started(monkeypatch):
 
     def start(command, log):
         commands.append(list(command))
-        try:
-            importlib.import_module(command[0].removesuffix(".py")).main(list(command[1:]))
-        except SystemExit as end:
-            return f"exit status {end.code}"
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", list(command))
+            try:
+                importlib.import_module(command[0].removesuffix(".py")).main(list(command[1:]))
+            except SystemExit as end:
+                return f"exit status {end.code}"
         return ""
 
     monkeypatch.setattr(reproduce_runs, "_start", start)
@@ -79,7 +82,14 @@ def read_rows(folder: Path, table: str = "ppl") -> list[list[str]]:
     return [row for row in rows if row[0] != "model"]
 
 
-def test_processes_tables_and_reuse(flags, tmp_path, monkeypatch):
+REAL_START = reproduce_runs._start
+
+
+def test_processes_tables_and_reuse(flags, tmp_path, monkeypatch, started):
+    """The first script runs in a process of its own."""
+    in_this_process = reproduce_runs._start
+    starts = iter([REAL_START])
+    monkeypatch.setattr(reproduce_runs, "_start", lambda *args: next(starts, in_this_process)(*args))
     reproduce.main([*flags, "--methods", "FP16,RTN4", "--limit", "3"])
     records, runs = read_csv(tmp_path), sorted(tmp_path.glob("ppl/*/*/metrics.json"))
     assert len(records) == len(runs) == 4

@@ -192,17 +192,22 @@ def fused_calls(tokens: int, chunks: tuple[int, ...]) -> int:
 
 
 @pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the fused kernel is not built")
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("preset", ["RotateKV2+", "RotateKV4+"])
-def test_the_fused_kernels_give_the_general_path(preset, rows, tmp_path, any_family, monkeypatch):
-    hidden = any_family.get_input_embeddings()(token_ids(1, 60)).abs().amax(-1)
+@pytest.mark.parametrize(
+    ("family", "preset", "rows"),
+    [
+        ("llama", "RotateKV2+", 1),
+        ("llama", "RotateKV4+", 1),
+        *((family, "RotateKV2+", 3) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")),
+    ],
+)
+def test_the_fused_kernels_give_the_general_path(family, preset, rows, tmp_path, monkeypatch):
+    model = tiny_model(family)
+    hidden = model.get_input_embeddings()(token_ids(1, 60)).abs().amax(-1)
     path = save_statistics(tmp_path / "t.safetensors", "plus", random_statistics(hidden.quantile(0.8).item()), {})
     calls, kernel = [], cpu.decode_attention
     monkeypatch.setattr(cpu, "decode_attention", lambda *args: calls.append(1) or kernel(*args))
-    mask = torch.ones(rows, 62, dtype=torch.long)
-    if rows > 1:
-        mask[0, :7] = mask[2, :19] = 0
-    model, config, chunks = any_family.double(), PRESETS[preset], (40, 1, 1, 3, 16, 1)
+    mask = left_padding(62, *((0, 7, 19) if rows > 1 else (0,)))
+    model, config, chunks = model.double(), PRESETS[preset], (40, 1, 1, 3, 16, 1)
     fused, _ = run(model, config, path, chunks, mask)
     expected = LAYERS * sum(fused_calls(chunks[0] - left, chunks[1:]) for left in (0, 7, 19)[:rows])
     assert len(calls) == expected >= LAYERS * 4

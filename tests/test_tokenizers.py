@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_tiny_folder, tiny_model, tiny_text
+from runs import refused
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -107,15 +108,6 @@ def place(tmp_path_factory):
     (path / "longbench" / "qasper.jsonl").write_text(json.dumps(record))
     (path / "words.txt").write_text("w290 " * 200 + tiny_text(1500))
     return path
-
-
-def refused(capsys, script, *flags) -> str:
-    with pytest.raises(SystemExit) as end:
-        script.main([str(flag) for flag in flags])
-    assert end.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    return error
 
 
 def script_flags(place, model: str) -> dict:

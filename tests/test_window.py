@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rotatekv import patch_model
 from rotatekv.cache.cache import RotateKVCache
-from rotatekv.cache.window import QUERIES_AT_ONCE, FlushedTokens, RecentWindow, attend_with_own_windows
+from rotatekv.cache.window import FlushedTokens, RecentWindow, attend_with_own_windows
 from rotatekv.config import PRESETS
 
 NO_SINKS = {"Attention_Sink_Aware": False}
@@ -30,12 +30,13 @@ CONFIGS = {
 def test_prefill_chunks_and_decoding_are_one(name, attention, padding, monkeypatch):
     """In float64 and torch alone, so that hardly a number is tipped over a rounding tie."""
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
-    model, tokens = tiny_model("llama").double(), QUERIES_AT_ONCE + 30
+    monkeypatch.setattr("rotatekv.cache.window.QUERIES_AT_ONCE", 32)
+    model, tokens = tiny_model("llama").double(), 62
     model.set_attn_implementation(attention)
-    ids, mask, ones = token_ids(2, tokens), left_padding(tokens, padding, 0), tokens - max(padding, 1) - 1
+    ids, mask, first = token_ids(2, tokens), left_padding(tokens, padding, 0), max(padding, 1) + 1
     with patch_model(model, CONFIGS[name]):
-        decoded = logits(model, None, ids, (max(padding, 1) + 1, *[1] * ones), mask)
-    for chunks in ((tokens,), (50, 1, tokens - 51), (40, 16, 16, tokens - 72)):
+        decoded = logits(model, None, ids, (first, *[1] * (tokens - first)), mask)
+    for chunks in ((tokens,), (20, 1, tokens - 21), (16, 16, 16, tokens - 48)):
         with patch_model(model, CONFIGS[name]):
             other = logits(model, None, ids, chunks, mask)
         difference = (other - decoded)[mask.bool()].abs()
