@@ -106,9 +106,10 @@ class QuantConfig:
         return {name: value for name, value in asdict(self).items() if value != neutral.get(name)}
 
 
-def _plain_rounding(bits: int) -> QuantConfig:
-    return QuantConfig(
-        method="rtn",
+def baseline(method: str, bits: int, **changes) -> QuantConfig:
+    """A preset of a method that has none of RotateKV's parts: no grouped rotation, no reordering, no sinks."""
+    plain = QuantConfig(
+        method,
         k_bits=bits,
         v_bits=bits,
         head_group_num=1,
@@ -116,53 +117,10 @@ def _plain_rounding(bits: int) -> QuantConfig:
         Outlier_Aware_Key_Rotation=False,
         Attention_Sink_Aware=False,
     )
+    return replace(plain, **changes)
 
 
-def _kivi(bits: int) -> QuantConfig:
-    # KIVI (arXiv 2402.02750, experimental settings): groups of 32, and a residual of 128 tokens.
-    return replace(_plain_rounding(bits), method="kivi", k_groupsize=32, v_groupsize=32, residual_length=128)
-
-
-def _quarot(bits: int) -> QuantConfig:
-    # QuaRot (arXiv 2404.00456, experimental setup): the cache's clip ratio is 0.95.
-    return replace(_plain_rounding(bits), method="quarot", k_clip_ratio=0.95, v_clip_ratio=0.95)
-
-
-def _rotatekv(bits: int) -> QuantConfig:
-    clip_ratio = 0.8 if bits == 2 else 1.0
-    return QuantConfig(k_bits=bits, v_bits=bits, k_clip_ratio=clip_ratio, v_clip_ratio=clip_ratio)
-
-
-def _rotatekv_plus(bits: int) -> QuantConfig:
-    # docs/beyond.md: tuned on WikiText-2 validation.
-    clip_ratio = {2: 0.8, 3: 0.9, 4: 0.95}[bits]
-    return QuantConfig(
-        method="rotatekv_plus",
-        k_bits=bits,
-        v_bits=bits,
-        k_clip_ratio=clip_ratio,
-        v_clip_ratio=clip_ratio,
-        sink_selection="massive",
-        residual_length=16,
-        extra_bit_share=0.0 if bits == 4 else 0.2,
-    )
-
-
-def _kvquant(bits: int) -> QuantConfig:
-    plain = replace(_plain_rounding(bits), method="kvquant")
-    return replace(plain, Attention_Sink_Aware=True, sink_selection="first", num_sink_entries=1)
-
-
-PRESETS: dict[str, QuantConfig] = {
-    "FP16": replace(_plain_rounding(4), method="fp16"),
-    **{f"RTN{bits}": _plain_rounding(bits) for bits in SUPPORTED_BITS},
-    **{f"KIVI{bits}": _kivi(bits) for bits in (2, 4)},
-    **{f"QuaRot{bits}": _quarot(bits) for bits in SUPPORTED_BITS},
-    **{f"TurboQuant{bits}": replace(_plain_rounding(bits), method="turboquant") for bits in SUPPORTED_BITS},
-    **{f"RotateKV{bits}": _rotatekv(bits) for bits in SUPPORTED_BITS},
-    **{f"RotateKV{bits}+": _rotatekv_plus(bits) for bits in SUPPORTED_BITS},
-    **{f"KVQuant{bits}": _kvquant(bits) for bits in SUPPORTED_BITS},
-}
+PRESETS: dict[str, QuantConfig] = {}  # by name; each method's file in rotatekv/methods/ adds its own
 
 
 def resolve_config(config: str | QuantConfig) -> QuantConfig:

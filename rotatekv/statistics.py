@@ -139,15 +139,6 @@ def save_statistics(
     return path
 
 
-def placeholders(kind: str, channels: int) -> dict[str, torch.Tensor]:
-    """Statistics of one layer that mean nothing, to try a config before its file is looked for."""
-    zeros = {
-        name: torch.zeros(width or channels, dtype=dtype, device="cpu")
-        for name, (dtype, width) in KINDS[kind].tensors.items()
-    }
-    return {"reorder_index": zeros["indices"].long()} if kind == "reorder" else zeros
-
-
 def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | None = None) -> dict[str, torch.Tensor]:
     """A kind's tensors by the names that codecs use, (num_hidden_layers, ...) each.
 

@@ -258,8 +258,7 @@ def added(mask: torch.Tensor, hidden: float) -> torch.Tensor:
 class Kept(RTN):
     """Packs numbers as they are, so that only the recent window's 16 bits set it apart from the stock model."""
 
-    can_fuse = False
-    key_form = value_form = None
+    key_format = value_format = None
     key_store = value_store = KVMethod.key_store
 
     def encode_keys(self, channels):

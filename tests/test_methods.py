@@ -6,6 +6,8 @@ keeps all keys and values exact and hands out what the paper's method would make
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +21,7 @@ from scipy.stats import beta
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, QuantConfig, UserError, patch_model
-from rotatekv.methods import LayerGeometry, build_method
+from rotatekv.methods import METHODS, LayerGeometry, build_method
 from rotatekv.methods.turboquant import sphere_levels
 
 HEADS, DIM, LAYERS = 3, 32, 2
@@ -159,7 +161,7 @@ def test_quarot_is_rotatekv_without_its_parts_up_to_the_clip_ratio():
     ours = codec_of("QuaRot3", k_clip_ratio=1.0, v_clip_ratio=1.0)
     other, keys = codec_of("RotateKV3", **off), random_heads(40)
     for codec in (ours, other):
-        assert codec.key_width == DIM and not codec.keys_before_rope and codec.can_fuse
+        assert codec.key_width == DIM and not codec.keys_before_rope and codec.fused_decode is not None
     assert torch.equal(round_trip(ours, keys), round_trip(other, keys))
     assert not torch.equal(round_trip(codec_of("QuaRot3"), keys), round_trip(other, keys))
 
@@ -313,6 +315,38 @@ def test_measured_bits_are_the_formulas(name):
     measured = cache.avg_bits()
     assert measured["k"] == measured["v"] == pytest.approx(each)
     assert measured["total"] == pytest.approx(each + 32 / (2 * LAYERS * CHANNELS))
+
+
+PRESET_HASHES = {
+    "FP16": "a58580ae9526",
+    "KIVI2": "0428a0822947",
+    "KIVI4": "3304fe28113f",
+    "KVQuant2": "4e054db0dca5",
+    "KVQuant3": "1a988fa31ff5",
+    "KVQuant4": "ff7bd30e45df",
+    "QuaRot2": "10a3b066d16e",
+    "QuaRot3": "84abd528226c",
+    "QuaRot4": "fb6e7fcad4e6",
+    "RTN2": "bebbee3f43fb",
+    "RTN3": "654482204219",
+    "RTN4": "b94c3be97667",
+    "RotateKV2": "cdf85409e69c",
+    "RotateKV2+": "fac228e08286",
+    "RotateKV3": "43e0324400d6",
+    "RotateKV3+": "f9baf4849341",
+    "RotateKV4": "cd0c5391b585",
+    "RotateKV4+": "e06f341e4690",
+    "TurboQuant2": "bd1e6a7994b1",
+    "TurboQuant3": "cdd0e950e2ac",
+    "TurboQuant4": "ee3f531c07f0",
+}
+
+
+def test_presets_are_those_that_runs_were_made_with():
+    """Runs are found again by their config: a preset that changes needs another name."""
+    encoded = {name: json.dumps(config.to_dict(), sort_keys=True).encode() for name, config in PRESETS.items()}
+    assert {name: hashlib.sha256(x).hexdigest()[:12] for name, x in encoded.items()} == PRESET_HASHES
+    assert list(PRESETS) == sorted(PRESETS) and {config.method for config in PRESETS.values()} == set(METHODS)
 
 
 @pytest.mark.parametrize(

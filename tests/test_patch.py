@@ -159,7 +159,7 @@ def test_other_reorder_indices_make_another_cache(tiny, tmp_path):
 class Unrounded(RotateKV):
     """RotateKV with every transform and no rounding: its logits and the stock model's must agree."""
 
-    can_fuse = False  # no kernel reads plain tensors
+    key_format = value_format = None  # no kernel reads plain tensors
 
     def encode_keys(self, channels):
         return {"raw": channels.clone()}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rotatekv.kernels.layout import pack_blocks
 from rotatekv.kernels.quantize import dequantize, dequantize_groups, quantize, quantize_groups
-from rotatekv.methods.stores import BlockStore, ChannelGroups
+from rotatekv.methods.formats import ChannelGroups
+from rotatekv.methods.stores import BlockStore
 
 BITS = [2, 3, 4]
 

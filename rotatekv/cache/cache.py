@@ -345,7 +345,7 @@ class RotateKVCache(Cache):
         else:
             rows = self.positions.shape[0]
             layers = [(x.method, rows * (x.get_seq_length() - x.dropped)) for x in self._own_layers()]
-        return 2 * sum(method.layer.channels * tokens for method, tokens in layers)
+        return 2 * sum(method.geometry.channels * tokens for method, tokens in layers)
 
     def avg_bits(self) -> dict[str, float]:
         """Measured bits per number for keys (``k``), values (``v``) and both (``total``, positions included)."""

@@ -11,11 +11,11 @@ from transformers.cache_utils import CacheLayerMixin
 from rotatekv.cache.cropping import MOST_CROPPED, SINKS, Croppable, RecentTokens, storing, without_autocast
 from rotatekv.cache.fused_call import FusedCall
 from rotatekv.cache.window import FlushedTokens, RecentWindow
-from rotatekv.kernels import Packed
 from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.decode_attention import ExactTokens
 from rotatekv.methods import KVMethod
-from rotatekv.methods.stores import CodeStore, HeadForm, Store
+from rotatekv.methods.formats import BlockFormat
+from rotatekv.methods.stores import CodeStore, Encoded, Store
 from rotatekv.rope import LayerRope, Positions
 
 _BESIDE = ("window_keys", "window_values", "window_massive", *SINKS)  # the tensors beside the packed stores
@@ -145,8 +145,8 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens that are kept as attention sees them, (B, H_kv, T, D) each, in the model's dtype."""
         kernels, method = kernels_on(self.packed_keys.device or self.device), self.method
-        keys = self._decode(self.packed_keys, kernels, method.key_form, method.decode_keys, method.keys_out)
-        values = self._decode(self.packed_values, kernels, method.value_form, method.decode_values, method.values_out)
+        keys = self._decode(self.packed_keys, kernels, method.key_format, method.decode_keys, method.keys_out)
+        values = self._decode(self.packed_values, kernels, method.value_format, method.decode_values, method.values_out)
         if self.rope is not None:
             span = self.dropped, self.get_seq_length()
             keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
@@ -156,8 +156,8 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self,
         packed: Store,
         kernels: ModuleType | None,
-        form: HeadForm | None,
-        decode: Callable[[Packed], torch.Tensor],
+        form: BlockFormat | None,
+        decode: Callable[[Encoded], torch.Tensor],
         to_heads: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """(B, H_kv, T, D) in the model's dtype with room for all tokens, of which the packed ones are set."""
@@ -189,12 +189,13 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         """Whether ``attend`` is right for the tokens just written: the method has a kernel, codes are packed, all
         queries have one window."""
         turns = self.rope is None or self.rope.is_half_split
-        return self.flushed is None and turns and self.method.can_fuse and self._are_read_by(kernels)
+        return self.flushed is None and turns and self.method.fused_decode is not None and self._are_read_by(kernels)
 
     def _are_read_by(self, kernels: ModuleType | None) -> bool:
         if kernels is None or not self.packed_keys.length:
             return False
-        return kernels.READS_TOKEN_GROUPS or not self.method.key_tokens_per_scale
+        key_format = self.method.key_format
+        return kernels.READS_TOKEN_GROUPS or key_format is None or not key_format.tokens_per_scale
 
     @storing
     @without_autocast
@@ -214,11 +215,11 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             query.float().contiguous(),
             self.packed_keys.tensors,
             self.packed_values.tensors,
-            self.method.key_form.groups_on(device),
+            self.method.key_format.groups_on(device),
             *call.rows(self.dropped, device),
             self.packed_keys.length,
             self._kept(),
-            self.method.decode_options(scaling, rope, device, self.sliding_window or 0),
+            self.method.fused_decode.options(scaling, rope, device, self.sliding_window or 0),
             self._exact_tokens(),
         )
         return output.to(query.dtype)
@@ -293,8 +294,10 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
                 unrope = self.positions.kernel_unrope(*span)
             else:
                 keys = self.rope.unturn(keys, self.positions.tables(*span))
-        self.packed_keys.add(keys, lambda x: method.encode_keys(method.keys_in(x)), kernels, method.key_form, unrope)
-        self.packed_values.add(values, lambda x: method.encode_values(method.values_in(x)), kernels, method.value_form)
+        self.packed_keys.add(keys, lambda x: method.encode_keys(method.keys_in(x)), kernels, method.key_format, unrope)
+        self.packed_values.add(
+            values, lambda x: method.encode_values(method.values_in(x)), kernels, method.value_format
+        )
 
     def _add_sinks(self, massive: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make sinks of the ``massive`` (B, T) tokens about to be packed; keys, values (B, H_kv, T, D)."""

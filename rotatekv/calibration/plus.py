@@ -186,10 +186,10 @@ def _log_probabilities(model: nn.Module, window: torch.Tensor) -> Iterator[torch
 class _Exact(KVMethod):
     """Keys and values as they are, in the cache of a quantizing config."""
 
-    gives_extra_bits = finds_massive_tokens = True
+    flags, sink_selections = RotateKVPlus.flags, RotateKVPlus.sink_selections
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, sink_threshold: float):
-        super().__init__(config, layer)
+    def __init__(self, config: QuantConfig, geometry: LayerGeometry, sink_threshold: float):
+        super().__init__(config, geometry)
         self.sink_threshold = sink_threshold
 
     encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys
@@ -199,12 +199,12 @@ class _Exact(KVMethod):
 class _KeysAlone(RotateKVPlus):
     """RotateKV+ with values as they are (rotated, which loses nothing)."""
 
-    can_fuse, value_store = False, TokenStore
+    value_format, value_store = None, TokenStore
     encode_values, decode_values = FP16.encode_values, FP16.decode_values
 
 
 class _ValuesAlone(RotateKVPlus):
     """RotateKV+ with keys as they are (transformed, which loses nothing)."""
 
-    can_fuse, key_store = False, TokenStore
+    key_format, key_store = None, TokenStore
     encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys

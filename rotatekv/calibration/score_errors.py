@@ -12,6 +12,7 @@ from rotatekv.config import PRESETS
 from rotatekv.errors import UserError
 from rotatekv.families import find_text_model
 from rotatekv.methods import KVMethod, method_class
+from rotatekv.methods.fp16 import FP16
 from rotatekv.patching.patch import build_methods
 from rotatekv.patching.watching import Attended, stream_attention
 from rotatekv.statistics import has_statistics
@@ -72,7 +73,7 @@ def presets_for(
     codecs, others, text_model = {}, {}, find_text_model(model)
     for name, config in PRESETS.items():
         kind = method_class(config).statistics_kind(config)
-        if not method_class(config).quantizes:
+        if method_class(config) is FP16:
             continue
         if kind not in (None, made) and not has_statistics(kind, model.name_or_path):
             others[name] = f"no statistics of the kind {kind}"

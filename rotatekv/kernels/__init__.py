@@ -1,5 +1,1 @@
-"""Quantize and its inverse. ``reference.py`` is the specification in plain torch."""
-
-from rotatekv.kernels.quantize import Packed, dequantize, quantize
-
-__all__ = ["Packed", "dequantize", "quantize"]
+"""The arithmetic. The files here are its specification in torch; ``cpu`` and ``triton`` compute the same, faster."""

@@ -6,8 +6,8 @@ import torch
 
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels, rotate_channels
-from rotatekv.kernels.layout import unpack_blocks, write_blocks
-from rotatekv.kernels.quantize import FINE_SCALE, Packed, dequantize, quantize
+from rotatekv.kernels.layout import Packed, unpack_blocks, write_blocks
+from rotatekv.kernels.quantize import FINE_SCALE, dequantize, quantize
 
 
 def quantize_into_blocks_reference(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
-from rotatekv.kernels.quantize import FINE_SCALE, Packed
+from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
+from rotatekv.kernels.quantize import FINE_SCALE
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
 

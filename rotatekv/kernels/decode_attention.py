@@ -9,8 +9,8 @@ import torch
 
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.hadamard import channels_to_heads, rotate_channels
-from rotatekv.kernels.layout import unpack_blocks, unpack_planes
-from rotatekv.kernels.quantize import Packed, dequantize
+from rotatekv.kernels.layout import Packed, unpack_blocks, unpack_planes
+from rotatekv.kernels.quantize import dequantize
 from rotatekv.kernels.rope_tables import RopeTables
 
 

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.quantize import FINE_SCALE, Packed
+from rotatekv.kernels.quantize import FINE_SCALE
 
+Packed = dict[str, torch.Tensor]  # the planes of one cache tensor, by name
 BLOCK = 16  # tokens
 HIGH_PLANE = {3: (torch.int16, 1), 4: (torch.int32, 2)}  # bits → dtype of the high plane, its bits per token
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-Packed = dict[str, torch.Tensor]
-
 # PAPER: its 2.25 average bits suggest a 16-bit scale and zero point; here the scale is a float16 and the zero an int8.
 # The stored zero point is an int8, so a group whose values all lie far from zero needs a scale of at least
 # |value| / 127: a constant group keeps a relative error below 0.4 % down to 1e-4, where float16 scales end.
@@ -105,7 +103,7 @@ def quantize(
     group_of_channel: torch.Tensor,
     clip_ratio: float = 1.0,
     fine: bool = False,
-) -> Packed:
+) -> dict[str, torch.Tensor]:
     """Round channels that lie anywhere: those of one group share a scale and a zero point; see ``quantize_groups``.
 
     Args:

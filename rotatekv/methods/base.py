@@ -5,23 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
-from rotatekv.kernels import Packed
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels
-from rotatekv.methods.stores import HeadForm, Store, TokenStore
+from rotatekv.methods.formats import BlockFormat, FusedDecode
+from rotatekv.methods.stores import Encoded, Store, TokenStore
 
 Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as statistics.py loads them
 
-_NEUTRAL = {  # what a flag must be for a method that has no use for it; a switch: False
+# The fields of QuantConfig that not every method has a use for, and what they are where it has none.
+# head_group_num is not among them: it means nothing without Grouped_Head_Key_Rotation.
+_UNUSED = {
     "k_groupsize": None,
     "v_groupsize": None,
     "k_clip_ratio": 1.0,
     "v_clip_ratio": 1.0,
-    "head_group_num": 1,
+    "Grouped_Head_Key_Rotation": False,
+    "Outlier_Aware_Key_Rotation": False,
     "extra_bit_share": 0.0,
 }
 
@@ -43,48 +47,52 @@ class KVMethod(ABC):
     """Turns one layer's keys and values into what is stored, and back.
 
     Writing: ``keys_in`` moves (B, H_kv, T, D) heads to the space that is quantized, (B, T, H_kv·D) channels;
-    ``encode_*`` makes per-token tensors (B, T, ...) of them, and the ``*_store`` keeps those. Reading: ``decode_*``
-    takes the per-token tensors, ``keys_out`` moves back. So the cache can cut, join and reorder without knowing the
-    method. The keys are those before RoPE where ``keys_before_rope`` says so. The default space is the keys and values
-    as they are.
+    ``encode_keys`` makes per-token tensors (B, T, ...) of them, and ``key_store`` keeps those. Reading: ``decode_keys``
+    takes the per-token tensors, ``keys_out`` moves back. Values have the same five. So the cache can cut, join and
+    reorder tokens without knowing the method.
 
     A codec is immutable and shared by all caches of a model; calibrated statistics are the codec's, not the cache's.
 
     Attributes:
-        k_bits, v_bits: of this layer; the config's, unless the method says otherwise.
-        statistics: those of the layer's calibrated tensors that the codec uses; they decide what its bytes mean.
+        flags: the fields of ``QuantConfig`` that mean something to the method, of those that do not to all methods.
+        sink_selections: the values of ``QuantConfig.sink_selection`` that it can serve.
         tokens_per_flush: tokens leave the recent window in multiples of it, so ``encode_*`` gets whole groups.
-        unused_flags: fields of ``QuantConfig`` that mean nothing to the method: any but the default is refused.
+        keys_before_rope: keys come before RoPE is applied; otherwise after.
+        key_format, value_format: how a kernel reads the stores' blocks, all that ``decode_*`` and ``*_out`` do. None:
+            no kernel does, they do it.
+        k_bits, v_bits: of this layer; the config's, unless the method says otherwise.
+        sink_threshold: of a hidden-state entry, for ``sink_selection`` "massive".
+        statistics: those of the layer's calibrated tensors that the codec uses; they decide what its bytes mean.
     """
 
+    flags: tuple[str, ...] = ()
+    sink_selections: tuple[str, ...] = ("detected", "first")
     tokens_per_flush = 1
-    unused_flags: tuple[str, ...] = ()
-    finds_massive_tokens = False  # it has a sink_threshold
-    sink_threshold: float | None = None  # of a hidden-state entry, for sink_selection "massive"
-    gives_extra_bits = False  # extra_bit_share means something to it
     keys_before_rope = False
-    quantizes = True
-    key_tokens_per_scale = 0  # tokens that share a channel's scale of the keys; 0: scales are per token
-    can_fuse = False  # decode attention has a fused kernel: RTN.decode_options
-    # How a kernel reads the stores' blocks: all that decode_* and *_out do. None: there is none, they do it.
-    key_form: HeadForm | None = None
-    value_form: HeadForm | None = None
+    key_format: BlockFormat | None = None
+    value_format: BlockFormat | None = None
+    sink_threshold: float | None = None
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
-        self.config, self.layer = config, layer
-        self.statistics: Statistics = {}
-        self._refuse_unused_flags()
-        if config.sink_selection == "massive" and not self.finds_massive_tokens:
-            raise UserError(f"{type(self).__name__} has no thresholds for sink_selection massive: detected or first")
+    def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
+        self.check(config, geometry)
+        self.config, self.geometry = config, geometry
         self.k_bits, self.v_bits = config.k_bits, config.v_bits
-        self.k_groupsize = config.k_groupsize or layer.head_dim
-        self.v_groupsize = config.v_groupsize or layer.head_dim
-        if self.quantizes:
-            self._check_shapes()
+        self.statistics: Statistics = {}
+
+    @classmethod
+    def check(cls, config: QuantConfig, geometry: LayerGeometry) -> None:
+        """Raises UserError for a config that the method cannot follow in such a layer."""
+        unused = [flag for flag in _UNUSED if flag not in cls.flags and getattr(config, flag) != _UNUSED[flag]]
+        if unused:
+            given = ", ".join(unused)
+            raise UserError(f"{cls.__name__} has no use for {given}: leave out {given}, or take another method")
+        if config.sink_selection not in cls.sink_selections:
+            choices = " or ".join(cls.sink_selections)
+            raise UserError(f"{cls.__name__} has no thresholds for sink_selection {config.sink_selection}: {choices}")
 
     @classmethod
     def statistics_kind(cls, config: QuantConfig) -> str | None:
-        """Which calibrated statistics the codec needs, a name in ``calibration.KINDS``; None: none."""
+        """Which calibrated statistics the codec needs, a name in ``statistics.KINDS``; None: none."""
         return None
 
     def use_statistics(self, statistics: Statistics | None, *names: str) -> list[torch.Tensor]:
@@ -99,42 +107,29 @@ class KVMethod(ABC):
         self.statistics = {name: statistics[name] for name in names}
         return list(self.statistics.values())
 
-    def _check_shapes(self) -> None:
-        layer = self.layer
-        self._check_key_groups()
-        if layer.head_dim % self.v_groupsize:
-            fits = _largest_divisor(layer.head_dim, self.v_groupsize)
-            raise UserError(
-                f"v_groupsize {self.v_groupsize} does not divide head_dim {layer.head_dim}: --v_groupsize {fits} does"
-            )
-
-    def _check_key_groups(self) -> None:
-        layer = self.layer
-        if layer.channels % self.k_groupsize:
-            fits = _largest_divisor(layer.channels, self.k_groupsize)
-            raise UserError(
-                f"k_groupsize {self.k_groupsize} does not divide the {layer.channels} key channels "
-                f"({layer.num_key_value_heads} heads × {layer.head_dim}): --k_groupsize {fits} does"
-            )
-
-    def _refuse_unused_flags(self) -> None:
-        unused = self.unused_flags if self.gives_extra_bits else (*self.unused_flags, "extra_bit_share")
-        given = [flag for flag in unused if getattr(self.config, flag) != _NEUTRAL.get(flag, False)]
-        if given:
-            flags = ", ".join(given)
-            raise UserError(f"{type(self).__name__} has no use for {flags}: leave out {flags}, or take another method")
-
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return heads_to_channels(keys)  # (B, T, H_kv·D)
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
-        return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
+        return channels_to_heads(channels, self.geometry.head_dim)  # (B, H_kv, T, D)
 
     def values_in(self, values: torch.Tensor) -> torch.Tensor:
         return heads_to_channels(values)  # (B, T, H_kv·D)
 
     def values_out(self, channels: torch.Tensor) -> torch.Tensor:
-        return channels_to_heads(channels, self.layer.head_dim)  # (B, H_kv, T, D)
+        return channels_to_heads(channels, self.geometry.head_dim)  # (B, H_kv, T, D)
+
+    @abstractmethod
+    def encode_keys(self, channels: torch.Tensor) -> Encoded: ...
+
+    @abstractmethod
+    def decode_keys(self, tokens: Encoded) -> torch.Tensor: ...
+
+    @abstractmethod
+    def encode_values(self, channels: torch.Tensor) -> Encoded: ...
+
+    @abstractmethod
+    def decode_values(self, tokens: Encoded) -> torch.Tensor: ...
 
     def key_store(self) -> Store:
         return TokenStore()
@@ -142,22 +137,10 @@ class KVMethod(ABC):
     def value_store(self) -> Store:
         return TokenStore()
 
-    @abstractmethod
-    def encode_keys(self, channels: torch.Tensor) -> Packed: ...
-
-    @abstractmethod
-    def decode_keys(self, tokens: Packed) -> torch.Tensor: ...
-
-    @abstractmethod
-    def encode_values(self, channels: torch.Tensor) -> Packed: ...
-
-    @abstractmethod
-    def decode_values(self, tokens: Packed) -> torch.Tensor: ...
+    @cached_property
+    def fused_decode(self) -> FusedDecode | None:
+        """Attention in one kernel that reads the blocks as they lie; None: there is none for these formats."""
+        return FusedDecode.of(self.key_format, self.value_format)
 
     def __deepcopy__(self, memo: dict) -> KVMethod:
         return self
-
-
-def _largest_divisor(n: int, most: int) -> int:
-    """The largest divisor of n up to ``most``."""
-    return next(size for size in range(min(n, most), 0, -1) if n % size == 0)

@@ -6,27 +6,30 @@ from dataclasses import fields, replace
 
 import torch
 
-from rotatekv.config import PRESETS, QuantConfig
+from rotatekv.config import QuantConfig, baseline
 from rotatekv.errors import UserError
-from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
+from rotatekv.methods.base import KVMethod, LayerGeometry
+from rotatekv.methods.registry import register
+from rotatekv.methods.stores import Encoded
+
+_PRESET = baseline("fp16", bits=4)  # its bits mean nothing
 
 
+@register("fp16", presets={"FP16": _PRESET})
 class FP16(KVMethod):
     """Stores post-RoPE keys and values as they are; the baseline of every table."""
 
-    quantizes = False
-
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
-        super().__init__(config, layer, statistics)
-        preset = replace(PRESETS["FP16"], method=config.method)
+    @classmethod
+    def check(cls, config: QuantConfig, geometry: LayerGeometry) -> None:
+        preset = replace(_PRESET, method=config.method)
         changed = [field.name for field in fields(config) if getattr(config, field.name) != getattr(preset, field.name)]
         if changed:
             raise UserError(f"FP16 quantizes nothing: leave out {', '.join(changed)}")
 
-    def encode_keys(self, channels: torch.Tensor) -> Packed:
+    def encode_keys(self, channels: torch.Tensor) -> Encoded:
         return {"raw": channels}
 
-    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+    def decode_keys(self, tokens: Encoded) -> torch.Tensor:
         return tokens["raw"]
 
     encode_values, decode_values = encode_keys, decode_keys

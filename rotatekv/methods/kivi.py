@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
-from rotatekv.config import QuantConfig
+from rotatekv.config import QuantConfig, baseline
 from rotatekv.kernels.layout import BLOCK
 from rotatekv.kernels.quantize import dequantize_groups, quantize_groups
-from rotatekv.methods.base import LayerGeometry, Packed, Statistics
-from rotatekv.methods.rtn import RTN
-from rotatekv.methods.stores import HeadForm, PlaneStore
+from rotatekv.methods.base import LayerGeometry, Statistics
+from rotatekv.methods.formats import BlockFormat
+from rotatekv.methods.grouped import GroupedCodec
+from rotatekv.methods.registry import register
+from rotatekv.methods.stores import Encoded, PlaneStore
 
 DEFAULT_GROUP = 32  # tokens
 
 
-class KIVI(RTN):
+def _preset(bits: int) -> QuantConfig:
+    return baseline("kivi", bits, k_groupsize=32, v_groupsize=32, residual_length=128)  # its experimental settings
+
+
+@register("kivi", presets={f"KIVI{bits}": _preset(bits) for bits in (2, 4)})
+class KIVI(GroupedCodec):
     """Asymmetric rounding of post-RoPE keys per channel and of values per token (its algorithm 1).
 
     A channel of ``k_groupsize`` consecutive tokens shares a scale and a zero point, so that a channel that is large
@@ -36,33 +45,31 @@ class KIVI(RTN):
     # AUTHORS: groups count from the left padding, so that a padded row is another one than alone.
     # AUTHORS: they store a group's minimum in 16 bits; here the zero point is an int8, as for every method, which
     # widens the scale of a group that lies further from 0 than 127 / (2^bits − 1) times its range.
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
-        super().__init__(config, layer, statistics)
+    def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
+        super().__init__(config, geometry, statistics)
         self.tokens_per_flush = self.k_groupsize = config.k_groupsize or DEFAULT_GROUP
-        self.key_tokens_per_scale, self.key_groups = self.k_groupsize, None
 
-    @property
-    def can_fuse(self) -> bool:
-        return super().can_fuse and self.k_groupsize % BLOCK == 0  # one scale for all tokens of a block
-
-    @property
-    def key_form(self) -> HeadForm | None:
-        return super().key_form if self.k_groupsize % BLOCK == 0 and self.layer.channels % 16 == 0 else None
-
-    def _check_key_groups(self) -> None:
+    @classmethod
+    def check_key_groups(cls, config: QuantConfig, geometry: LayerGeometry) -> None:
         """Any number of tokens makes a group."""
+
+    @cached_property
+    def key_format(self) -> BlockFormat | None:
+        if self.k_groupsize % BLOCK or self.geometry.channels % 16:  # a kernel wants one scale for a block's tokens
+            return None
+        return BlockFormat(self.k_bits, self.geometry.head_dim, groups=None, tokens_per_scale=self.k_groupsize)
 
     def key_store(self) -> PlaneStore:
         return PlaneStore(self.k_bits, self.tokens_per_flush)
 
-    def encode_keys(self, channels: torch.Tensor) -> Packed:
+    def encode_keys(self, channels: torch.Tensor) -> Encoded:
         """(B, T, C), T a multiple of g → ``codes`` (B, T, C), ``scale`` and ``zero`` (B, T / g, C)."""
         columns = channels.unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
         codes, scale, zero = quantize_groups(columns, self.k_bits, self.k_groupsize, self.k_clip_ratio)
         codes = codes.transpose(2, 3).flatten(1, 2)  # (B, T, C)
         return {"codes": codes, "scale": scale.squeeze(-1), "zero": zero.squeeze(-1)}
 
-    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+    def decode_keys(self, tokens: Encoded) -> torch.Tensor:
         codes = tokens["codes"].unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
         scale, zero = (tokens[name].unsqueeze(-1) for name in ("scale", "zero"))  # (B, T / g, C, 1)
         return dequantize_groups(codes, scale, zero).transpose(2, 3).flatten(1, 2)  # (B, T, C)

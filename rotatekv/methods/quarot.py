@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from rotatekv.config import SUPPORTED_BITS, QuantConfig, baseline
+from rotatekv.methods.grouped import GroupedCodec
+from rotatekv.methods.registry import register
 from rotatekv.methods.rotatekv import RotateKV
 
 
+def _preset(bits: int) -> QuantConfig:
+    return baseline("quarot", bits, k_clip_ratio=0.95, v_clip_ratio=0.95)  # its experimental setup
+
+
+@register("quarot", presets={f"QuaRot{bits}": _preset(bits) for bits in SUPPORTED_BITS})
 class QuaRot(RotateKV):
     """Its KV-cache quantization alone: RotateKV without grouped heads, reordering and sinks.
 
@@ -14,4 +22,4 @@ class QuaRot(RotateKV):
 
     # PAPER: queries are rotated as well and keys stay so; here keys are rotated back on read, which gives the same
     # scores. Weights and activations stay as they are: the rotation of the residual stream changes no key or value.
-    unused_flags = ("Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")
+    flags = GroupedCodec.flags

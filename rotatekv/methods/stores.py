@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from rotatekv.kernels import Packed
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import (
     BLOCK,
     Blocks,
+    Packed,
     allocate_blocks,
     allocate_planes,
     unpack_blocks,
@@ -21,6 +19,9 @@ from rotatekv.kernels.layout import (
     write_blocks,
     write_codes,
 )
+from rotatekv.methods.formats import BlockFormat, ChannelGroups
+
+Encoded = dict[str, torch.Tensor]  # what a codec makes of T tokens, by name: (B, T, ...) each, or (B, T / g, ...)
 
 
 class Store(ABC):
@@ -33,15 +34,15 @@ class Store(ABC):
         self.tensors: Packed = {}
 
     @abstractmethod
-    def append(self, new: Packed) -> None:
+    def append(self, new: Encoded) -> None:
         """Add tokens, per-token tensors (B, T, ...)."""
 
     def add(
         self,
         heads: torch.Tensor,
-        encode: Callable[[torch.Tensor], Packed],
+        encode: Callable[[torch.Tensor], Encoded],
         kernels: ModuleType | None = None,
-        form: HeadForm | None = None,
+        form: BlockFormat | None = None,
         unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Encode (B, H_kv, T, D) heads with the codec's ``encode`` and append them.
@@ -53,7 +54,7 @@ class Store(ABC):
         self.append(encode(heads))
 
     @abstractmethod
-    def tokens(self) -> Packed:
+    def tokens(self) -> Encoded:
         """All tokens, as they were appended."""
 
     @abstractmethod
@@ -85,14 +86,14 @@ class Store(ABC):
 class TokenStore(Store):
     """Tensors as they are, joined along T."""
 
-    def append(self, new: Packed) -> None:
+    def append(self, new: Encoded) -> None:
         self.length += next(iter(new.values())).shape[1]
         if self.tensors:
             self.tensors = {name: torch.cat([self.tensors[name], x], dim=1) for name, x in new.items()}
         else:
             self.tensors = {name: _whole(x) for name, x in new.items()}
 
-    def tokens(self) -> Packed:
+    def tokens(self) -> Encoded:
         return self.tensors
 
     def crop(self, length: int) -> None:
@@ -111,67 +112,6 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x if is_whole else x.clone(memory_format=torch.contiguous_format)
 
 
-class Constant:
-    """A tensor that never changes, copied once to each device that asks for it."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor.contiguous()
-        self._copies = {tensor.device: self.tensor}
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        found = self._copies.get(device)
-        if found is None:
-            found = self._copies[device] = self.tensor.to(device)
-        return found
-
-
-@dataclass(frozen=True)
-class HeadForm:
-    """How the channels of a store's blocks become heads again, for a kernel to read.
-
-    Args:
-        head_dim: D.
-        groups: the channels that share a scale; None: each has its own.
-        rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
-        tokens_per_scale: tokens that share a channel's scale, a multiple of 16; 0: scales are per token.
-        factor, offset: (C,) float32, ``x·factor + offset`` after the rotation is undone; None: nothing of it.
-    """
-
-    head_dim: int
-    groups: ChannelGroups | None
-    rotation_width: int = 0
-    tokens_per_scale: int = 0
-    factor: Constant | None = None
-    offset: Constant | None = None
-
-    def groups_on(self, device: torch.device) -> torch.Tensor | None:
-        return None if self.groups is None else self.groups.of_channel.on(device)
-
-    def affine_on(self, device: torch.device) -> Affine | None:
-        return None if self.factor is None else Affine(self.factor.on(device), self.offset.on(device))
-
-
-class ChannelGroups:
-    """Which channels share a scale and a zero point; made once per codec, so that its caches hold no copy.
-
-    Attributes:
-        size: channels of a group.
-        of_channel: (C,) int32, each channel's group.
-        order: (C,) int32, the channels group after group, as the kernels that write want them; None: 0 … C − 1.
-    """
-
-    def __init__(self, of_channel: torch.Tensor):
-        order = torch.argsort(of_channel, stable=True)
-        self.size = len(order) // (int(of_channel.max()) + 1)
-        self.of_channel = Constant(of_channel.int())
-        is_consecutive = bool((of_channel.diff() >= 0).all())
-        self.order = None if is_consecutive else Constant(order.int())
-
-    @classmethod
-    def consecutive(cls, channels: int, size: int) -> ChannelGroups:
-        return cls(torch.arange(channels, dtype=torch.int32, device="cpu") // size)
-
-
 class CodeStore(Store):
     """Codes in the bit planes of ``kernels/layout.py``, ``bits`` per code: what a kernel can read."""
 
@@ -184,7 +124,7 @@ class CodeStore(Store):
         held = self.tensors["low"].shape[1] if self.tensors else 0
         return -(-(self.length + tokens) // BLOCK) - held
 
-    def heads(self, form: HeadForm, room: int, kernels: ModuleType) -> torch.Tensor:
+    def heads(self, form: BlockFormat, room: int, kernels: ModuleType) -> torch.Tensor:
         """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set."""
         low = self.tensors["low"]
         shape = low.shape[0], low.shape[2] // form.head_dim, room, form.head_dim
@@ -206,17 +146,17 @@ class BlockStore(CodeStore):
 
     Args:
         bits: per code.
-        groups: the channels that share a scale. clip_ratio, fine: see ``quantize.quantize_groups``.
+        groups: the channels that share a scale. clip_ratio, compact_scales: see ``quantize.quantize_groups``.
     """
 
     is_written_by_kernels = True
 
-    def __init__(self, bits: int, groups: ChannelGroups, clip_ratio: float = 1.0, fine: bool = False):
+    def __init__(self, bits: int, groups: ChannelGroups, clip_ratio: float = 1.0, compact_scales: bool = False):
         super().__init__(bits)
         self.tensors = Blocks({})
-        self.groups, self.clip_ratio, self.fine = groups, clip_ratio, fine
+        self.groups, self.clip_ratio, self.compact_scales = groups, clip_ratio, compact_scales
 
-    def append(self, new: Packed) -> None:
+    def append(self, new: Encoded) -> None:
         codes = new["codes"]  # (B, T, C)
         self.reserve(*codes.shape, codes.device)
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
@@ -225,9 +165,9 @@ class BlockStore(CodeStore):
     def add(
         self,
         heads: torch.Tensor,
-        encode: Callable[[torch.Tensor], Packed],
+        encode: Callable[[torch.Tensor], Encoded],
         kernels: ModuleType | None = None,
-        form: HeadForm | None = None,
+        form: BlockFormat | None = None,
         unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         if kernels is None:
@@ -255,12 +195,12 @@ class BlockStore(CodeStore):
         missing = self.missing_blocks(tokens)
         if missing > 0:
             groups = channels // self.groups.size
-            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device, self.fine)
+            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device, self.compact_scales)
             if self.tensors:
                 fresh = Blocks({name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()})
             self.tensors = fresh
 
-    def tokens(self) -> Packed:
+    def tokens(self) -> Encoded:
         codes, scale, zero = unpack_blocks(self.tensors, self.length, self.bits)
         return {"codes": codes, "scale": scale, "zero": zero}
 
@@ -281,7 +221,7 @@ class BlockStore(CodeStore):
 
 
 class PlaneStore(CodeStore):
-    """Codes in the bit planes of ``kernels/layout.py``, beside side tensors with one row per ``tokens_per_row`` tokens.
+    """Codes in the bit planes of ``kernels/layout.py``, and tensors with one row per ``tokens_per_row`` tokens.
 
     For T tokens of C channels, N = ceil(T / 16) and g = ``tokens_per_row``:
 
@@ -299,8 +239,8 @@ class PlaneStore(CodeStore):
         super().__init__(bits)
         self.tokens_per_row = tokens_per_row
 
-    def append(self, new: Packed) -> None:
-        """Add T tokens: ``codes`` (B, T, C) uint8 and side tensors (B, T / g, ...) (ValueError: cut groups)."""
+    def append(self, new: Encoded) -> None:
+        """Add T tokens: ``codes`` (B, T, C) uint8 and others (B, T / g, ...) (ValueError: cut groups)."""
         codes = new["codes"]
         self._check_whole(codes.shape[1])
         batch, tokens, channels = codes.shape
@@ -313,9 +253,9 @@ class PlaneStore(CodeStore):
         write_codes(self._planes(), self.length, codes, self.bits)
         self.length += tokens
 
-    def tokens(self) -> Packed:
-        sides = {name: x for name, x in self.tensors.items() if name not in ("low", "high")}
-        return {"codes": unpack_codes(self._planes(), self.length, self.bits), **sides}
+    def tokens(self) -> Encoded:
+        others = {name: x for name, x in self.tensors.items() if name not in ("low", "high")}
+        return {"codes": unpack_codes(self._planes(), self.length, self.bits), **others}
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens, whole groups (ValueError otherwise); the others' bytes are freed."""

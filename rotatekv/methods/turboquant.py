@@ -8,12 +8,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from rotatekv.config import QuantConfig
+from rotatekv.config import SUPPORTED_BITS, QuantConfig, baseline
 from rotatekv.errors import UserError
 from rotatekv.kernels.hadamard import channels_to_heads, has_hadamard, heads_to_channels, no_hadamard, rotate_channels
-from rotatekv.methods.base import KVMethod, LayerGeometry, Packed, Statistics
-from rotatekv.methods.rtn import ROTATION_FLAGS
-from rotatekv.methods.stores import Constant, PlaneStore
+from rotatekv.methods.base import KVMethod, LayerGeometry, Statistics
+from rotatekv.methods.formats import PerDevice
+from rotatekv.methods.registry import register
+from rotatekv.methods.stores import Encoded, PlaneStore
 
 SIGN_SEED = 2504_19874  # of the rotation's signs: the same for every layer, head and run
 _GRID = 2**14  # intervals on which the density is integrated
@@ -21,6 +22,7 @@ _LARGEST_NORM = 65504.0  # largest float16
 _SMALLEST_NORM = 1e-30
 
 
+@register("turboquant", presets={f"TurboQuant{bits}": baseline("turboquant", bits) for bits in SUPPORTED_BITS})
 class TurboQuant(KVMethod):
     """TurboQuant_mse (algorithm 1) on post-RoPE keys and on values, each head vector x of D numbers for itself.
 
@@ -36,28 +38,31 @@ class TurboQuant(KVMethod):
     # random signs, which takes two small matmuls. For vectors of many like channels the coordinates follow lemma 1. A
     # vector with one channel alone has all of them at ±1/√D, halfway between two levels: at 2 bits and D = 128 that
     # errs by 0.26 of its square instead of theorem 1's 0.117.
-    unused_flags = (*ROTATION_FLAGS, "k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio")
 
-    def __init__(self, config: QuantConfig, layer: LayerGeometry, statistics: Statistics | None = None):
-        super().__init__(config, layer, statistics)
-        if not has_hadamard(layer.head_dim):
-            raise UserError(no_hadamard(layer.head_dim))
+    def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
+        super().__init__(config, geometry, statistics)
         generator = torch.Generator(device="cpu").manual_seed(SIGN_SEED)
-        drawn = torch.randint(2, (layer.head_dim,), generator=generator, dtype=torch.int64, device="cpu")
+        drawn = torch.randint(2, (geometry.head_dim,), generator=generator, dtype=torch.int64, device="cpu")
         signs = drawn.mul(2).sub(1).float()  # (D,) ±1
         levels = (
-            torch.tensor(sphere_levels(layer.head_dim, bits), dtype=torch.float32, device="cpu")
+            torch.tensor(sphere_levels(geometry.head_dim, bits), dtype=torch.float32, device="cpu")
             for bits in (config.k_bits, config.v_bits)
         )
-        self.signs, self.key_levels, self.value_levels = map(Constant, (signs, *levels))
+        self.signs, self.key_levels, self.value_levels = map(PerDevice, (signs, *levels))
+
+    @classmethod
+    def check(cls, config: QuantConfig, geometry: LayerGeometry) -> None:
+        super().check(config, geometry)
+        if not has_hadamard(geometry.head_dim):
+            raise UserError(no_hadamard(geometry.head_dim))
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         signed = keys.float() * self.signs.on(keys.device)
-        return rotate_channels(heads_to_channels(signed), self.layer.head_dim)  # (B, T, H_kv·D)
+        return rotate_channels(heads_to_channels(signed), self.geometry.head_dim)  # (B, T, H_kv·D)
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
-        signed = rotate_channels(channels.float(), self.layer.head_dim, inverse=True)  # (B, T, H_kv·D)
-        return channels_to_heads(signed, self.layer.head_dim) * self.signs.on(channels.device)  # (B, H_kv, T, D)
+        signed = rotate_channels(channels.float(), self.geometry.head_dim, inverse=True)  # (B, T, H_kv·D)
+        return channels_to_heads(signed, self.geometry.head_dim) * self.signs.on(channels.device)  # (B, H_kv, T, D)
 
     values_in, values_out = keys_in, keys_out
 
@@ -67,29 +72,29 @@ class TurboQuant(KVMethod):
     def value_store(self) -> PlaneStore:
         return PlaneStore(self.v_bits)
 
-    def encode_keys(self, channels: torch.Tensor) -> Packed:
+    def encode_keys(self, channels: torch.Tensor) -> Encoded:
         return self._encode(channels, self.key_levels)
 
-    def decode_keys(self, tokens: Packed) -> torch.Tensor:
+    def decode_keys(self, tokens: Encoded) -> torch.Tensor:
         return self._decode(tokens, self.key_levels)
 
-    def encode_values(self, channels: torch.Tensor) -> Packed:
+    def encode_values(self, channels: torch.Tensor) -> Encoded:
         return self._encode(channels, self.value_levels)
 
-    def decode_values(self, tokens: Packed) -> torch.Tensor:
+    def decode_values(self, tokens: Encoded) -> torch.Tensor:
         return self._decode(tokens, self.value_levels)
 
-    def _encode(self, channels: torch.Tensor, levels: Constant) -> Packed:
+    def _encode(self, channels: torch.Tensor, levels: PerDevice) -> Encoded:
         """(B, T, H_kv·D), rotated → ``codes`` (B, T, H_kv·D) uint8, ``norm`` (B, T, H_kv) float16."""
-        heads = channels.float().unflatten(-1, (-1, self.layer.head_dim))  # (B, T, H_kv, D)
+        heads = channels.float().unflatten(-1, (-1, self.geometry.head_dim))  # (B, T, H_kv, D)
         norm = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
         rising = levels.on(channels.device)
         between = (rising[1:] + rising[:-1]) / 2
         codes = torch.bucketize(heads / norm.clamp_min(_SMALLEST_NORM), between, out_int32=True)
         return {"codes": codes.byte().flatten(2), "norm": norm[..., 0].clamp_max(_LARGEST_NORM).half()}
 
-    def _decode(self, tokens: Packed, levels: Constant) -> torch.Tensor:
-        codes = tokens["codes"].unflatten(-1, (-1, self.layer.head_dim))  # (B, T, H_kv, D)
+    def _decode(self, tokens: Encoded, levels: PerDevice) -> torch.Tensor:
+        codes = tokens["codes"].unflatten(-1, (-1, self.geometry.head_dim))  # (B, T, H_kv, D)
         heads = levels.on(codes.device)[codes.int()]
         return (heads * tokens["norm"].float().unsqueeze(-1)).flatten(2)  # (B, T, H_kv·D)
 

@@ -29,7 +29,7 @@ from rotatekv.patching.handle import PatchHandle
 from rotatekv.patching.hooks import GENERATION, enter_forward, leave_forward
 from rotatekv.patching.proof import prove
 from rotatekv.rope import LayerRope, ModelRope, rotary_function
-from rotatekv.statistics import CalibrationTarget, load_statistics, placeholders
+from rotatekv.statistics import CalibrationTarget, load_statistics
 
 
 def patch_model(
@@ -138,7 +138,7 @@ def build_methods(
     first = first_geometry(text_model)
     statistics = {}
     if (kind := method_class(config).statistics_kind(config)) is not None:
-        build_method(config, first, placeholders(kind, first.channels))  # a bad config before a missing file
+        method_class(config).check(config, first)  # a bad config before a missing file
         group = resolved_head_group(text_model, config)
         weights = calibration_digests(text_model)
         target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group, weights)
@@ -159,7 +159,7 @@ def plan_fingerprint(model, config: QuantConfig, calibration_file: str | Path | 
 def _fingerprint(model, config: QuantConfig, methods: Sequence[KVMethod | None]) -> str:
     """A hash of all but the weights that decides what a cache's bytes mean."""
     held = [method for method in methods if method is not None]
-    first = held[0].layer
+    first = held[0].geometry
     identity = {"model": model.name_or_path, "config": config.to_dict(), "layers": len(methods)}
     identity |= {"heads": first.num_key_value_heads, "head_dim": first.head_dim}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())

@@ -25,8 +25,7 @@ from rotatekv.kernels.cpu.checks import (
     strided_pointer,
 )
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
-from rotatekv.kernels.layout import Blocks
-from rotatekv.kernels.quantize import Packed
+from rotatekv.kernels.layout import Blocks, Packed
 
 __all__ = [
     "READS_TOKEN_GROUPS",

@@ -13,8 +13,8 @@ import torch
 from rotatekv.kernels.checks import packed_planes, rope_planes
 from rotatekv.kernels.cpu.arguments import HadamardBase, PackedPointers
 from rotatekv.kernels.hadamard import base_matrix, hadamard_base
-from rotatekv.kernels.layout import Blocks
-from rotatekv.kernels.quantize import FINE_SCALE, Packed
+from rotatekv.kernels.layout import Blocks, Packed
+from rotatekv.kernels.quantize import FINE_SCALE
 from rotatekv.kernels.rope_tables import RopeTables
 
 _Arguments = TypeVar("_Arguments", bound=ctypes.Structure)

@@ -25,7 +25,7 @@ from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.blocks import dequantize_blocks_reference, quantize_into_blocks_reference
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens, decode_attention_reference
-from rotatekv.kernels.quantize import Packed
+from rotatekv.kernels.layout import Packed
 from rotatekv.kernels.triton.checks import (
     FLOATS,
     check,

@@ -8,8 +8,7 @@ from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import packed_planes, rope_planes, shape_of
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.hadamard import has_hadamard
-from rotatekv.kernels.layout import BLOCK
-from rotatekv.kernels.quantize import Packed
+from rotatekv.kernels.layout import BLOCK, Packed
 from rotatekv.kernels.rope_tables import RopeTables
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

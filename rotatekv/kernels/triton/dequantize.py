@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 
 from rotatekv.kernels.affine import Affine
-from rotatekv.kernels.layout import HIGH_PLANE
-from rotatekv.kernels.quantize import Packed
+from rotatekv.kernels.layout import HIGH_PLANE, Packed
 from rotatekv.kernels.triton.plan import factor, matrices
 from rotatekv.kernels.triton.start import start
 from rotatekv.kernels.triton.tiles import (

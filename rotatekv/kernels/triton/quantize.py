@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 
 from rotatekv.kernels.affine import Affine
-from rotatekv.kernels.layout import BLOCK, HIGH_PLANE
-from rotatekv.kernels.quantize import Packed
+from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.triton.plan import power_of_two
 from rotatekv.kernels.triton.start import start as start_kernel
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, wide_scale
