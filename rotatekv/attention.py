@@ -15,7 +15,7 @@ Where each idea of the paper is (docs/architecture.md draws how they hang togeth
 
     rotation             rotatekv/methods/rotatekv.py:RotateKV.keys_in
                          rotatekv/kernels/hadamard.py:rotate_channels
-    reorder              rotatekv/methods/rotatekv.py:RotateKV (which channels share a scale)
+    reorder              rotatekv/methods/rotatekv.py:RotateKV.key_groups
     attention sinks      rotatekv/cache/sinks.py:detect_sinks
     quantize and pack    rotatekv/kernels/quantize.py:quantize_groups
                          rotatekv/kernels/layout.py:write_blocks

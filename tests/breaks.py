@@ -88,8 +88,8 @@ BREAKS = (
     Break(
         "KIVI's groups",
         "rotatekv/methods/kivi.py",
-        '"scale": packed["scale"].squeeze(-1)',
-        '"scale": packed["scale"].squeeze(-1).roll(1, 1)',
+        '"scale": scale.squeeze(-1)',
+        '"scale": scale.squeeze(-1).roll(1, 1)',
         ("methods.py::test_a_codec_gives_what_its_paper_says[KIVI2]",),
     ),
     Break(
