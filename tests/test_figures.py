@@ -75,9 +75,8 @@ def draw(name: str, *flags: str) -> None:
 def drawn(name: str, monkeypatch, *flags: str) -> dict[str, list]:
     """Titles of the figure's panels → the panels, as a reader would be shown them."""
     kept = []
-    module = importlib.import_module(f"visualize.{name}")
-    monkeypatch.setattr(module, "save_png", lambda figure, output, description: kept.append(figure))
-    module.main(list(flags))
+    monkeypatch.setattr("visualize.common.save", lambda drawing, output: kept.append(drawing.figure))
+    draw(name, *flags)
     panels = {}
     for panel in kept[0].axes:
         panels.setdefault(panel.get_title() or panel.get_title(loc="left") or panel.get_ylabel(), []).append(panel)

@@ -17,53 +17,39 @@ from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds
 # isort: split
 import torch
 
-from rotatekv.capture.files import Capture, read_capture
-from rotatekv.cli import check_positive
-from rotatekv.evals.colours import COLOURS, PALETTE
-from rotatekv.scripts import exit_on_user_error
+from rotatekv.capture.files import read_capture
 from visualize.common import (
+    COLOURS,
+    PALETTE,
     SINK_COLOUR,
+    Capture,
+    Drawing,
     Figure,
-    add_layer_argument,
-    figure_parser,
+    figure_script,
     pick_heads,
     pick_layer,
-    save_png,
-    set_title,
     token_label,
 )
 
-_MOST_HEADS = 4
 _FAINTEST = 1e-4  # weights below share the darkest colour
 _NAMED = 3  # tokens named by their text in the lower panel
 _FEWEST_QUERIES = 64  # a mean over fewer later queries is noise and is not drawn, of short windows over fewer than half
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = figure_parser(__doc__, "attention_sinks.png")
-    add_layer_argument(parser)
-    parser.add_argument("--heads", help="places of the heads in the file, 0,2 (default: the first 4)")
-    parser.add_argument("--max_tokens", type=int, default=64, help="tokens in each map (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    check_positive(args, "max_tokens")
+@figure_script(layer=True, heads="places of the heads in the file", max_tokens=64)
+def main(args: argparse.Namespace) -> Drawing:
     capture = read_capture(args.input, "attention_scores")
     layer = pick_layer(capture, args.layer)
-    places = pick_heads(capture, args.heads, _MOST_HEADS, len(capture.info.heads))
+    places = pick_heads(capture, args.heads, len(capture.info.heads))
     scores = capture.get(layer, "scores")[places].float()  # (heads, T, T)
 
     figure = Figure(figsize=(max(8.0, 2.7 * len(places) + 1.2), 6.2), layout="constrained")
     maps, received = figure.subfigures(2, 1, height_ratios=[1.25, 1])
     draw_maps(maps, capture, scores, places, args.max_tokens)
     draw_received(received.subplots(), capture, layer, scores)
-    set_title(figure, f"Attention of layer {layer}: {capture.info.where}")
-    save_png(
+    return Drawing(
         figure,
-        args.output,
+        f"Attention of layer {layer}: {capture.info.where}",
         f"Attention of layer {layer}, {capture.info.where}: bright columns are attention sinks; "
         "dots are the tokens that the sink detector protects.",
     )

@@ -1,11 +1,13 @@
-"""What the figure scripts share: flags, colours, reading a capture, saving the PNG."""
+"""The frame of every figure: flags, reading a capture, title, saving the PNG. A figure's file is its drawing."""
 
 from __future__ import annotations
 
 import argparse
-import io
+import functools
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,27 +19,80 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from rotatekv.capture.files import Capture, read_capture
-from rotatekv.cli import make_parser
+from rotatekv.cli import check_positive, make_parser
 from rotatekv.errors import UserError
-from rotatekv.evals.colours import PALETTE
+from rotatekv.evals.figures import COLOURS, PALETTE, png_of
 from rotatekv.files import write_output
+from rotatekv.scripts import exit_on_user_error
 
+__all__ = ["COLOURS", "PALETTE", "SINK_COLOUR", "Capture", "Drawing", "Figure", "UserError", "figure_script"]
 SINK_COLOUR = PALETTE[1]
-_DPI = 130
+_INPUT = "a file of PPL_evaluation.py --save_*, or its folder (save_tensors/<model>)"
 
 
-def figure_parser(description: str, default_output: str) -> argparse.ArgumentParser:
-    """``--input`` and ``--output``, which every figure has."""
-    parser = make_parser(description)
-    parser.add_argument(
-        "--input", required=True, help="a file of PPL_evaluation.py --save_*, or its folder (save_tensors/<model>)"
-    )
-    parser.add_argument("--output", default=default_output, help="PNG to write (default: %(default)s)")
-    return parser
+@dataclass(frozen=True)
+class Drawing:
+    """What a figure's script draws; ``description`` goes into the PNG, where the report finds its caption."""
+
+    figure: Figure
+    title: str
+    description: str
 
 
-def add_layer_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layer", type=int, help="layer number (default: the first in the file)")
+def figure_script(
+    input: str = _INPUT,
+    layer: bool = False,
+    heads: str = "",
+    max_tokens: int | None = None,
+    flags: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> Callable:
+    """A function from the flags to a ``Drawing`` → the script's ``main``; its module's docstring is the help.
+
+    Args:
+        input: help of ``--input``.
+        layer: it has ``--layer``.
+        heads: help of ``--heads``; empty: it has none.
+        max_tokens: default of ``--max_tokens``; None: it has none.
+        flags: adds the script's own.
+    """
+
+    def decorate(draw: Callable[[argparse.Namespace], Drawing]) -> Callable[..., None]:
+        module = sys.modules[draw.__module__]
+
+        @exit_on_user_error
+        @functools.wraps(draw)
+        def main(argv: list[str] | None = None) -> None:
+            parser = make_parser(module.__doc__)
+            parser.add_argument("--input", required=True, help=input)
+            default = f"{Path(module.__file__).stem}.png"
+            parser.add_argument("--output", default=default, help="PNG to write (default: %(default)s)")
+            if layer:
+                parser.add_argument("--layer", type=int, help="layer number (default: the first in the file)")
+            if heads:
+                parser.add_argument("--heads", help=f"{heads}, 0,2 (default: the first 4)")
+            if max_tokens is not None:
+                more = {"type": int, "default": max_tokens}
+                parser.add_argument("--max_tokens", **more, help="first tokens drawn (default: %(default)s)")
+            flags(parser)
+            args = parser.parse_args(argv)
+            if max_tokens is not None:
+                check_positive(args, "max_tokens")
+            save(draw(args), Path(args.output))
+
+        return main
+
+    return decorate
+
+
+def save(drawing: Drawing, output: Path) -> None:
+    """Write the PNG atomically, under its title.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    set_title(drawing.figure, drawing.title)
+    write_output(output, png_of(drawing.figure, drawing.description))
+    print(output)
 
 
 def pick_layer(capture: Capture, layer: int | None) -> int:
@@ -54,14 +109,14 @@ def pick_layer(capture: Capture, layer: int | None) -> int:
     return layer
 
 
-def pick_heads(capture: Capture, asked: str | None, most: int, count: int) -> list[int]:
-    """Head numbers of a comma-separated flag, or the first ``most`` of ``count``.
+def pick_heads(capture: Capture, asked: str | None, count: int) -> list[int]:
+    """Head numbers of a comma-separated flag, or the first 4 of ``count``.
 
     Raises:
         UserError: a head that is not there.
     """
     if asked is None:
-        return list(range(min(most, count)))
+        return list(range(min(4, count)))
     try:
         heads = [int(part) for part in asked.split(",")]
     except ValueError:
@@ -113,18 +168,6 @@ def layer_axis(panel, layers: Sequence[int]) -> None:
     else:
         panel.set_xticks(layers)
     panel.set_xlabel("layer")
-
-
-def save_png(figure: Figure, output: str, description: str) -> None:
-    """Write the figure atomically; ``description`` goes into the PNG, where the report finds its caption.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=_DPI, metadata={"Description": description, "Software": "RotateKV"})
-    write_output(Path(output), content.getvalue())
-    print(Path(output))
 
 
 def token_label(text: str, longest: int = 12) -> str:

@@ -14,29 +14,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.cli import make_parser
-from rotatekv.errors import UserError
-from rotatekv.evals.colours import PALETTE
 from rotatekv.evals.results import read_metrics
-from rotatekv.scripts import exit_on_user_error
-from visualize.common import Figure, save_png, set_title
+from visualize.common import PALETTE, Drawing, Figure, UserError, figure_script
 
 _MARKERS = "osD^vP*"
 _PROTOCOL = ("dataset_sha256", "PPL_seq_length", "model", "dtype")  # what the runs of one figure share, with FP16's
 _MOST_BITS = 16.0
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--input", required=True, help="folder of perplexity runs, results/ppl/<model>")
-    parser.add_argument("--output", default="frontier.png", help="PNG to write (default: %(default)s)")
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk_size", type=int, help="draw the runs streamed by so many tokens (default: one-shot)")
-    return parser.parse_args(argv)
 
 
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@figure_script("folder of perplexity runs, results/ppl/<model>", flags=add_flags)
+def main(args: argparse.Namespace) -> Drawing:
     runs = read_runs(Path(args.input), args.chunk_size)
     lines = lines_of(runs)
     if not lines:
@@ -46,9 +37,12 @@ def main(argv: list[str] | None = None) -> None:
     first = next(iter(runs))
     how = f"streamed {args.chunk_size} tokens at a time" if args.chunk_size else "one-shot"
     title = f"{first['config']['model']}, {first['config']['dataset']}, {first['n']} windows of "
-    set_title(figure, f"{title}{first['config']['PPL_seq_length']} tokens, {how}: perplexity above FP16's")
-    save_png(figure, args.output, "Perplexity above FP16's against measured bits per key and value number, by method.")
-    print(f"{args.output}: {sum(map(len, lines.values()))} runs of {len(lines)} methods")
+    print(f"{sum(map(len, lines.values()))} runs of {len(lines)} methods")
+    return Drawing(
+        figure,
+        f"{title}{first['config']['PPL_seq_length']} tokens, {how}: perplexity above FP16's",
+        "Perplexity above FP16's against measured bits per key and value number, by method.",
+    )
 
 
 def read_runs(folder: Path, chunk_size: int | None) -> list[dict]:

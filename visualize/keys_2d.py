@@ -12,40 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.cli import check_positive
-from rotatekv.evals.colours import COLOURS
-from rotatekv.scripts import exit_on_user_error
-from visualize.common import (
-    Figure,
-    add_layer_argument,
-    figure_parser,
-    pick_heads,
-    pick_layer,
-    read_kinds,
-    save_png,
-    set_title,
-)
+from visualize.common import COLOURS, Drawing, Figure, figure_script, pick_heads, pick_layer, read_kinds
 
 _ROWS = {"k_pre_rope": "before RoPE", "k_post_rope": "after RoPE"}
-_MOST_HEADS = 4
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = figure_parser(__doc__, "keys_2d.png")
-    add_layer_argument(parser)
-    parser.add_argument("--heads", help="key heads, 0,2 (default: the first 4)")
-    parser.add_argument("--max_tokens", type=int, default=256, help="first tokens drawn (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    check_positive(args, "max_tokens")
+@figure_script(layer=True, heads="key heads", max_tokens=256)
+def main(args: argparse.Namespace) -> Drawing:
     captures = read_kinds(args.input, tuple(_ROWS))
     info = captures[0].info
     layer = pick_layer(captures[0], args.layer)
-    heads = pick_heads(captures[0], args.heads, _MOST_HEADS, info.num_key_value_heads)
+    heads = pick_heads(captures[0], args.heads, info.num_key_value_heads)
     rows = {capture.info.kind: capture.get(layer, "keys")[heads, : args.max_tokens].abs() for capture in captures}
 
     figure = Figure(figsize=(max(5.0, 2.9 * len(heads) + 1.2), 2.9 * len(rows) + 0.7), layout="constrained")
@@ -68,10 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     for panel in panels[:, 0]:
         panel.set_ylabel("channel of the head")
     figure.colorbar(image, ax=panels, aspect=35, pad=0.02).set_label("|key|")
-    set_title(figure, f"Keys of layer {layer}: {info.where}")
-    save_png(
+    return Drawing(
         figure,
-        args.output,
+        f"Keys of layer {layer}: {info.where}",
         f"Magnitude of the keys of layer {layer}, {info.where}: outlier channels show as lines along the tokens.",
     )
 

@@ -19,29 +19,16 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from rotatekv.capture.files import Capture
-from rotatekv.cli import check_positive
-from rotatekv.evals.colours import COLOURS
 from rotatekv.kernels.hadamard import heads_to_channels
-from rotatekv.scripts import exit_on_user_error
-from visualize.common import Figure, add_layer_argument, figure_parser, pick_layer, read_kinds, save_png, set_title
+from visualize.common import COLOURS, Capture, Drawing, Figure, figure_script, pick_layer, read_kinds
 
 _KINDS = ("k_pre_rope", "k_post_rope", "k_rotated")
 _PER_ROW = 2
 _MOST_POINTS = 96  # along each axis of a surface; more are joined by their maximum
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = figure_parser(__doc__, "keys_3d.png")
-    add_layer_argument(parser)
-    parser.add_argument("--max_tokens", type=int, default=256, help="first tokens drawn (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    check_positive(args, "max_tokens")
+@figure_script(layer=True, max_tokens=256)
+def main(args: argparse.Namespace) -> Drawing:
     captures = read_kinds(args.input, _KINDS)
     info = captures[0].info
     layer = pick_layer(captures[0], args.layer)
@@ -57,10 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         colours = draw_surface(panel, magnitudes, top)
         panel.set_title(f"{name}\nlargest {magnitudes.max():.1f}", fontsize=10)
     figure.colorbar(colours, cax=figure.add_axes((0.92, 0.15, 0.018, 0.65))).set_label("|key|")
-    set_title(figure, f"Keys of layer {layer}, all heads: {info.where}")
-    save_png(
+    return Drawing(
         figure,
-        args.output,
+        f"Keys of layer {layer}, all heads: {info.where}",
         f"Keys of layer {layer}, {info.where}: outlier channels are ridges; compare them after the rotation.",
     )
 

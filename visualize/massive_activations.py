@@ -13,18 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also starts from a checkout not installed
 
-from rotatekv.capture.files import Capture, read_capture
-from rotatekv.errors import UserError
-from rotatekv.evals.colours import COLOURS, PALETTE
-from rotatekv.scripts import exit_on_user_error
+from rotatekv.capture.files import read_capture
 from visualize.common import (
+    COLOURS,
+    PALETTE,
     SINK_COLOUR,
+    Capture,
+    Drawing,
     Figure,
-    add_layer_argument,
-    figure_parser,
+    UserError,
+    figure_script,
     layer_axis,
-    save_png,
-    set_title,
     token_label,
 )
 
@@ -32,15 +31,8 @@ _MOST_TOKENS = 14  # columns of the lower panel
 _TINY = 1e-9  # a median of 0 would leave no ratio
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = figure_parser(__doc__, "massive_activations.png")
-    add_layer_argument(parser)
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@figure_script(layer=True)
+def main(args: argparse.Namespace) -> Drawing:
     capture = read_capture(args.input, "massive_activations")
     if args.layer is not None and args.layer not in capture.info.layers:
         raise UserError(f"{capture.path} does not hold layer {args.layer}")
@@ -52,10 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
     draw_magnitudes(upper, capture, layers)
     draw_tokens(figure, lower, capture, layers, tokens)
-    set_title(figure, f"Massive activations: {capture.info.where}")
-    save_png(
+    return Drawing(
         figure,
-        args.output,
+        f"Massive activations: {capture.info.where}",
         f"The largest layer inputs of {capture.info.where}: tokens far above the median, "
         "and with dots those that RotateKV leaves unquantized.",
     )

@@ -17,22 +17,13 @@ from rotatekv import interrupts  # noqa: F401 (before torch, which takes seconds
 # isort: split
 import torch
 
-from rotatekv.capture.files import Capture, read_capture
-from rotatekv.evals.colours import PALETTE
+from rotatekv.capture.files import read_capture
 from rotatekv.kernels.hadamard import rotate_channels
-from rotatekv.scripts import exit_on_user_error
-from visualize.common import Figure, add_layer_argument, figure_parser, pick_layer, save_png, set_title
+from visualize.common import PALETTE, Capture, Drawing, Figure, figure_script, pick_layer
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = figure_parser(__doc__, "outlier_spread.png")
-    add_layer_argument(parser)
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@figure_script(layer=True)
+def main(args: argparse.Namespace) -> Drawing:
     capture = read_capture(args.input, "k_rotated")
     info = capture.info
     layer = pick_layer(capture, args.layer)
@@ -54,10 +45,9 @@ def main(argv: list[str] | None = None) -> None:
             panel.axvline(head * info.head_dim - 0.5, color="grey", linewidth=0.6, linestyle=":")
     panels[-1].set_xlabel(f"channel (dotted: every {info.head_dim} channels, a head or a quantization group)")
     panels[-1].set_xlim(-0.5, len(maxima) - 0.5)
-    set_title(figure, f"Keys of layer {layer} before RoPE, all heads: {info.where}")
-    save_png(
+    return Drawing(
         figure,
-        args.output,
+        f"Keys of layer {layer} before RoPE, all heads: {info.where}",
         f"Channel maxima of the keys of layer {layer}, {info.where}: rotation shares outliers out, reordering "
         "puts channels of like mean into one group; compare the range that a group's scale must cover.",
     )

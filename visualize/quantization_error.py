@@ -14,26 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from rotatekv.capture.files import Capture, read_capture
-from rotatekv.errors import UserError
-from rotatekv.evals.colours import PALETTE
-from rotatekv.scripts import exit_on_user_error
-from visualize.common import Figure, figure_parser, layer_axis, save_png, set_title
+from rotatekv.capture.files import read_capture
+from visualize.common import PALETTE, Capture, Drawing, Figure, UserError, figure_script, layer_axis
 
 _TITLES = {"keys": "keys, after RoPE", "values": "values"}
 _MARKERS = "osv^D*P"
 _NARROW = 50  # on an axis from x to less than 50 x, the ticks between powers of ten are named too
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = figure_parser(__doc__, "quantization_error.png")
-    parser.add_argument("--methods", help="RTN2,RotateKV2 (default: all in the file)")
-    return parser.parse_args(argv)
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+@figure_script(flags=lambda parser: parser.add_argument("--methods", help="RTN2,RotateKV2 (default: all in the file)"))
+def main(args: argparse.Namespace) -> Drawing:
     capture = read_capture(args.input, "quantization_error")
     methods = pick_methods(capture, args.methods)
 
@@ -59,10 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         loc="outside lower center",
         frameon=False,
     )
-    set_title(figure, f"Quantization error: {capture.info.where}")
-    save_png(
+    return Drawing(
         figure,
-        args.output,
+        f"Quantization error: {capture.info.where}",
         f"Relative error of keys and values by layer, {capture.info.where}: compare RTN and RotateKV at equal bits.",
     )
 

@@ -7,8 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rotatekv.evals.colours import PALETTE
 from rotatekv.evals.efficiency import BASELINE, RATIOS, percentiles, ratios
+from rotatekv.evals.figures import PALETTE, png_of
 from rotatekv.files import write_atomically
 from rotatekv.statistics import model_slug
 
@@ -35,10 +35,10 @@ def write_report(records: Sequence[dict], metrics: dict, folder: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    picture = io.BytesIO()
-    draw(records, metrics["config"]).savefig(picture, format="png", dpi=_DPI)
+    description = f"Speed, cache and peak memory of {metrics['config']['method']} beside Hugging Face's own cache."
+    picture = png_of(draw(records, metrics["config"]), description, _DPI)
     write_atomically(folder / "efficiency.csv", text.getvalue().encode())
-    write_atomically(folder / "efficiency.png", picture.getvalue())
+    write_atomically(folder / "efficiency.png", picture)
 
 
 def _row(record: dict, side: dict) -> dict:

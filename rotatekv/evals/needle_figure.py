@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rotatekv.errors import UserError
-from rotatekv.evals.colours import COLOURS
+from rotatekv.evals.figures import COLOURS, png_of
 from rotatekv.evals.needle import NEEDLE_TYPES, grid_of
 from rotatekv.files import write_json, write_output
 from rotatekv.statistics import model_slug
@@ -54,10 +53,11 @@ def write_heat_maps(path: Path, grids: Sequence[dict], flag: str = "--output") -
     kinds = sorted({grid["needle_type"] for grid in grids})
     if len(kinds) > 1:
         raise UserError(f"runs of different needle types ({', '.join(kinds)}) do not share a scale: compare one type")
-    figure = _draw(grids, NEEDLE_TYPES[kinds[0]].measure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=_DPI)
-    write_output(path, content.getvalue(), flag)
+    measure = NEEDLE_TYPES[kinds[0]].measure
+    figure = _draw(grids, measure)
+    methods = ", ".join(dict.fromkeys(grid["method"] for grid in grids))
+    description = f"{kinds[0]} needle in a haystack by context length and depth: {_LABELS[measure]} of {methods}."
+    write_output(path, png_of(figure, description, _DPI), flag)
 
 
 def _is_grid(grid) -> bool:
