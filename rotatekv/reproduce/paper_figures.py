@@ -1,4 +1,4 @@
-"""The paper's published figures, from ``rotatekv/data/paper_figures.json``, each with where it stands."""
+"""The paper's published figures, from ``rotatekv/reproduce/paper_figures.json``, each with where it stands."""
 
 from __future__ import annotations
 

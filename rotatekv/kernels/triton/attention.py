@@ -1,10 +1,10 @@
-"""Split-K decode attention over packed blocks: the kernels. ``launch.py`` starts them.
+"""Split-K decode attention: the kernels over packed blocks and over exact tokens. ``launch.py`` starts them.
 
 ``split_kernel``: program (batch × rotation group, split, tile of queries) reads its share of the blocks, 16 tokens at
 a time: unpack, (code − zero)·scale, the inverse Hadamard as two small dots, RoPE, scores of every query head of the
-group, online softmax, packed values weighted and added in their rotated space. ``exact_kernel``: program (batch × KV
-head, tile of queries) attends to the tokens kept in 16 bits, which lie there as attention sees them. ``merge_kernel``
-joins the packed parts, un-rotates each head of their sum where asked, and adds the exact part.
+group, online softmax (``softmax.py``), packed values weighted and added in their rotated space. ``exact_kernel``:
+program (batch × KV head, tile of queries) attends to the tokens kept in 16 bits, as attention sees them. ``merge.py``
+joins the parts.
 
 Queries come after RoPE. Packed keys before RoPE are turned without an exchange of channels: with q⊥ = (q_high, −q_low),
 q·rope(k) = (k∘cos)·q + (k∘sin)·q⊥ channel by channel, in whatever order the dots left the channels. Queries carry
@@ -33,11 +33,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rotatekv.kernels.triton.softmax import accumulate, load_queries, query_rows, score, store_part, visible
 from rotatekv.kernels.triton.tiles import (
     LANES,
     RUN_TIME,
     block_angles,
-    dot_halves,
     halves,
     head_channels,
     load_affine,
@@ -47,117 +47,6 @@ from rotatekv.kernels.triton.tiles import (
     rotate,
     tile_channels,
 )
-
-
-@triton.jit
-def query_rows(tile, query_tokens, REPEAT: tl.constexpr, TILE: tl.constexpr, Q_PAD: tl.constexpr):
-    """Row repeat·TILE + i of a KV head is query tile·TILE + i of its query head ``repeat``; (Q_PAD,) each."""
-    row = tl.arange(0, Q_PAD)
-    query = tile * TILE + row % TILE
-    return row // TILE, query, (row < REPEAT * TILE) & (query < query_tokens)
-
-
-@triton.jit
-def load_queries(
-    queries,
-    batch,
-    group,
-    tile,
-    query_tokens,
-    heads,
-    channel,
-    here,
-    REPEAT: tl.constexpr,
-    TILE: tl.constexpr,
-    Q_PAD: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    G_PAD: tl.constexpr,
-):
-    """Those channels (D',) of the queries of G KV heads, as float32; 0 where not ``here``: (G_PAD, D', Q_PAD)."""
-    repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    kv = tl.arange(0, G_PAD)[:, None, None]
-    head = (group * G + kv) * REPEAT + repeat[None, None, :]
-    start = ((batch * heads + head) * query_tokens + query[None, None, :]) * D
-    keep = (kv < G) & here[None, :, None] & real[None, None, :]
-    return tl.load(queries + start + channel[None, :, None], mask=keep, other=0.0)
-
-
-@triton.jit
-def visible(token, kept, own, window):
-    """Whether each query sees each of 16 tokens, (16, Q_PAD). kept: (16,). own: the queries' tokens, (1, Q_PAD)."""
-    token = token[:, None]
-    return kept[:, None] & (token <= own) & (token > own - window)
-
-
-@triton.jit
-def score(q_high, q_low, turned_high, turned_low, scale, keys, cos, sin, seen, HALF: tl.constexpr):
-    """Scores of 16 tokens in log2 units, (G_PAD, 16, Q_PAD); −inf where not seen.
-
-    Args:
-        q_high, q_low, turned_high, turned_low: halves of q / scale and q⊥ / scale, (G_PAD, D', Q_PAD).
-        keys: (G_PAD, D', 16). cos, sin: (D', 16). seen: (16, Q_PAD).
-    """
-    of_keys = peak(keys)
-    keys = tl.permute(keys * (1 / of_keys), (0, 2, 1))  # (G_PAD, 16, D')
-    scores = tl.zeros((q_high.shape[0], 16, q_high.shape[2]), tl.float32)
-    if HALF:
-        scores = dot_halves(keys * tl.permute(cos, (1, 0))[None, :, :], q_high, q_low, scores)
-        scores = dot_halves(keys * tl.permute(sin, (1, 0))[None, :, :], turned_high, turned_low, scores)
-    else:
-        scores = dot_halves(keys, q_high, q_low, scores)
-    return tl.where(seen[None, :, :], scores * (of_keys * scale), float("-inf"))
-
-
-@triton.jit
-def accumulate(scores, values, top, total, acc):
-    """Online softmax: scores (G_PAD, 16, Q_PAD), values (G_PAD, DV', 16), top and total (G_PAD, Q_PAD),
-    acc (G_PAD, DV', Q_PAD)."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - safe[:, None, :])
-    decay = tl.exp2(top - safe)
-    total = total * decay + tl.sum(weights, 1)
-    of_values = peak(values)
-    high, low = halves(weights * 2.0**14)
-    new = dot_halves(values * (1 / of_values), high, low, tl.zeros_like(acc))
-    acc = acc * decay[:, None, :] + new * (of_values * 2.0**-14)
-    return new_top, total, acc
-
-
-@triton.jit
-def store_part(
-    parts,
-    tops,
-    totals,
-    split,
-    batch,
-    batches,
-    group,
-    tile,
-    query_tokens,
-    heads,
-    top,
-    total,
-    acc,
-    REPEAT: tl.constexpr,
-    TILE: tl.constexpr,
-    Q_PAD: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    G_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr,
-):
-    """parts (splits, B, H, T_q, D); tops and totals (splits, B, H, T_q)."""
-    repeat, query, real = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
-    kv = tl.arange(0, G_PAD)[:, None]
-    head = (group * G + kv) * REPEAT + repeat[None, :]
-    row = ((split.to(tl.int64) * batches + batch) * heads + head) * query_tokens + query[None, :]  # (G_PAD, Q_PAD)
-    keep = (kv < G) & real[None, :]
-    tl.store(tops + row, top, mask=keep)
-    tl.store(totals + row, total, mask=keep)
-    d = tl.arange(0, DV_PAD)[None, :, None]
-    tl.store(parts + row[:, None, :] * D + d, acc, mask=keep[:, None, :] & (d < D))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -412,69 +301,4 @@ def exact_kernel(
         D,
         1,
         DV_PAD,
-    )
-
-
-@triton.jit
-def join(top, total, other_top, other_total):
-    """Two parts of a softmax: the larger top, the sum of both, and the factors on what each has added up."""
-    new_top = tl.maximum(top, other_top)
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    decay, weight = tl.exp2(top - safe), tl.exp2(other_top - safe)
-    return new_top, total * decay + other_total * weight, decay, weight
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def merge_kernel(
-    parts,
-    tops,
-    totals,
-    left,
-    right,
-    out,
-    splits,
-    rows,
-    rows_of_all,
-    norm,
-    D: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    A_PAD: tl.constexpr,
-    B_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PAD: tl.constexpr,
-    ROTATED: tl.constexpr,
-):
-    """16 rows (of batch, query head, query) per program: packed parts joined and un-rotated, an exact one added.
-
-    Bound by memory: 4·(D + 2) bytes read per part and row, about 2·D + 4 operations.
-    """
-    row = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    here = row < rows
-    inside, keep = tile_channels(A, B, A_PAD, B_PAD)  # (A_PAD, B_PAD, 1)
-    top = tl.full((LANES,), float("-inf"), tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    acc = tl.zeros((A_PAD, B_PAD, LANES), tl.float32)
-    at = row
-    for _ in range(splits):
-        top, total, decay, weight = join(
-            top, total, tl.load(tops + at, mask=here, other=float("-inf")), tl.load(totals + at, mask=here, other=0.0)
-        )
-        part = tl.load(parts + at[None, None, :] * D + inside, mask=keep & here[None, None, :], other=0.0)
-        acc = acc * decay[None, None, :] + part * weight[None, None, :]
-        at += rows
-    kept = here & (at < rows_of_all)  # there is one more part
-    top, total, decay, weight = join(
-        top, total, tl.load(tops + at, mask=kept, other=float("-inf")), tl.load(totals + at, mask=kept, other=0.0)
-    )
-    share = tl.where(total > 0, 1 / total, 0.0)
-    a, b = load_matrices(left, right, A_PAD, B_PAD, ROWS_PAD)
-    result = rotate(acc * (decay * share * norm)[None, None, :], a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED)
-    channel, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
-    channel, real = channel[None, :, None], real[None, :, None]
-    exact = tl.load(parts + at[None, None, :] * D + channel, mask=kept[None, None, :] & real, other=0.0)  # (1, D', 16)
-    tl.store(
-        out + row[None, None, :] * D + channel,
-        result + exact * (weight * share)[None, None, :],
-        mask=here[None, None, :] & real,
     )

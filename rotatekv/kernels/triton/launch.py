@@ -8,7 +8,8 @@ import torch
 
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
-from rotatekv.kernels.triton.attention import exact_kernel, merge_kernel, split_kernel
+from rotatekv.kernels.triton.attention import exact_kernel, split_kernel
+from rotatekv.kernels.triton.merge import merge_kernel
 from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_of_two
 from rotatekv.kernels.triton.start import start
 
