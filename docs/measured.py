@@ -129,6 +129,7 @@ def _shown(rows: dict, column: str, method: str) -> str:
 def draw_frontier(results: dict) -> None:
     """docs/frontier.png, by visualize/frontier.py, of the rows that the tables show."""
     from visualize import frontier
+    from visualize.common import save
 
     rows = [row for row in results["rows"] if row["protocol"] == FRONTIER and " " not in row["method"]]
     runs = [
@@ -137,12 +138,9 @@ def draw_frontier(results: dict) -> None:
     ]
     figure = frontier.Figure(figsize=(9.5, 5.6), layout="constrained")
     frontier.draw(figure.subplots(), frontier.lines_of(runs))
-    frontier.set_title(figure, f"{results['protocols'][FRONTIER]['title']}: perplexity above FP16's")
-    frontier.save_png(
-        figure,
-        str(ROOT / "docs" / "frontier.png"),
-        "Perplexity above FP16's against measured bits per key and value number, by method.",
-    )
+    title = f"{results['protocols'][FRONTIER]['title']}: perplexity above FP16's"
+    caption = "Perplexity above FP16's against measured bits per key and value number, by method."
+    save(frontier.Drawing(figure, title, caption), ROOT / "docs" / "frontier.png")
 
 
 def main(argv: list[str] | None = None) -> None:
