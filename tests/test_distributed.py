@@ -152,13 +152,17 @@ def test_another_number_of_processes_goes_on(tmp_path):
 # --- the scripts -------------------------------------------------------------------------------------------------
 
 
-def test_perplexity_of_two_processes_is_that_of_one(folder, tmp_path):
-    text = tmp_path / "words.txt"
+@pytest.fixture(scope="module")
+def ppl_flags(folder, tmp_path_factory) -> list[str]:
+    text = tmp_path_factory.mktemp("text") / "words.txt"
     text.write_text(tiny_text(32 * 9), encoding="utf-8")
-    more = ["--model", folder, "--dataset", text, "--PPL_seq_length", 32, "--RotateKV2", "--output_dir"]
-    more = ["--Outlier_Aware_Key_Rotation", "False", *more]
-    PPL_evaluation.main([str(flag) for flag in (*more, tmp_path / "one")])
-    done = torchrun(2, "PPL_evaluation.py", *more, tmp_path / "two")
+    flags = ["--model", folder, "--dataset", text, "--PPL_seq_length", 32, "--RotateKV2"]
+    return [*map(str, flags), "--Outlier_Aware_Key_Rotation", "False", "--output_dir"]
+
+
+def test_perplexity_of_two_processes_is_that_of_one(ppl_flags, tmp_path):
+    PPL_evaluation.main([*ppl_flags, str(tmp_path / "one")])
+    done = torchrun(2, "PPL_evaluation.py", *ppl_flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")
     assert records_of(tmp_path / "two") == records_of(tmp_path / "one")
@@ -167,8 +171,11 @@ def test_perplexity_of_two_processes_is_that_of_one(folder, tmp_path):
     assert done.stderr.count("0/5") >= 1 and "0/4" not in done.stderr, "a bar of another rank than 0"
     assert done.stderr.count("Loading weights:   0%") <= 1
 
-    # Without --resume: one line says so, and nobody waits for rank 0.
-    again = torchrun(2, "PPL_evaluation.py", *more, tmp_path / "two")
+
+@pytest.mark.slow  # one process that refuses and ranks that end together are tested
+def test_what_all_ranks_refuse_is_said_once(ppl_flags, tmp_path):
+    PPL_evaluation.main([*ppl_flags, str(tmp_path)])
+    again = torchrun(2, "PPL_evaluation.py", *ppl_flags, tmp_path)
     errors = [line for line in again.stderr.splitlines() if line.startswith("error: ")]
     assert again.returncode != 0 and len(errors) == 1 and "--resume" in errors[0]
 
