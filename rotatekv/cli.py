@@ -12,7 +12,7 @@ from rotatekv.models.text import ALIASES, DTYPES, EMBEDDED_MODEL, GEMMA_MODEL
 
 DEFAULT_METHOD = "RotateKV2"
 METHOD_NAMES = (*PRESETS, *EXTERNAL)
-_TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "NAME")}  # type and metavar of a field's flag
+_TYPES = {"int": int, "float": float, "str": str}
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -20,10 +20,15 @@ class _OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+class _ShortHelp(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag's value as N or X where it is a number, else by the last word of the flag's name."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, action.dest.rpartition("_")[2].upper())
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
-    return _OneLineParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return _OneLineParser(description=description, allow_abbrev=False, formatter_class=_ShortHelp)
 
 
 def evaluation_parser(description: str, limit_unit: str, model: str = EMBEDDED_MODEL) -> argparse.ArgumentParser:
@@ -92,7 +97,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         if kind == "bool":
             add_switch(group, choice.name, text, default=None)
         else:
-            group.add_argument(f"--{choice.name}", type=_TYPES[kind][0], metavar=_TYPES[kind][1], help=text)
+            group.add_argument(f"--{choice.name}", type=_TYPES[kind], help=text)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, limit_unit: str) -> None:

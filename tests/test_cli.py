@@ -175,6 +175,7 @@ def test_help_lists_every_preset(capsys):
         PPL_evaluation.main(["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and all(name in shown for name in PRESETS)
+    assert "--k_bits N" in shown and "--k_clip_ratio X" in shown and "--data_dir DIR" in shown
 
 
 # --- how a mistake ends --------------------------------------------------------------------------------------------
