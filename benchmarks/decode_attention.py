@@ -41,7 +41,7 @@ def fused_step(
     """The packed decode step of random codes, and the bytes of its keys and values.
 
     Args:
-        method: whose form: ``RotateKV``; ``RotateKV+``, scales in the fine format, keys with factors and offsets;
+        method: whose form: ``RotateKV``; ``RotateKV+``, compact scales, keys with factors and offsets;
             ``QuaRot``, heads rotated alone after RoPE; ``RTN``, not rotated.
         kernels: the package of kernels that serves the device.
     """
@@ -49,7 +49,7 @@ def fused_step(
     channels, plus = kv_heads * dim, method == "RotateKV+"
     packed = []
     for _ in range(2):
-        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, device, fine=plus)
+        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, device, compact=plus)
         for name in ("low", "high"):
             if name in blocks:
                 limit = torch.iinfo(blocks[name].dtype)

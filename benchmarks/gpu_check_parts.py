@@ -101,43 +101,45 @@ def kernels_part(part: Part, shape: str) -> None:
     first, *others = part.options.forms.split(",")
     decodes = [(first, tokens, batch, new) for new in (1, 16) for tokens in lengths for batch in batches]
     decodes += [(form, tokens, 3, 1) for form in others for tokens in lengths[-2:]]
-    for bits, fine in sorted({(_bits(form), form.endswith("+")) for form in (first, *others)}):
+    for bits, compact in sorted({(_bits(form), form.endswith("+")) for form in (first, *others)}):
         with part.case(f"quantize {bits} bits"):
-            check_quantize(part, shape, bits, fine)
-            check_dequantize(part, shape, bits, fine)
+            check_quantize(part, shape, bits, compact)
+            check_dequantize(part, shape, bits, compact)
     for form, tokens, batch, new in part.cases(decodes):
         with part.case(f"decode {form}, {tokens} tokens, batch {batch}, {new} new"):
             check_decode(part, shape, form, tokens, batch, new)
 
 
-def check_quantize(part: Part, shape: str, bits: int, fine: bool) -> None:
+def check_quantize(part: Part, shape: str, bits: int, compact: bool) -> None:
     """Not more error than torch's rounding makes, and the same codes but for ties."""
     _, kv_heads, dim = heads_of(shape)
     channels, start, tokens, batch = kv_heads * dim, 5, 57, 3
     x = torch.randn(batch, tokens, channels, device=part.device)
     order = torch.randperm(channels, device=part.device)
     for width in (head_group_size(kv_heads, dim, 4) * dim, 0):
-        blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device, fine)
+        blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device, compact)
         kernels.quantize_into_blocks(
             channels_to_heads(x, dim), blocks, start, bits, dim, 0.8, order.int(), rotation_width=width
         )
         codes, scale, zero = (y[:, start:] for y in unpack_blocks(blocks, start + tokens, bits))
         truth = (rotate_channels(x, width) if width else x)[..., order]
-        wanted = quantize_groups(truth, bits, dim, 0.8, fine)
+        wanted = quantize_groups(truth, bits, dim, 0.8, compact)
         found = codes[..., order], scale, zero
         errors = [error(dequantize_groups(*of).double(), truth.double()) for of in (found, wanted)]
         other = (found[0] != wanted[0]).float().mean().item()
-        part.check(f"quantize {bits} bits, W {width}", errors[0] / errors[1] - 1, BOUND, fine=fine, other_codes=other)
+        part.check(
+            f"quantize {bits} bits, W {width}", errors[0] / errors[1] - 1, BOUND, compact=compact, other_codes=other
+        )
 
 
-def check_dequantize(part: Part, shape: str, bits: int, fine: bool) -> None:
+def check_dequantize(part: Part, shape: str, bits: int, compact: bool) -> None:
     _, kv_heads, dim = heads_of(shape)
     for width in (head_group_size(kv_heads, dim, 4) * dim, 0):
-        step = on_device(random_step(_case(shape, 250, 3, bits, plus=fine)), part.device)
+        step = on_device(random_step(_case(shape, 250, 3, bits, plus=compact)), part.device)
         keys, groups = step["keys"], step["group_of_channel"]
         found = kernels.dequantize_blocks(keys, 250, bits, groups, dim, width)
         truth = dequantize_blocks_reference(keys, 250, bits, groups, dim, width, dtype=torch.float64)
-        part.check(f"dequantize {bits} bits, W {width}", error(found, truth), BOUND, fine=fine)
+        part.check(f"dequantize {bits} bits, W {width}", error(found, truth), BOUND, compact=compact)
 
 
 def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new: int) -> None:

@@ -216,9 +216,9 @@ ROTATED = {
 }
 
 
-def _written(write: Write, fine: bool, damage=lambda heads: None) -> tuple[dict, dict, dict]:
+def _written(write: Write, compact: bool, damage=lambda heads: None) -> tuple[dict, dict, dict]:
     """The blocks of the kernel and of the reference, and the call's arguments."""
-    arguments = random_write(replace(write, fine=fine))
+    arguments = random_write(replace(write, compact=compact))
     damage(arguments["heads"])
     expected, made = ({name: x.clone() for name, x in arguments["packed"].items()} for _ in range(2))
     quantize_into_blocks_reference(**{**arguments, "packed": expected})
@@ -226,9 +226,9 @@ def _written(write: Write, fine: bool, damage=lambda heads: None) -> tuple[dict,
     return made, expected, arguments
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", PLAIN)
-def test_quantize(name, fine):
+def test_quantize(name, compact):
     def add_extremes(heads: torch.Tensor) -> None:
         if heads.dtype != torch.float32 or heads.shape[2] < 5 or PLAIN[name].affine:
             return
@@ -236,13 +236,13 @@ def test_quantize(name, fine):
         heads[:, :, 3] = torch.arange(heads.shape[3]) * 0.5 * PLAIN[name].magnitude
         heads[-1, :, 4] += 3e38  # the scale ends at the largest float16
 
-    assert_written(*_written(PLAIN[name], fine, add_extremes), exactly=True)
+    assert_written(*_written(PLAIN[name], compact, add_extremes), exactly=True)
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ROTATED)
-def test_quantize_rotated(name, fine):
-    assert_written(*_written(ROTATED[name], fine), exactly=False)
+def test_quantize_rotated(name, compact):
+    assert_written(*_written(ROTATED[name], compact), exactly=False)
 
 
 def test_quantize_rotated_costs_a_large_token_nothing_to_its_neighbours():

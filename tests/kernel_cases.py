@@ -8,8 +8,16 @@ import torch
 
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
-from rotatekv.kernels.layout import BLOCK, allocate_blocks, allocate_planes, pack_blocks, unpack_blocks, write_codes
-from rotatekv.kernels.quantize import dequantize_groups, wide_scale
+from rotatekv.kernels.layout import (
+    BLOCK,
+    Packed,
+    allocate_blocks,
+    allocate_planes,
+    unpack_blocks,
+    write_blocks,
+    write_codes,
+)
+from rotatekv.kernels.quantize import COMPACT_SCALE, dequantize_groups, scale_to_float32
 from rotatekv.kernels.rope_tables import RopeTables
 
 
@@ -30,7 +38,7 @@ class Shape:
     value_bits: int = 2
     value_group: int = 0  # channels; 0: head_dim
     tokens_per_scale: int = 0  # of keys, per channel; 0: per token and group of channels
-    plus: bool = False  # scales in the fine format, and keys with factors and offsets
+    plus: bool = False  # compact scales, and keys with factors and offsets
     rotary_dim: int = 0  # 0: keys are stored after RoPE
     unrotate_values: bool = False
     padding: tuple[int, ...] = ()
@@ -96,11 +104,20 @@ def random_affine(channels: int, generator: torch.Generator) -> Affine:
     return Affine(factor, offset)
 
 
-def _random_blocks(batch, tokens, channels, groups, bits, generator, fine=False) -> dict[str, torch.Tensor]:
+def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:
+    """Codes (B, T, C) uint8, scale and zero (B, T, groups) of either format → the layout, N = ceil(T / 16)."""
+    batch, tokens, channels = codes.shape
+    blocks = -(-tokens // BLOCK)
+    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device, scale.dtype == COMPACT_SCALE)
+    write_blocks(packed, 0, codes, scale, zero, bits)
+    return packed
+
+
+def _random_blocks(batch, tokens, channels, groups, bits, generator, compact=False) -> dict[str, torch.Tensor]:
     codes = torch.randint(0, 2**bits, (batch, tokens, channels), generator=generator, dtype=torch.uint8)
     scale = torch.rand(batch, tokens, groups, generator=generator).add(0.2).half()
     zero = torch.randint(-2, 2**bits + 2, (batch, tokens, groups), generator=generator, dtype=torch.int8)
-    if fine:
+    if compact:
         scale = (scale.view(torch.int16) >> 7).byte()
         zero = torch.randint(-9, 99, (batch, tokens, groups), generator=generator, dtype=torch.int8)
     return pack_blocks(codes, scale, zero, bits)
@@ -143,7 +160,7 @@ class Write:
     bits: int = 2
     group_size: int = 64
     clip_ratio: float = 1.0
-    fine: bool = False
+    compact: bool = False
     reorder: bool = False
     heads_per_group: int = 0
     affine: bool = False
@@ -169,7 +186,7 @@ def random_write(write: Write) -> dict:
         channels,
         channels // write.group_size,
         write.bits,
-        fine=write.fine,
+        compact=write.compact,
     )
     for plane in packed.values():
         plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
@@ -211,8 +228,10 @@ def assert_written(made, expected, arguments: dict, exactly: bool) -> None:
     off = (codes.int() - true_codes.int()).abs()
     assert off.count_nonzero() <= 2 + off.numel() / 1000 and (off <= 1).all()
     assert ((zero.int() - true_zero.int()).abs() <= 1).all()
-    step = wide_scale(true_scale)  # (B, T, groups)
-    torch.testing.assert_close(wide_scale(scale), step, rtol=0.13 if scale.dtype == torch.uint8 else 1e-3, atol=6e-8)
+    step = scale_to_float32(true_scale)  # (B, T, groups)
+    torch.testing.assert_close(
+        scale_to_float32(scale), step, rtol=0.13 if scale.dtype == torch.uint8 else 1e-3, atol=6e-8
+    )
     difference = dequantize_groups(codes, scale, zero) - dequantize_groups(true_codes, true_scale, true_zero)
     assert (difference.abs().unflatten(-1, (step.shape[-1], -1)) <= 1.02 * step.unsqueeze(-1)).all()
 

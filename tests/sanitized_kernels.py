@@ -45,7 +45,7 @@ SHAPES = [
 
 WRITES = [
     Write(kv_heads=6, head_dim=8, tokens=17, start=12, group_size=8, layout="slice", rotary_dim=6, affine=True),
-    Write(batch=2, tokens=33, start=5, bits=3, heads_per_group=3, rotary_dim=64, reorder=True, fine=True),
+    Write(batch=2, tokens=33, start=5, bits=3, heads_per_group=3, rotary_dim=64, reorder=True, compact=True),
     Write(kv_heads=20, head_dim=80, group_size=80, bits=4, heads_per_group=1, dtype=torch.bfloat16, affine=True),
     Write(kv_heads=2, head_dim=112, group_size=56, tokens=2, heads_per_group=2, dtype=torch.float16, rotary_dim=112),
 ]
@@ -61,8 +61,8 @@ def main() -> None:
         cpu.quantize_into_blocks(**random_write(write), threads=2)
     for bits in (2, 3, 4):
         for magnitude in (0.0, 1.0, 1e38, float("inf"), float("nan")):
-            for fine in (False, True):
-                blocks = allocate_blocks(2, 2, 48, 3, bits, fine=fine)
+            for compact in (False, True):
+                blocks = allocate_blocks(2, 2, 48, 3, bits, compact=compact)
                 heads = torch.randn(2, 3, 20, 16) * magnitude
                 cpu.quantize_into_blocks(heads, blocks, 12, bits, 16)
         for head_dim, width, tokens in ((8, 0, 17), (24, 24, 1), (64, 192, 33), (80, 160, 47)):
@@ -70,7 +70,7 @@ def main() -> None:
             cpu.dequantize_blocks(planes, tokens, bits, None, head_dim, width, 2, tokens_per_scale=16)
             channels = torch.arange(6 * head_dim, dtype=torch.int32)
             for affine in (None, random_affine(6 * head_dim, generator)):
-                blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits, fine=affine is not None)
+                blocks = allocate_blocks(2, 3, 6 * head_dim, 6, bits, compact=affine is not None)
                 cpu.dequantize_blocks(blocks, tokens, bits, channels // head_dim, head_dim, width, 2, affine=affine)
     print("clean")
 

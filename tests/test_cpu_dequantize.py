@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import random_affine, random_planes
+from kernel_cases import pack_blocks, random_affine, random_planes
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.hadamard import hadamard_matrix
-from rotatekv.kernels.layout import allocate_blocks, pack_blocks, unpack_codes
+from rotatekv.kernels.layout import allocate_blocks, unpack_codes
 
 if not cpu.available("portable"):
     pytest.skip("no g++", allow_module_level=True)
@@ -79,7 +79,7 @@ def test_heads_are_those_of_float64(geometry, bits, batch, tokens, groups, spare
     generator = torch.Generator().manual_seed(seed)
     stored = random_tokens(batch, tokens + 20 * spare, heads * head_dim, groups, bits, generator)
     affine, exactly = None, stored
-    if plus:  # the fine format, and factors and offsets
+    if plus:  # compact scales, and factors and offsets
         byte = torch.randint(1, 0xF8, stored[1].shape, generator=generator).byte()
         stored = (stored[0], byte, stored[2])
         exactly = (stored[0], (byte.short() << 7).view(torch.float16), stored[2].double() / 8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Shape, Write, assert_written, error, random_step, random_write, with_options
+from kernel_cases import Shape, Write, assert_written, error, pack_blocks, random_step, random_write, with_options
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.affine import Affine
@@ -21,7 +21,7 @@ from rotatekv.kernels.blocks import quantize_into_blocks_reference
 from rotatekv.kernels.cpu import build
 from rotatekv.kernels.decode_attention import decode_attention_reference
 from rotatekv.kernels.hadamard import has_hadamard
-from rotatekv.kernels.layout import Blocks, allocate_blocks, pack_blocks, unpack_blocks, write_blocks
+from rotatekv.kernels.layout import Blocks, allocate_blocks, unpack_blocks, write_blocks
 
 if build._load("attention", "portable") is None:
     pytest.skip("no g++", allow_module_level=True)
@@ -181,7 +181,7 @@ def written(step: dict, write, **options):
     geometry=st.sampled_from(WRITES),
     magnitude=st.sampled_from([1e-3, 1, 3e4]),
     clip=st.sampled_from([0.8, 1.0]),
-    fine=st.booleans(),
+    compact=st.booleans(),
     reorder=st.booleans(),
     rotate=st.booleans(),
     affine=st.booleans(),
@@ -200,7 +200,7 @@ def test_writes_are_those_of_torch(
     geometry,
     magnitude,
     clip,
-    fine,
+    compact,
     reorder,
     rotate,
     affine,
@@ -223,7 +223,7 @@ def test_writes_are_those_of_torch(
             bits=bits,
             group_size=group_size,
             clip_ratio=clip,
-            fine=fine,
+            compact=compact,
             reorder=reorder,
             heads_per_group=heads_per_group * rotate,
             affine=affine,
@@ -238,11 +238,13 @@ def test_writes_are_those_of_torch(
     assert_written(made, written(step, quantize_into_blocks_reference), step, exactly=not step["rotation_width"])
 
 
-@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("magnitude", [1e-7, 1, 3e4])
-def test_odd_numbers_are_quantized_bit_for_bit_as_by_torch(magnitude, instruction_set, fine):
-    step = random_write(Write(batch=2, tokens=20, bits=3, fine=fine, clip_ratio=0.8, magnitude=magnitude, reorder=True))
+def test_odd_numbers_are_quantized_bit_for_bit_as_by_torch(magnitude, instruction_set, compact):
+    step = random_write(
+        Write(batch=2, tokens=20, bits=3, compact=compact, clip_ratio=0.8, magnitude=magnitude, reorder=True)
+    )
     heads = step["heads"]
     heads[:, :, 0], heads[:, :, 1], heads[0, :, 2], heads[:, 1, 3] = 0.0, 5.0, 1e6, torch.arange(64) * 0.5 * magnitude
     made = written(step, cpu.quantize_into_blocks, instruction_set=instruction_set)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_model
+from kernel_cases import pack_blocks
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import cpu
 from rotatekv.kernels.hadamard import base_matrix, hadamard_base, hadamard_matrix, has_hadamard, rotate_channels
-from rotatekv.kernels.layout import pack_blocks
 
 HEAD_DIMS = (56, 72, 88, 100, 104, 112, 120, 144)
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the kernels are not built")

@@ -1,4 +1,4 @@
-"""RotateKV+'s statistics of a model: key means and factors, and which layers need a bit more. Forward passes alone."""
+"""RotateKV+'s statistics of a model: key means and factors, and which layers need one more bit. By forward passes."""
 
 from __future__ import annotations
 

@@ -49,5 +49,5 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     else:
         package, runs, needs = triton, triton.available(device), triton.needs()
     if asked and not runs:
-        raise UserError(f"ROTATEKV_BACKEND={asked} needs {needs} (these are on {device}): mend that, or leave it out")
+        raise UserError(f"ROTATEKV_BACKEND={asked} needs {needs} (these are on {device}): fix that, or leave it out")
     return package if runs else None

@@ -7,7 +7,7 @@ import torch
 from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels, rotate_channels
 from rotatekv.kernels.layout import Packed, unpack_blocks, write_blocks
-from rotatekv.kernels.quantize import FINE_SCALE, dequantize, quantize
+from rotatekv.kernels.quantize import COMPACT_SCALE, dequantize, quantize
 
 
 def quantize_into_blocks_reference(
@@ -46,8 +46,8 @@ def quantize_into_blocks_reference(
     group_of_channel = torch.arange(x.shape[-1], dtype=torch.int64, device=x.device) // group_size
     if order is not None:
         group_of_channel = group_of_channel[torch.argsort(order)]
-    fine = packed["scale"].dtype == FINE_SCALE
-    write_blocks(packed, start, **quantize(x, bits, group_size, group_of_channel, clip_ratio, fine), bits=bits)
+    compact = packed["scale"].dtype == COMPACT_SCALE
+    write_blocks(packed, start, **quantize(x, bits, group_size, group_of_channel, clip_ratio, compact), bits=bits)
 
 
 def dequantize_blocks_reference(

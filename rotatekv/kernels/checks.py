@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
-from rotatekv.kernels.quantize import FINE_SCALE
+from rotatekv.kernels.quantize import COMPACT_SCALE
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
 
@@ -42,13 +42,13 @@ def packed_planes(
     blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
     words, groups = (batch, blocks, channels), 0
     if tokens_per_scale:
-        sides = (batch, shape_of(packed["scale"], 3, f"{name}['scale']")[1], channels)
+        scales = (batch, shape_of(packed["scale"], 3, f"{name}['scale']")[1], channels)
     else:
         groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
-        sides = (batch, blocks, groups, BLOCK)
-    fine = not tokens_per_scale and packed["scale"].dtype == FINE_SCALE
-    scale_dtype = FINE_SCALE if fine else torch.float16
-    shapes = {"low": (torch.int32, words), "scale": (scale_dtype, sides), "zero": (torch.int8, sides)}
+        scales = (batch, blocks, groups, BLOCK)
+    is_compact = not tokens_per_scale and packed["scale"].dtype == COMPACT_SCALE
+    scale_dtype = COMPACT_SCALE if is_compact else torch.float16
+    shapes = {"low": (torch.int32, words), "scale": (scale_dtype, scales), "zero": (torch.int8, scales)}
     if bits in HIGH_PLANE:
         shapes["high"] = (HIGH_PLANE[bits][0], words)
     return blocks, groups, shapes

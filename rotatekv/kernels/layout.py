@@ -9,8 +9,8 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
     scale  float16 (B, N, groups, 16)  one per token and quantization group
     zero   int8    (B, N, groups, 16)
 
-``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. In the fine format ``scale`` is
-uint8, the float16's bits 7 to 14, and ``zero`` counts eighths; the scale's dtype says which format it is.
+``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. Compact scales are uint8, the
+float16's bits 7 to 14, and ``zero`` counts eighths then; the scale's dtype says which they are.
 
 Channels lie as the Hadamard matrix gives them. A group of values is consecutive channels. The group of key channel c is
 ``group_of_channel[c]``: the outlier-aware permutation decides which channels share a scale, and moves none of them. A
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.quantize import FINE_SCALE
+from rotatekv.kernels.quantize import COMPACT_SCALE
 
 Packed = dict[str, torch.Tensor]  # the planes of one cache tensor, by name
 BLOCK = 16  # tokens
@@ -54,11 +54,11 @@ class Blocks(dict):
 
 
 def allocate_blocks(
-    batch: int, blocks: int, channels: int, groups: int, bits: int, device=None, fine: bool = False
+    batch: int, blocks: int, channels: int, groups: int, bits: int, device=None, compact: bool = False
 ) -> Blocks:
     """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
     packed = allocate_planes(batch, blocks, channels, bits, device)
-    scale_dtype = FINE_SCALE if fine else torch.float16
+    scale_dtype = COMPACT_SCALE if compact else torch.float16
     packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=scale_dtype, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
     return Blocks(packed)
@@ -70,15 +70,6 @@ def allocate_planes(batch: int, blocks: int, channels: int, bits: int, device=No
     if bits in HIGH_PLANE:
         planes["high"] = torch.zeros(batch, blocks, channels, dtype=HIGH_PLANE[bits][0], device=device)
     return planes
-
-
-def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:
-    """Codes (B, T, C) uint8, scale and zero (B, T, groups) of either format → the layout, N = ceil(T / 16)."""
-    batch, tokens, channels = codes.shape
-    blocks = -(-tokens // BLOCK)
-    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device, scale.dtype == FINE_SCALE)
-    write_blocks(packed, 0, codes, scale, zero, bits)
-    return packed
 
 
 def unpack_codes(packed: Packed, tokens: int, bits: int) -> torch.Tensor:

@@ -31,11 +31,11 @@ class RopeTables:
     @classmethod
     def build(cls, frequencies: torch.Tensor, positions: int, attention_scaling: float = 1.0) -> RopeTables:
         """Tables for positions 0 … ``positions`` − 1; ``frequencies`` (rotary_dim / 2,) in radians per position."""
-        wide = frequencies.double().cpu()
+        frequencies = frequencies.double().cpu()
         counted = {"dtype": torch.float64, "device": "cpu"}
         coarse = torch.arange(-(-max(positions, 1) // COARSE_STEP), **counted) * COARSE_STEP
-        coarse_angles = coarse[:, None] * wide  # (n, rotary_dim / 2)
-        fine_angles = wide[:, None] * torch.arange(FINE_POSITIONS, **counted)  # (rotary_dim / 2, 32)
+        coarse_angles = coarse[:, None] * frequencies  # (n, rotary_dim / 2)
+        fine_angles = frequencies[:, None] * torch.arange(FINE_POSITIONS, **counted)  # (rotary_dim / 2, 32)
         tables = [f(a).float() for a in (coarse_angles, fine_angles) for f in (torch.cos, torch.sin)]
         return cls(*(table.contiguous() for table in tables), attention_scaling)
 
@@ -63,8 +63,8 @@ class RopeTables:
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """RoPE of (B, heads, T, D) ``x`` at ``positions`` (B, T) int64 ≥ 0, on the first ``rotary_dim`` channels."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         tables = self.at(positions, torch.float64)
-        cos, sin = (table.to(wide).unsqueeze(1) for table in tables)  # (B, 1, T, rotary_dim / 2)
+        cos, sin = (table.to(dtype).unsqueeze(1) for table in tables)  # (B, 1, T, rotary_dim / 2)
         low, high, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1).to(x.dtype)

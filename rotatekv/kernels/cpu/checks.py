@@ -14,7 +14,7 @@ from rotatekv.kernels.checks import packed_planes, rope_planes
 from rotatekv.kernels.cpu.arguments import HadamardBase, PackedPointers
 from rotatekv.kernels.hadamard import base_matrix, hadamard_base
 from rotatekv.kernels.layout import Blocks, Packed
-from rotatekv.kernels.quantize import FINE_SCALE
+from rotatekv.kernels.quantize import COMPACT_SCALE
 from rotatekv.kernels.rope_tables import RopeTables
 
 _Arguments = TypeVar("_Arguments", bound=ctypes.Structure)
@@ -100,7 +100,7 @@ def packed_pointers(
         bits=bits,
         tokens_per_scale=tokens_per_scale,
         scale_rows=rows,
-        fine=shapes["scale"][0] == FINE_SCALE,
+        fine=shapes["scale"][0] == COMPACT_SCALE,
     )
     for plane, (dtype, shape) in shapes.items():
         setattr(pointers, plane, pointer(packed[plane], dtype, shape, f"{name}[{plane!r}]"))

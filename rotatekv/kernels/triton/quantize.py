@@ -22,7 +22,7 @@ from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.triton.plan import power_of_two
 from rotatekv.kernels.triton.start import start as start_kernel
-from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, wide_scale
+from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, scale_to_float32
 from rotatekv.kernels.triton.transform import transformed
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding it rounds a float32 below 2^22 to even; larger ones are clamped
@@ -82,7 +82,7 @@ def quantize_kernel(
     top = tl.max(tl.where(here[None, :], numbers, float("-inf")), 1)  # (16,)
     bottom = tl.min(tl.where(here[None, :], numbers, float("inf")), 1)
     levels = tl.full((LANES,), LEVELS, tl.float32)
-    if scales.dtype.element_ty == tl.uint8:  # the fine format
+    if scales.dtype.element_ty == tl.uint8:  # compact scales
         middle, reach = (top + bottom) * 0.5, (top - bottom) * (0.5 * clip)
         bottom = middle - reach
         wanted = tl.maximum(tl.div_rn(reach * 2.0, levels), tl.abs(bottom) * (8.0 / 127.0))
@@ -90,31 +90,31 @@ def quantize_kernel(
         upper = (half.to(tl.int16, bitcast=True).to(tl.int32) + 64) >> 7
         upper = tl.minimum(tl.maximum(upper, 1), 0xF7)
         # A scale that was rounded down may leave the zero point out of reach: the next one does not.
-        reached = wide_scale(upper) * (127.0 / 8.0)
+        reached = scale_to_float32(upper) * (127.0 / 8.0)
         upper = tl.minimum(tl.where(reached < tl.abs(bottom), upper + 1, upper), 0xF7)
         scale = upper.to(tl.uint8)
-        wide = wide_scale(upper)
-        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom * 8.0, wide)), -127.0), 127.0)
+        step = scale_to_float32(upper)
+        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom * 8.0, step)), -127.0), 127.0)
         before, after = zero * 0.125, zero * 0.0
     else:
         top, bottom = top * clip, bottom * clip
         limit = tl.full((LANES,), 127.0, tl.float32)
         scale = tl.maximum(tl.div_rn(top - bottom, levels), tl.div_rn(tl.abs(bottom), limit))
         scale = tl.minimum(tl.maximum(scale, 2.0**-24), 65504.0).to(tl.float16)
-        wide = scale.to(tl.float32)
-        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom, wide)), -127.0), 127.0)
+        step = scale.to(tl.float32)
+        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom, step)), -127.0), 127.0)
         before, after = zero * 0.0, zero
-    divisor = tl.broadcast_to(wide[:, None], (LANES, GROUP_PAD))
+    divisor = tl.broadcast_to(step[:, None], (LANES, GROUP_PAD))
     codes = _round(tl.div_rn(numbers, divisor) + before[:, None]) + after[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS).to(tl.int32)  # (16, GROUP_PAD)
     word = (batch * blocks + block) * C + channel
     _merge_word(low, word, codes & 3, lane, new, here, 2)
     if BITS > 2:
         _merge_word(high, word, codes >> 2, lane, new, here, BITS - 2)
-    side = ((batch * blocks + block) * (C // GROUP) + group) * LANES + tl.arange(0, LANES)
+    at = ((batch * blocks + block) * (C // GROUP) + group) * LANES + tl.arange(0, LANES)
     written = (block * LANES + tl.arange(0, LANES) >= start) & (block * LANES + tl.arange(0, LANES) < start + tokens)
-    tl.store(scales + side, scale, mask=written)
-    tl.store(zeros + side, zero.to(tl.int8), mask=written)
+    tl.store(scales + at, scale, mask=written)
+    tl.store(zeros + at, zero.to(tl.int8), mask=written)
 
 
 def launch_quantize(

@@ -34,8 +34,8 @@ RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew wh
 
 
 @triton.jit
-def wide_scale(stored):
-    """A scale of the fine format, bits 7 to 14 of a float16, as float32."""
+def scale_to_float32(stored):
+    """A compact scale, bits 7 to 14 of a float16, as float32."""
     return (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -60,8 +60,8 @@ def read_packed(
     if BITS == 4:
         code |= ((tl.load(high + word, mask=keep, other=0) >> (2 * lane)) & 3) << 2
     at = (block * GROUPS + group) * LANES + lane
-    if scale.dtype.element_ty == tl.uint8:  # the fine format of kernels/quantize.py
-        factor = wide_scale(tl.load(scale + at, mask=keep, other=0))
+    if scale.dtype.element_ty == tl.uint8:  # compact scales: kernels/quantize.py
+        factor = scale_to_float32(tl.load(scale + at, mask=keep, other=0))
         offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32) * 0.125
     else:
         factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""The fine format of scales and zero points against numpy, byte by byte."""
+"""Compact scales and zero points against numpy, byte by byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rotatekv.kernels.quantize import dequantize_groups, quantize_groups, wide_scale
+from rotatekv.kernels.quantize import dequantize_groups, quantize_groups, scale_to_float32
 
 
 def numpy_scales() -> np.ndarray:
@@ -17,7 +17,7 @@ def numpy_scales() -> np.ndarray:
 
 
 def test_a_byte_is_a_small_float():
-    decoded = wide_scale(torch.arange(0xF8).byte())
+    decoded = scale_to_float32(torch.arange(0xF8).byte())
     np.testing.assert_array_equal(decoded.numpy(), numpy_scales()[:0xF8].astype(np.float32))
 
 
@@ -27,7 +27,7 @@ def test_a_byte_is_a_small_float():
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
 def test_quantizer_equals_the_numpy_version(bits, clip_ratio, shift, spread):
     x = (torch.randn(40, 64, generator=torch.Generator().manual_seed(bits)) + shift) * spread
-    codes, scale, zero = quantize_groups(x, bits, 32, clip_ratio, fine=True)
+    codes, scale, zero = quantize_groups(x, bits, 32, clip_ratio, compact=True)
     assert scale.dtype == codes.dtype == torch.uint8 and zero.dtype == torch.int8
     groups = x.double().numpy().reshape(40, 2, 32)
     middle, reach = (groups.max(-1) + groups.min(-1)) / 2, (groups.max(-1) - groups.min(-1)) / 2 * clip_ratio
@@ -51,8 +51,8 @@ def test_quantizer_equals_the_numpy_version(bits, clip_ratio, shift, spread):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_range_that_is_not_clipped_comes_back_within_half_a_step(bits):
     x = torch.rand(50, 64, generator=torch.Generator().manual_seed(0)) * 3 - 1
-    codes, scale, zero = quantize_groups(x, bits, 64, 1.0, fine=True)
-    wide = wide_scale(scale)
+    codes, scale, zero = quantize_groups(x, bits, 64, 1.0, compact=True)
+    wide = scale_to_float32(scale)
     error = (dequantize_groups(codes, scale, zero) - x).abs()
     # A scale rounded down by 1/16 at most loses as much of the range, and the zero point a sixteenth of a step.
     assert (error <= wide * (0.5 + 1 / 16 + (2**bits - 1) / 2 / 15)).all()
@@ -61,7 +61,7 @@ def test_a_range_that_is_not_clipped_comes_back_within_half_a_step(bits):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -250.0, 1e-30, 6e4, -1e38, *np.linspace(-2, -1, 23)])
 def test_constant_and_extreme_rows_stay_finite(value):
-    restored = dequantize_groups(*quantize_groups(torch.full((1, 16), value), 2, 16, 0.8, fine=True))
+    restored = dequantize_groups(*quantize_groups(torch.full((1, 16), value), 2, 16, 0.8, compact=True))
     assert restored.isfinite().all()
     if 1e-3 < abs(value) < 1e5:
         torch.testing.assert_close(restored, torch.full((1, 16), value), rtol=0.01, atol=0)
