@@ -289,7 +289,7 @@ def bytes_of_every_tensor_reachable(model) -> int:
             visit(vars(thing), depth - 1)
 
     for module in model.modules():
-        visit(vars(module), 10)
+        visit(vars(module), 12)
     return sum(storages.values())
 
 
