@@ -123,7 +123,7 @@ def _label(row: dict, method: str) -> str:
 def _shown(rows: dict, column: str, method: str) -> str:
     protocol, field = column.split(".")
     value = rows.get((protocol, method), {}).get(field)
-    return "" if value is None else _FORMATS.get(field, "{}").format(value)
+    return "–" if value is None else _FORMATS.get(field, "{}").format(value)
 
 
 def draw_frontier(results: dict) -> None:

@@ -102,7 +102,8 @@ def test_readme_is_short_and_keeps_the_originals_headings():
     assert len(readme.splitlines()) <= 200
     headings = re.findall(r"^#+ (.*)$", "\n".join([readme, *docs]), re.MULTILINE)
     assert not [name for name in ORIGINAL if name not in headings]
-    assert not [page.name for page in PAGES[1:] if f"{page.name})" not in readme and f"{page.name}#" not in readme], "pages that nobody finds"
+    hidden = [page.name for page in PAGES[1:] if f"{page.name})" not in readme and f"{page.name}#" not in readme]
+    assert not hidden, "pages that nobody finds"
 
 
 def test_bytes_of_llama_3_8b():
