@@ -326,6 +326,7 @@ def test_it_writes_csv_figure_and_metrics(folder, tmp_path, capsys):
     assert all("computed" in row["max_batch_how"] and int(row["max_batch"]) > 0 for row in rows)
     assert "RTN4 40 x 2: decode" in printed and "4 cells" in printed
     with Image.open(path / "efficiency.png") as picture:
+        assert "beside Hugging Face" in picture.text["Description"]
         assert picture.width > 1000 and len(picture.convert("RGB").resize((200, 200)).getcolors(40000)) > 20
 
 

@@ -35,7 +35,8 @@ def write_report(records: Sequence[dict], metrics: dict, folder: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    description = f"Speed, cache and peak memory of {metrics['config']['method']} beside Hugging Face's own cache."
+    methods = ", ".join(dict.fromkeys(record["method"] for record in records))
+    description = f"Speed, cache and peak memory of {methods} beside Hugging Face's own cache."
     picture = png_of(draw(records, metrics["config"]), description, _DPI)
     write_atomically(folder / "efficiency.csv", text.getvalue().encode())
     write_atomically(folder / "efficiency.png", picture)
