@@ -82,11 +82,12 @@ def attention(
         heads = (part.of(x, 2) for x in (query, key, value))
         mask = part.attention_mask(attention_mask)
         of_part, weights = _attend(part.cache, layer, module, *heads, mask, options)
-        output[part.row, part.new] = of_part[0].to(output.dtype)  # under autocast it is another one
+        output[part.batch_index, part.new] = of_part[0].to(output.dtype)  # under autocast it is another one
         if weights is not None:
             if all_weights is None:
                 all_weights = query.new_zeros(*query.shape[:3], cache.positions.shape[1])
-            all_weights[part.row][:, part.new[:, None], part.columns_of(layer)] = weights[0].to(query.dtype)
+            kept = part.kept_by(layer)
+            all_weights[part.batch_index][:, part.new[:, None], kept] = weights[0].to(query.dtype)
     return output, all_weights
 
 

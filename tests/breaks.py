@@ -135,9 +135,9 @@ BREAKS = (
     ),
     Break(
         "crop into the first call",
-        "rotatekv/cache/cropping.py",
-        "spare.until >= length",
-        "spare.until > length",
+        "rotatekv/cache/record.py",
+        "self.until >= tokens",
+        "self.until > tokens",
         ("speculation.py::test_a_crop_into_the_first_call_has_the_sinks_of_the_tokens_that_stayed",),
     ),
     Break(
@@ -150,9 +150,16 @@ BREAKS = (
     Break(
         "padding",
         "rotatekv/cache/parts.py",
-        "self.columns = torch.cat([self.columns, self.new + cached])",
-        "self.columns = torch.cat([self.columns, self.new])",
+        "self.token_index = torch.cat([self.token_index, self.new + cached])",
+        "self.token_index = torch.cat([self.token_index, self.new])",
         ("masks.py::test_rows_of_a_padded_batch_are_those_rows_alone[KIVI2]",),
+    ),
+    Break(
+        "sinks behind a sliding window",
+        "rotatekv/cache/sinks.py",
+        "token_index=left.token_index - count",
+        "token_index=left.token_index",
+        ("cache_states.py",),
     ),
     Break(
         "sliding window",

@@ -14,7 +14,7 @@ from rotatekv.methods import KVMethod
 from rotatekv.rope import LayerRope
 
 BLOCK, RECORDED = 16, 64  # tokens of a block; of a recording layer's last call that a crop gives up without a trace
-MASSIVE = 3.0  # threshold of the hidden states
+MASSIVE = 2.0  # threshold of the hidden states
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_a_key_is_given_rope_at_its_own_position_on_every_read():
         model(ids[:, :4], position_ids=positions[:, :4], past_key_values=cache)
         model(ids[:, 4:], position_ids=positions[:, 4:], past_key_values=cache)
         assert torch.equal(cache.positions, positions.int())
-        method, packed = cache.layers[0].method, cache.layers[0].packed_keys
+        method, packed = cache.layers[0].method, cache.layers[0].packed.keys
         keys = method.keys_out(method.decode_keys(packed.tokens())).double()
         cos, sin = model.model.rotary_emb(torch.empty(0, dtype=torch.double), position_ids=positions)
         want = apply_rotary_pos_emb(keys, keys, cos, sin)[0]

@@ -13,7 +13,17 @@ from transformers import Cache, DynamicCache
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
 from rotatekv.cache.spec import handle_of
 
-HOLDERS = ("RotateKVCache", "RotateKVLayer", "Positions", "TokenStore", "BlockStore", "PlaneStore")
+HOLDERS = (
+    "RotateKVCache",
+    "RotateKVLayer",
+    "Positions",
+    "TokenStore",
+    "BlockStore",
+    "PlaneStore",
+    "PackedTokens",
+    "Window",
+    "Sinks",
+)
 LAYERS, KV_HEADS, DIM = 2, 3, 16
 CHANNELS = KV_HEADS * DIM
 ROTATEKV2 = replace(PRESETS["RotateKV2"], Outlier_Aware_Key_Rotation=False, num_sink_entries=6)
@@ -98,7 +108,7 @@ def bytes_by_formula(config: QuantConfig, rows: int, tokens: int, sinks: int, wi
 
 
 def sinks_of(cache) -> int:
-    return sum(len(layer.sink_rows) for layer in cache.layers if layer.sink_rows is not None)
+    return sum(len(layer.sinks.token_index) for layer in cache.layers if layer.sinks is not None)
 
 
 def window_of(config: QuantConfig, tokens: int, packed: int = 0) -> int:
@@ -267,24 +277,24 @@ def test_crop_across_sinks_and_window_keeps_the_rest_as_it_was(tiny):
     with patch_model(tiny, replace(ROTATEKV2, residual_length=5)), torch.no_grad():
         cache = filled(tiny, rows=2, tokens=20)
         before = [(row, column) for row, column in zip(*sink_places(cache.layers[0]), strict=True)]
-        window = cache.layers[1].window_keys.clone()
-        codes = cache.layers[1].packed_keys.tokens()["codes"].clone()
+        window = cache.layers[1].window.keys.clone()
+        codes = cache.layers[1].packed.keys.tokens()["codes"].clone()
         cache.crop(-2)  # within the window
-        assert torch.equal(cache.layers[1].window_keys, window[:, :, :3])
-        assert torch.equal(cache.layers[1].packed_keys.tokens()["codes"], codes)
+        assert torch.equal(cache.layers[1].window.keys, window[:, :, :3])
+        assert torch.equal(cache.layers[1].packed.keys.tokens()["codes"], codes)
         cache.crop(-8)  # the rest of the window and five packed tokens
-        assert torch.equal(cache.layers[1].packed_keys.tokens()["codes"], codes[:, :10])
-        assert cache.layers[1].window_keys.shape == (2, KV_HEADS, 0, DIM)
+        assert torch.equal(cache.layers[1].packed.keys.tokens()["codes"], codes[:, :10])
+        assert cache.layers[1].window.keys.shape == (2, KV_HEADS, 0, DIM)
         after = [(row, column) for row, column in zip(*sink_places(cache.layers[0]), strict=True)]
         assert after == [place for place in before if place[1] < 10] and len(after) < len(before)
         assert cache.positions.shape == (2, 10)
         tiny(token_ids(2, 7, 3), past_key_values=cache)
-        assert cache.get_seq_length() == 17 and cache.layers[1].window_keys.shape == (2, KV_HEADS, 5, DIM)
+        assert cache.get_seq_length() == 17 and cache.layers[1].window.keys.shape == (2, KV_HEADS, 5, DIM)
         assert_bytes(cache, 2, 17)
 
 
 def sink_places(layer) -> tuple[list[int], list[int]]:
-    return layer.sink_rows.tolist(), layer.sink_columns.tolist()
+    return layer.sinks.batch_index.tolist(), layer.sinks.token_index.tolist()
 
 
 def test_crop_rules(rotated):
@@ -468,12 +478,12 @@ def test_the_window_is_the_last_tokens_in_16_bits_and_the_rest_is_quantized_as_w
             for step in range(5):
                 layer, length = cache.layers[0], 19 + step
                 last = slice(length - 5, length)
-                for held, want in ((layer.window_keys, stock.keys), (layer.window_values, stock.values)):
+                for held, want in ((layer.window.keys, stock.keys), (layer.window.values, stock.values)):
                     assert held.dtype == torch.float16
                     torch.testing.assert_close(held.float(), want[:, :, last], rtol=1e-3, atol=1e-3)
-                for kind in ("packed_keys", "packed_values"):
-                    codes = getattr(layer, kind).tokens()["codes"]
-                    same = codes == getattr(whole, kind).tokens()["codes"][:, : length - 5]
+                for kind in ("keys", "values"):
+                    codes = getattr(layer.packed, kind).tokens()["codes"]
+                    same = codes == getattr(whole.packed, kind).tokens()["codes"][:, : length - 5]
                     assert codes.shape[1] == length - 5 and same.float().mean() > 0.98  # they were 16 bits in between
                 error = (layer.keys - stock.keys[:, :, :length]).abs().amax(dim=(0, 1, 3))
                 assert error[-5:].max() < 1e-2 < error[:-5].min()
@@ -488,20 +498,20 @@ def test_sinks_stay_exact_to_16_bits_and_the_others_do_not(tiny):
     with patch_model(tiny, ROTATEKV2), torch.no_grad():
         cache = filled_with(tiny, ids)
         for number, layer in enumerate(cache.layers):
-            rows, columns = layer.sink_rows.long(), layer.sink_columns.long()
+            rows, columns = layer.sinks.batch_index.long(), layer.sinks.token_index.long()
             assert 2 <= len(rows) <= 2 * ROTATEKV2.num_sink_entries and set(rows.tolist()) == {0, 1}
             is_sink = torch.zeros(2, 24, dtype=torch.bool)
             is_sink[rows, columns] = True
             if number:
                 continue  # the stock model's keys are others from here on
-            assert torch.equal(layer.sink_keys, stock[0].keys[rows, :, columns].half())
-            assert torch.equal(layer.sink_values, stock[0].values[rows, :, columns].half())
+            assert torch.equal(layer.sinks.keys, stock[0].keys[rows, :, columns].half())
+            assert torch.equal(layer.sinks.values, stock[0].values[rows, :, columns].half())
             for got, exact in ((layer.keys, stock[0].keys), (layer.values, stock[0].values)):
                 error = (got - exact).abs().amax(dim=(1, 3))  # (B, T)
                 assert error[is_sink].max() < 1e-2 < error[~is_sink].min()
-        before = [layer.sink_keys.clone() for layer in cache.layers]
+        before = [layer.sinks.keys.clone() for layer in cache.layers]
         tiny(token_ids(2, 3, 1), past_key_values=cache)
-        assert all(torch.equal(a, layer.sink_keys) for a, layer in zip(before, cache.layers, strict=True))
+        assert all(torch.equal(a, layer.sinks.keys) for a, layer in zip(before, cache.layers, strict=True))
         assert sink_places(cache.layers[0])[1] == columns_of(tiny, ids)
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from rotatekv import PRESETS
 from rotatekv.cache.cache import RotateKVCache
+from rotatekv.cache.sinks import FirstCallSinks
 from rotatekv.cache.spec import CacheSpec
 from rotatekv.methods import LayerGeometry, build_method
 
@@ -24,10 +25,10 @@ def test_bytes_against_16_bits_at_8k(kv_heads, head_dim, least):
     cache = RotateKVCache(CacheSpec(config, (method,), "none", (None,), text_config))
     cache.begin_forward(torch.arange(TOKENS).view(1, -1), 1, None)
     layer, numbers = cache.layers[0], torch.randn(1, kv_heads, TOKENS, head_dim)
-    layer.set_sinks(torch.zeros(20, dtype=torch.int32), torch.arange(0, 8000, 400, dtype=torch.int32))
-    layer.update(numbers, numbers)
+    sinks = FirstCallSinks(torch.zeros(20, dtype=torch.int32), torch.arange(0, 8000, 400, dtype=torch.int32))
+    layer.update(numbers, numbers, sinks=sinks)
     in_16_bits = 2 * 2 * kv_heads * head_dim * TOKENS
-    assert layer.sink_keys.shape[0] == 20
+    assert layer.sinks.keys.shape[0] == 20
     ratio = in_16_bits / cache.nbytes()  # positions included, though they are kept once for all layers
     print(f"{kv_heads} × {head_dim}: {ratio:.2f}")
     assert ratio >= least

@@ -115,9 +115,9 @@ def test_cut_groups_of_keys_are_decoded_from_the_window(name, left, tiny, calls,
             cache = RotateKVCache.for_model(tiny)
             tiny(token_ids(2, 41), past_key_values=cache)
             cache.crop(left - 41)
-            packed = cache.layers[0].packed_keys.length
+            packed = cache.layers[0].packed.length
             results[backend] = [tiny(token_ids(2, n, n), past_key_values=cache).logits for n in (1, 7, 1, 16)]
-            assert cache.layers[0].packed_keys.length > 0
+            assert cache.layers[0].packed.length > 0
     expected = fused_calls(CONFIGS[name], left, (1, 7, 1, 16), packed)
     assert calls == expected and len(expected) >= (4 if packed else 0)  # with nothing packed, torch attends
     fused, general = (torch.cat(results[backend], dim=1) for backend in ("cpu", "reference"))

@@ -77,7 +77,7 @@ def test_cache_bytes_are_the_formulas(embedded):
         model.model(input_ids=ids, **{CACHE_NAME: cache})
         for step in range(9):
             tokens = 1024 + step
-            sinks = sum(len(layer.sink_rows) for layer in cache.layers)
+            sinks = sum(len(layer.sinks.token_index) for layer in cache.layers)
             packed = -(-tokens // 16) * 16  # whole blocks
             formula = packed * (30 * 2 * 192 * 2 / 8 + 30 * 2 * 3 * 3) + 4 * tokens + sinks * (4 * 192 + 8)
             held = sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors())

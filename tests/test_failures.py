@@ -121,7 +121,7 @@ def test_a_store_broken_off_between_keys_and_values_is_taken_back(patched, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.layers[1].packed_values, "add", interrupt)
+        patch.setattr(cache.layers[1].packed.values, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             patched(token_ids(1, 24, 1), past_key_values=cache)
     again = patched(token_ids(1, 24, 1), past_key_values=cache).logits

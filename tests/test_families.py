@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from rotatekv import PRESETS, QuantConfig, RotateKVCache, UserError, patch_model
-from rotatekv.cache.cropping import MOST_CROPPED
+from rotatekv.cache.record import MOST_CROPPED
 from rotatekv.kernels import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")

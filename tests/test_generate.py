@@ -154,14 +154,14 @@ def test_a_padded_rows_cache_holds_the_single_rows_codes(tmp_path):
             length = int(mask[row].sum())
             single = model(ids[row : row + 1, -length:]).past_key_values
             for ours, theirs in zip(batch.layers, single.layers, strict=True):
-                for kind in ("packed_keys", "packed_values"):
-                    for name, tensor in getattr(theirs, kind).tokens().items():
-                        mine = getattr(ours, kind).tokens()[name][row : row + 1, -length:]
+                for kind in ("keys", "values"):
+                    for name, tensor in getattr(theirs.packed, kind).tokens().items():
+                        mine = getattr(ours.packed, kind).tokens()[name][row : row + 1, -length:]
                         assert torch.equal(mine, tensor), (row, name)
-                mine = ours.sink_rows == row
-                assert (ours.sink_columns[mine] - (12 - length)).tolist() == theirs.sink_columns.tolist()
-                assert torch.equal(ours.sink_keys[mine], theirs.sink_keys)
-                assert torch.equal(ours.sink_values[mine], theirs.sink_values)
+                mine = ours.sinks.batch_index == row
+                assert (ours.sinks.token_index[mine] - (12 - length)).tolist() == theirs.sinks.token_index.tolist()
+                assert torch.equal(ours.sinks.keys[mine], theirs.sinks.keys)
+                assert torch.equal(ours.sinks.values[mine], theirs.sinks.values)
 
 
 def rebuilt(model, sequence, prompt_length) -> RotateKVCache:
@@ -259,8 +259,8 @@ def test_prompt_lookup_gives_the_plain_greedy_tokens(changes, tmp_path, monkeypa
     torch.testing.assert_close(torch.stack(lookup.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-3)
     length = min(lookup.past_key_values.get_seq_length(), plain.past_key_values.get_seq_length())
     for ours, theirs in zip(lookup.past_key_values.layers, plain.past_key_values.layers, strict=True):
-        for name, codes in theirs.packed_keys.tokens().items():
-            assert torch.equal(ours.packed_keys.tokens()[name][:, :length], codes[:, :length])
+        for name, codes in theirs.packed.keys.tokens().items():
+            assert torch.equal(ours.packed.keys.tokens()[name][:, :length], codes[:, :length])
 
 
 def test_chunked_prefill_equals_manual_chunks(tmp_path):

@@ -11,6 +11,7 @@ from conftest import tiny_model
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
 from rotatekv.cache.layer import RotateKVLayer
+from rotatekv.cache.sinks import FirstCallSinks
 from rotatekv.methods import LayerGeometry, build_method
 from rotatekv.methods.stores import PlaneStore
 
@@ -38,9 +39,9 @@ def test_the_window_holds_its_length_and_up_to_a_group_more(window, group):
     layer = layer_of(replace(CONFIG, k_groupsize=group, residual_length=window))
     for tokens in range(1, 80):
         add(layer, *states(1, tokens))
-        packed = layer.packed_keys.length
-        held = 0 if layer.window_keys is None else layer.window_keys.shape[2]
-        assert layer.get_seq_length() == tokens == packed + held and layer.packed_values.length == packed
+        packed = layer.packed.length
+        held = 0 if layer.window is None else layer.window.tokens
+        assert layer.get_seq_length() == tokens == packed + held and layer.packed.values.length == packed
         assert packed % group == 0 and (held <= window + group - 1) and (held >= window or packed == 0)
 
 
@@ -61,7 +62,7 @@ def test_a_groups_scales_lie_where_the_layout_says():
     keys, values = states(53)
     layer = layer_of(replace(CONFIG, k_bits=3))
     add(layer, keys, values)
-    held, packed = layer.packed_keys.tensors, 48
+    held, packed = layer.packed.keys.tensors, 48
     assert {name: (x.dtype, tuple(x.shape)) for name, x in held.items()} == {
         "scale": (torch.float16, (2, 6, 32)),
         "zero": (torch.int8, (2, 6, 32)),
@@ -86,21 +87,20 @@ def test_a_crop_keeps_what_was_read_and_opens_a_cut_group(left, sinks):
     """45 tokens, 40 of them packed: the kept ones read as before, those of a cut group from the window, in 16 bits."""
     keys, values = states(45)
     layer = layer_of(replace(CONFIG, Attention_Sink_Aware=sinks))
-    if sinks:
-        layer.set_sinks(torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([0, 30, 38], dtype=torch.int32))
-    add(layer, keys, values)
+    chosen = FirstCallSinks(torch.tensor([0, 0, 1]), torch.tensor([0, 30, 38])) if sinks else None
+    layer.update(keys, values, sinks=chosen)
     before = [x.clone() for x in layer.read()]
     layer.crop(left - 45)
     whole = left // GROUP * GROUP
-    assert layer.packed_keys.length == layer.packed_values.length == whole
-    assert layer.window_keys.shape[2] == layer.window_values.shape[2] == left - whole
-    assert layer.window_keys.dtype == torch.float16 and layer.get_seq_length() == left
+    assert layer.packed.length == layer.packed.values.length == whole
+    assert layer.window.tokens == left - whole
+    assert layer.window.keys.dtype == torch.float16 and layer.get_seq_length() == left
     for ours, theirs in zip(layer.read(), before, strict=True):
         torch.testing.assert_close(ours, theirs[:, :, :left], rtol=1e-3, atol=1e-6)
         assert torch.equal(ours[:, :, :whole], theirs[:, :, :whole])
     if sinks and left > 30:
         assert torch.equal(layer.read()[0][0, :, 30], keys[0, :, 30])
-        assert left in (32, 39) or torch.equal(layer.window_keys[0, :, 30 - whole], keys[0, :, 30].half())
+        assert left in (32, 39) or torch.equal(layer.window.keys[0, :, 30 - whole], keys[0, :, 30].half())
 
 
 @pytest.mark.parametrize("left", [3, 20, 37])
@@ -111,14 +111,14 @@ def test_tokens_added_after_a_crop_are_grouped_with_those_it_left(left):
     add(layer, keys, values)
     layer.crop(left - 45)
     whole = left // GROUP * GROUP
-    packed = [x.clone() for x in layer.packed_keys.tokens().values()]
+    packed = [x.clone() for x in layer.packed.keys.tokens().values()]
     stored = [x[:, :, whole:left] for x in layer.read()]
     more = states(30, 1)
     got = [x[:, :, whole:] for x in add(layer, *more)]
     want = add(again, *(torch.cat([a.half().float(), b], dim=2) for a, b in zip(stored, more, strict=True)))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert layer.get_seq_length() == left + 30
-    for a, b in zip(packed, layer.packed_keys.tokens().values(), strict=True):
+    for a, b in zip(packed, layer.packed.keys.tokens().values(), strict=True):
         assert torch.equal(a, b[:, : a.shape[1]])
 
 
@@ -126,7 +126,7 @@ def test_an_emptied_layer_starts_again():
     layer, fresh = layer_of(), layer_of()
     add(layer, *states(45))
     layer.crop(-43)
-    assert layer.packed_keys.length == 0 and layer.window_keys.shape[2] == 2
+    assert layer.packed.length == 0 and layer.window.tokens == 2
     layer.crop(-2)
     assert layer.get_seq_length() == 0
     assert all(torch.equal(a, b) for a, b in zip(add(layer, *states(20, 3)), add(fresh, *states(20, 3)), strict=True))
@@ -141,7 +141,7 @@ def test_generate_runs_over_cuts_and_moves(strategy):
         cache = out.past_key_values
         assert cache.get_seq_length() >= 49
         for layer in cache.layers:
-            assert layer.packed_keys.length % GROUP == 0 and layer.packed_keys.length >= 40
+            assert layer.packed.length % GROUP == 0 and layer.packed.length >= 40
 
 
 def test_moved_rows_take_their_scales_with_them():

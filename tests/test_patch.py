@@ -334,9 +334,9 @@ def test_half_precision_models_work(config, dtype, any_family):
         cache = generated.past_key_values
     assert out.dtype == dtype and out.isfinite().all() and torch.stack(generated.logits).isfinite().all()
     assert (out.float() - exact).abs().mean() < exact.abs().mean(), "further from the model than zeros are"
-    assert {x.dtype for layer in cache.layers for x in layer.packed_keys} == {torch.int32, torch.float16, torch.int8}
+    assert {x.dtype for layer in cache.layers for x in layer.packed.keys} == {torch.int32, torch.float16, torch.int8}
     if config.residual_length:
-        assert cache.layers[0].window_keys.dtype == dtype
+        assert cache.layers[0].window.keys.dtype == dtype
 
 
 # --- other people's wrappers -----------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import left_padding, logits, save_tiny_folder, tiny_model, tiny_te
 
 import calibrate_reorder
 from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model
-from rotatekv.cache.window import RecentWindow
+from rotatekv.cache.window import FlushPolicy
 from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
 from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
@@ -125,14 +125,14 @@ def test_massive_tokens_stay_exact_whenever_they_come(tmp_path, monkeypatch):
     mask = left_padding(90, 9, 0)
     whole, cache = run(model, PLUS, path, (90,), mask)
     layers = [alone.layers[0] for alone in cache.parts.caches()]  # padded rows are kept each alone
-    assert [layer.packed_keys.length for layer in layers] == [64, 64]
+    assert [layer.packed.length for layer in layers] == [64, 64]
     expected = [(hidden[row, left : left + 64] > threshold).nonzero()[:, 0].int() for row, left in ((0, 9), (1, 0))]
     assert sum(map(len, expected)) > 4
-    assert all(torch.equal(layer.sink_columns, sinks) for layer, sinks in zip(layers, expected, strict=True))
+    assert all(torch.equal(layer.sinks.token_index, sinks) for layer, sinks in zip(layers, expected, strict=True))
     for chunks in ((30, 20, 1, 39), (5, 85), (12,) + (1,) * 78):
         parts, other = run(model, PLUS, path, chunks, mask)
         for alone, sinks in zip(other.parts.caches(), expected, strict=True):
-            assert torch.equal(alone.layers[0].sink_columns, sinks)
+            assert torch.equal(alone.layers[0].sinks.token_index, sinks)
         difference = (parts - whole)[mask.bool()].abs()
         assert difference.median() < 1e-6 and difference.mean() < 2e-3
 
@@ -150,7 +150,7 @@ def test_a_later_calls_short_mask_leaves_the_rest_padding(width, tmp_path, tiny)
             found = tiny(token_ids(2, 5, seed=1), attention_mask=mask, past_key_values=cache).logits
         assert cache.get_seq_length() == 35
         for alone in cache.parts.caches():
-            assert alone.get_seq_length() == max(width, 30) and alone.layers[0].window_massive.all()
+            assert alone.get_seq_length() == max(width, 30) and alone.layers[0].window.is_massive.all()
         if length == width:
             short = found
     torch.testing.assert_close(short, found)
@@ -164,10 +164,10 @@ def test_sinks_survive_a_crop_and_a_beam(tmp_path, tiny):
         tiny(token_ids(2, 90), past_key_values=cache)
         cache.crop(-40)  # 50 left: 48 in whole blocks, two in the window
         layer = cache.layers[0]
-        assert layer.packed_keys.length == 48 and layer.window_massive.shape == (2, 2)
-        assert layer.sink_columns.max() < 50
+        assert layer.packed.length == 48 and layer.window.is_massive.shape == (2, 2)
+        assert layer.sinks.token_index.max() < 50
         cache.select_rows(torch.tensor([1, 1, 0]))
-        assert layer.window_massive.shape[0] == 3
+        assert layer.window.is_massive.shape[0] == 3
         tiny(token_ids(2, 90)[:, :50], past_key_values=other)
         rows = torch.tensor([1, 1, 0])
         more = token_ids(3, 40, seed=5)
@@ -183,7 +183,7 @@ def test_sinks_survive_a_crop_and_a_beam(tmp_path, tiny):
 
 def fused_calls(tokens: int, chunks: tuple[int, ...]) -> int:
     """How many chunks after ``tokens`` the kernel attends to: those with one window, once a block is packed."""
-    window, count = RecentWindow(16, 16), 0
+    window, count = FlushPolicy(16, 16), 0
     for length in chunks:
         window = replace(window, packed=window.packed_of(tokens))
         count += window.packed > 0 and not window.differs(tokens, length)
@@ -214,7 +214,7 @@ def test_the_fused_kernels_give_the_general_path(family, preset, rows, tmp_path,
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     general, cache = run(model, config, path, chunks, mask)
     caches = cache.parts.caches() if rows > 1 else [cache]
-    assert len(calls) == expected and all(len(alone.layers[0].sink_rows) for alone in caches)
+    assert len(calls) == expected and all(len(alone.layers[0].sinks.batch_index) for alone in caches)
     difference = (fused - general)[mask.bool()].abs()
     assert difference.median() < 5e-4 and difference.mean() < 0.005 * general.std()
 

@@ -118,4 +118,11 @@ def test_the_model_keeps_the_first_tokens_where_the_config_says_so(tiny):
         cache = RotateKVCache.for_model(tiny)
         tiny(ids, attention_mask=mask, use_cache=True, **{CACHE_NAME: cache})
     for layer in cache.layers:
-        assert layer.sink_rows.tolist() == [0, 0, 0, 1, 1, 1] and layer.sink_columns.tolist() == [4, 5, 6, 0, 1, 2]
+        assert layer.sinks.batch_index.tolist() == [0, 0, 0, 1, 1, 1] and layer.sinks.token_index.tolist() == [
+            4,
+            5,
+            6,
+            0,
+            1,
+            2,
+        ]

@@ -18,7 +18,7 @@ from test_rotatekv_plus import random_statistics as plus_statistics
 from test_sinks import naive_sinks
 
 from rotatekv import PRESETS, RotateKVCache, patch_model
-from rotatekv.cache.cropping import MOST_CROPPED
+from rotatekv.cache.record import MOST_CROPPED
 from rotatekv.statistics import save_statistics
 
 NAMES = [
@@ -134,10 +134,10 @@ def test_a_crop_into_a_long_call_gives_its_window_back(preset, tmp_path):
                     model(ids[:, before:end], past_key_values=cache)
             cropped.crop(-removed)
             for ours, theirs in zip(cropped.layers, short.layers, strict=True):
-                assert ours.packed_keys.length == theirs.packed_keys.length
+                assert ours.packed.length == theirs.packed.length
                 torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-6, atol=1e-6)
                 torch.testing.assert_close(ours.values, theirs.values, rtol=1e-6, atol=1e-6)
 
 
 def sinks(layer) -> list[tuple[int, int]]:
-    return list(zip(layer.sink_rows.tolist(), layer.sink_columns.tolist(), strict=True))
+    return list(zip(layer.sinks.batch_index.tolist(), layer.sinks.token_index.tolist(), strict=True))

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rotatekv import patch_model
 from rotatekv.cache.cache import RotateKVCache
-from rotatekv.cache.window import FlushedTokens, RecentWindow, attend_with_own_windows
+from rotatekv.cache.window import FlushedTokens, FlushPolicy, attend_with_own_windows
 from rotatekv.config import PRESETS
 
 NO_SINKS = {"Attention_Sink_Aware": False}
@@ -47,7 +47,7 @@ def test_prefill_chunks_and_decoding_are_one(name, attention, padding, monkeypat
 def test_every_query_attends_as_if_it_were_the_last(new, length, packed):
     """Against one plain attention for each query, over keys put together by hand."""
     generator = torch.Generator().manual_seed(1)
-    window, total = RecentWindow(20, 16, packed), length + new
+    window, total = FlushPolicy(20, 16, packed), length + new
     exact, decoded = (torch.randn(2, 3, total, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     query = torch.randn(2, 6, new, 8, generator=generator, dtype=torch.float64)
     hidden = torch.rand(2, 1, new, total, generator=generator) < 0.2  # the caller's mask, causal besides
@@ -77,10 +77,10 @@ def test_eager_weights_are_those_of_whole_tokens():
 
 
 def test_which_windows_differ():
-    assert not RecentWindow(0, 1).differs(10, 50)  # no window at all
-    assert not RecentWindow(4, 1).differs(10, 1) and RecentWindow(4, 1).differs(10, 2)
-    assert not RecentWindow(4, 16).differs(20, 15) and RecentWindow(4, 16).differs(20, 16)
-    assert not RecentWindow(4, 16, packed=64).differs(40, 20)  # cropped: as much stays packed
+    assert not FlushPolicy(0, 1).differs(10, 50)  # no window at all
+    assert not FlushPolicy(4, 1).differs(10, 1) and FlushPolicy(4, 1).differs(10, 2)
+    assert not FlushPolicy(4, 16).differs(20, 15) and FlushPolicy(4, 16).differs(20, 16)
+    assert not FlushPolicy(4, 16, packed=64).differs(40, 20)  # cropped: as much stays packed
 
 
 @pytest.mark.parametrize("quantize_prefill", [True, False])
@@ -93,4 +93,4 @@ def test_tokens_that_left_a_window_are_held_for_their_layers_turn_alone(quantize
         model.model.layers[1].register_forward_pre_hook(lambda *args: held.append(first.flushed))
         for ids in token_ids(1, 90).split((60, 30), dim=1):
             model(ids, past_key_values=cache)
-    assert held == [None, None] and first.packed_keys.length == second.packed_keys.length == 80
+    assert held == [None, None] and first.packed.length == second.packed.length == 80

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from rotatekv.cache.fused_call import FusedCall
 from rotatekv.cache.layer import RotateKVLayer
 from rotatekv.cache.parts import Parts, SplitLayer
-from rotatekv.cache.sinks import give_sinks
+from rotatekv.cache.sinks import ChosenSinks
 from rotatekv.cache.spec import CacheSpec, handle_of
 from rotatekv.compat import outside_compiled_graphs
 from rotatekv.errors import UserError
@@ -55,7 +55,8 @@ class RotateKVCache(Cache):
         self.names_sinks = False
         self.parts: Parts | None = None
         self._tokens = 0  # that are stored, but for a running call's
-        self._running, self._awaited, self._with_sinks = False, set(), set()
+        self._running, self._awaited = False, set()
+        self._chosen: dict[int, list[ChosenSinks | None]] = {}  # of the running call, by layer: one of each part
         self._is_spoilt = False  # a failed call may have changed transformers' own layers
         self._ends_failed: bool | None = None  # how the running call ends, once that is known
 
@@ -147,13 +148,11 @@ class RotateKVCache(Cache):
 
     def _split(self, parts: Parts) -> None:
         """Keep each sequence's attention layers in its own cache from now on."""
-        self.parts, self.layers = (
-            parts,
-            [
-                SplitLayer(parts, number, layer) if isinstance(layer, RotateKVLayer) else layer
-                for number, layer in enumerate(self.layers)
-            ],
-        )
+        layers = [
+            SplitLayer(parts, number, layer) if isinstance(layer, RotateKVLayer) else layer
+            for number, layer in enumerate(self.layers)
+        ]
+        self.parts, self.layers = parts, layers
 
     def _start_again(self) -> None:
         """New layers in place of those of an empty cache."""
@@ -163,7 +162,7 @@ class RotateKVCache(Cache):
             self.activate_past_recording()
 
     def _padding_matters(self, cached: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether a row would be another one than alone if its padding were stored with it."""
+        """Whether storing a row's padding with it would change what is stored of its own tokens."""
         if attention_mask is None or attention_mask.dim() != 2:
             return False
         if self.config.residual_length or any(layer.method.tokens_per_flush > 1 for layer in self._own_layers()):
@@ -191,7 +190,7 @@ class RotateKVCache(Cache):
             self._is_spoilt |= tokens > self._tokens and None in self._spec.methods
             self._cut_positions()
         self.token_mask = self.fused_call = None
-        self.first_call_is_exact, self._awaited, self._with_sinks = False, set(), set()
+        self.first_call_is_exact, self._awaited, self._chosen = False, set(), {}
         self._running, self._ends_failed = False, None
         if missing:
             raise Unattended(missing)
@@ -233,7 +232,7 @@ class RotateKVCache(Cache):
         which finds this cache by them."""
         if not self._running:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
-        if self.names_sinks and layer_idx not in self._with_sinks:
+        if self.names_sinks and layer_idx not in self._chosen:
             raise RuntimeError(
                 f"no attention sinks were named in layer {layer_idx}: unpatch_model(model) before you "
                 "exchange its layers, and patch it again"
@@ -241,21 +240,27 @@ class RotateKVCache(Cache):
         device = key_states.device
         kernels = kernels_on(device) if self.fused_call is None else self.fused_call.kernels(device)
         if self.parts is None:
-            self.layers[layer_idx].write(key_states, value_states, kernels)
+            sinks = self._chosen.get(layer_idx, [None])
+            self.layers[layer_idx].write(key_states, value_states, kernels, *sinks)
         else:
-            for part in self.parts.running():
-                part.cache.layers[layer_idx].write(part.of(key_states, 2), part.of(value_states, 2), kernels)
+            parts = self.parts.running()
+            for part, sinks in zip(parts, self._chosen.get(layer_idx, [None] * len(parts)), strict=True):
+                layer = part.cache.layers[layer_idx]
+                layer.write(part.of(key_states, 2), part.of(value_states, 2), kernels, sinks)
         setattr(key_states, _HANDED, (self, layer_idx))
         self._awaited.add(layer_idx)
         return key_states, value_states
 
     def choose_sinks(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        """Name the call's tokens that stay unquantized in a layer, by its (B, T, hidden_size) input."""
-        self._with_sinks.add(layer_idx)
+        """Choose the call's tokens that stay unquantized in a layer, by its (B, T, hidden_size) input."""
         if self.parts is None:
-            return give_sinks(self.layers[layer_idx], hidden_states, self.token_mask)
-        for part in self.parts.running():
-            give_sinks(part.cache.layers[layer_idx], part.of(hidden_states, 1))
+            self._chosen[layer_idx] = [self.layers[layer_idx].choose_sinks(hidden_states, self.token_mask)]
+        else:
+            parts = self.parts.running()
+            layers = [part.cache.layers[layer_idx] for part in parts]
+            self._chosen[layer_idx] = [
+                layer.choose_sinks(part.of(hidden_states, 1)) for part, layer in zip(parts, layers, strict=True)
+            ]
 
     def take(self, layer_idx: int) -> None:
         """The attention function has what ``update`` returned for this layer."""

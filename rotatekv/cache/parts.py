@@ -47,21 +47,21 @@ class Part:
     """One sequence of a batch.
 
     Args:
-        row: of the batch.
+        batch_index: which row of the batch it is in.
         cache: of this sequence alone.
-        columns: (T_part,) int64, which of the row's tokens are its own, ascending.
+        token_index: (T_part,) int64, which of the row's tokens are its own, ascending.
         new: (T_new,) int64, which of the running call's tokens are.
     """
 
-    row: int
+    batch_index: int
     cache: SequenceCache
-    columns: torch.Tensor
+    token_index: torch.Tensor
     new: torch.Tensor | None = None
 
     def begin_forward(self, position_ids: torch.Tensor, own: torch.Tensor, cached: int) -> None:
         """``position_ids`` (B, T) of the call's tokens, of which ``own`` (T,) bool are the sequence's."""
-        self.new = own.nonzero()[:, 0].to(self.columns.device)
-        self.columns = torch.cat([self.columns, self.new + cached])
+        self.new = own.nonzero()[:, 0].to(self.token_index.device)
+        self.token_index = torch.cat([self.token_index, self.new + cached])
         if len(self.new):
             self.cache.begin_forward(self.of(position_ids, 1), 1, None)
 
@@ -73,36 +73,36 @@ class Part:
         """What a caller's mask says of the sequence's tokens: (1, T_part) of a 2-D one; another as it is."""
         if mask is None or mask.dim() != 2:
             return mask
-        unnamed = int(self.columns[-1]) + 1 - mask.shape[1]  # by a short mask: hidden
-        return self._row(pad(mask, (0, max(unnamed, 0)))).index_select(1, self.columns.to(mask.device))
+        unnamed = int(self.token_index[-1]) + 1 - mask.shape[1]  # by a short mask: hidden
+        return self._row(pad(mask, (0, max(unnamed, 0)))).index_select(1, self.token_index.to(mask.device))
 
     @property
     def has_gaps(self) -> bool:
         """Whether there is padding between the sequence's tokens."""
-        return int(self.columns[-1] - self.columns[0]) >= len(self.columns)
+        return int(self.token_index[-1] - self.token_index[0]) >= len(self.token_index)
 
-    def columns_of(self, layer: int) -> torch.Tensor:
-        """Those of ``columns`` that a layer keeps, after its sliding window."""
-        return self.columns[self.cache.layers[layer].dropped :]
+    def kept_by(self, layer: int) -> torch.Tensor:
+        """Those of ``token_index`` that a layer keeps, after its sliding window."""
+        return self.token_index[self.cache.layers[layer].dropped :]
 
     def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """The (B or 1, ·, T or 1, T_cached) mask that attention is given → (1, ·, T_new or 1, T_part)."""
         if mask is None:
             return None
         queries = self.of(mask, 2) if mask.shape[2] > 1 else self._row(mask)
-        return queries.index_select(3, self.columns.to(mask.device))
+        return queries.index_select(3, self.token_index.to(mask.device))
 
     def _row(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.row : self.row + 1] if x.shape[0] > 1 else x
+        return x[self.batch_index : self.batch_index + 1] if x.shape[0] > 1 else x
 
     def crop(self, length: int) -> None:
         """Drop the tokens that lie past the row's first ``length``."""
         self.cache.crop(self.past(length))
-        self.columns = self.columns[self.columns < length]
+        self.token_index = self.token_index[self.token_index < length]
 
     def past(self, length: int) -> int:
         """Minus the number of tokens that lie past the row's first ``length``."""
-        return -int((self.columns >= length).sum())
+        return -int((self.token_index >= length).sum())
 
 
 class Parts:
@@ -154,7 +154,7 @@ class Parts:
         self._coming = self.tokens = self.tokens if failed else self._coming
         for part in self.parts:
             part.cache.end_forward(failed)
-            part.columns = part.columns[part.columns < self.tokens]
+            part.token_index = part.token_index[part.token_index < self.tokens]
 
     def crop(self, tokens_to_remove: int) -> None:
         self.tokens = max(self.tokens + tokens_to_remove, 0)
@@ -168,10 +168,10 @@ class Parts:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row ``i`` gets copies of the parts that row ``rows[i]`` had."""
         self.parts = [
-            replace(part, row=i, cache=copy.deepcopy(part.cache))
+            replace(part, batch_index=i, cache=copy.deepcopy(part.cache))
             for i, row in enumerate(rows.tolist())
             for part in self.parts
-            if part.row == row
+            if part.batch_index == row
         ]
 
 
@@ -204,9 +204,9 @@ class SplitLayer(CacheLayerMixin):
             if heads is None:
                 continue
             if whole is None:
-                rows = 1 + max(one.row for one in self.parts.parts)
+                rows = 1 + max(one.batch_index for one in self.parts.parts)
                 whole = heads.new_zeros(rows, heads.shape[1], self.parts.tokens, heads.shape[3])
-            whole[part.row, :, part.columns[-heads.shape[2] :].to(heads.device)] = heads[0]
+            whole[part.batch_index, :, part.token_index[-heads.shape[2] :].to(heads.device)] = heads[0]
         return whole
 
     @property

@@ -1,40 +1,164 @@
-"""Attention-Sink-Aware quantization: the tokens that stay unquantized, by massive activations."""
+"""Attention-Sink-Aware quantization: which tokens stay unquantized, and where they are kept."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from rotatekv.cache.cropping import MOST_CROPPED
-from rotatekv.config import QuantConfig
-
-if TYPE_CHECKING:
-    from rotatekv.cache.layer import RotateKVLayer
+from rotatekv.cache.window import Window, to_storage
+from rotatekv.methods import KVMethod
 
 
-def give_sinks(layer: RotateKVLayer, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
-    """Tell a layer of the cache which tokens of the coming update stay unquantized.
+@dataclass(frozen=True)
+class FirstCallSinks:
+    """Tokens of a layer's first call that stay unquantized.
+
+    Args:
+        batch_index, token_index: (S,) int32 each, the sequence and the token of every sink, sorted.
+        until: (S,) int32, see ``sinks_of_prefixes``; None: all are sinks of the whole call.
+    """
+
+    batch_index: torch.Tensor
+    token_index: torch.Tensor
+    until: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MassiveTokens:
+    """Tokens of any call that become sinks when they leave the recent window: ``is_massive`` (B, T) bool."""
+
+    is_massive: torch.Tensor
+
+
+ChosenSinks = FirstCallSinks | MassiveTokens
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """The sinks of a layer, in 16 bits, as attention sees them. They replace what the codes of a token decode to.
+
+    Args:
+        batch_index, token_index: (S,) int32 each, the sequence (ascending) and the token of every sink.
+        keys, values: (S, H_kv, D), keys after RoPE.
+    """
+
+    batch_index: torch.Tensor
+    token_index: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        batch_index: torch.Tensor,
+        token_index: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        dtype: torch.dtype,
+        start: int = 0,
+    ) -> Sinks:
+        """Sinks in a 16-bit ``dtype`` among (B, H_kv, T, D) keys and values, the first of which is token ``start``."""
+        batch_index, token_index = (x.to(keys.device, torch.int32) for x in (batch_index, token_index))
+        where = batch_index.long(), slice(None), token_index.long()
+        return cls(batch_index, token_index + start, *(to_storage(x[where], dtype) for x in (keys, values)))
+
+    @cached_property
+    def last_token(self) -> int:
+        return int(self.token_index.max()) if len(self.token_index) else -1
+
+    def where(self, chosen: torch.Tensor) -> Sinks:
+        """By (S,) bool, or by indices."""
+        return Sinks(self.batch_index[chosen], self.token_index[chosen], self.keys[chosen], self.values[chosen])
+
+    def append(self, new: Sinks) -> Sinks:
+        pairs = zip(self.tensors(), new.tensors(), strict=True)
+        joined = Sinks(*(torch.cat(pair) for pair in pairs))
+        return joined.where(torch.argsort(joined.batch_index, stable=True))
+
+    def crop(self, length: int) -> Sinks:
+        """Those of the first ``length`` tokens."""
+        return self.where(self.token_index < length)
+
+    def drop(self, count: int) -> Sinks:
+        """Without those of the first ``count`` tokens, counted from the next one."""
+        left = self.where(self.token_index >= count)
+        return replace(left, token_index=left.token_index - count)
+
+    def select_rows(self, rows: torch.Tensor) -> Sinks:
+        """Batch index ``i`` gets the sinks that ``rows[i]`` had."""
+        batch_index, source = (rows.unsqueeze(1) == self.batch_index.unsqueeze(0)).nonzero(as_tuple=True)
+        return replace(self.where(source), batch_index=batch_index.int())
+
+    def to(self, device: torch.device | str) -> Sinks:
+        return Sinks(*(x.to(device, non_blocking=True) for x in self.tensors()))
+
+    def is_sink(self, batch_size: int, start: int, stop: int) -> torch.Tensor:
+        """(B, stop − start) bool: which of these tokens are sinks."""
+        found = torch.zeros(batch_size, stop - start, dtype=torch.bool, device=self.token_index.device)
+        inside = self.where((self.token_index >= start) & (self.token_index < stop))
+        found[inside.batch_index.long(), inside.token_index.long() - start] = True
+        return found
+
+    def write_into(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the sinks in their places of (B, H_kv, T, D) keys and values."""
+        places = self.batch_index.long(), slice(None), self.token_index.long()
+        keys[places] = self.keys.to(keys.dtype)
+        values[places] = self.values.to(values.dtype)
+
+    def tensors(self, kind: str | None = None) -> Iterator[torch.Tensor]:
+        """All, or those held for ``"keys"`` or ``"values"``; the indices count with the keys."""
+        if kind != "values":
+            yield from (self.batch_index, self.token_index, self.keys)
+        if kind != "keys":
+            yield self.values
+
+
+def with_massive(sinks: Sinks | None, flushed: Window, start: int, dtype: torch.dtype) -> Sinks | None:
+    """The sinks and the massive tokens among those that leave the window, the first of which is token ``start``."""
+    batch_index, token_index = flushed.is_massive.nonzero(as_tuple=True)
+    if not len(batch_index):
+        return sinks
+    new = Sinks.of(batch_index, token_index, flushed.keys, flushed.values, dtype, start)
+    return new if sinks is None else sinks.append(new)
+
+
+def choose_sinks(
+    method: KVMethod,
+    hidden_states: torch.Tensor,
+    token_mask: torch.Tensor | None = None,
+    is_first_call: bool = True,
+    most_cropped: int = 0,
+) -> ChosenSinks | None:
+    """Which tokens of a layer's call stay unquantized; None: no more than are known.
 
     Args:
         hidden_states: (B, T, hidden_size), the input of the decoder layer.
         token_mask: (B, T) bool of these tokens, False at padding; None: there is none.
+        most_cropped: a crop of up to so many of the call's tokens is to find the sinks of those that are left.
     """
-    config = layer.method.config
+    config = method.config
     if config.sink_selection == "massive":
-        layer.set_massive(massive_tokens(hidden_states, layer.method.sink_threshold, token_mask))
+        return MassiveTokens(massive_tokens(hidden_states, method.sink_threshold, token_mask))
     # PAPER: sinks are found at prefill; a prefill in several calls has them chosen in the first.
-    elif layer.get_seq_length() == 0 and layer.record_past and config.sink_selection == "detected":
-        layer.set_sinks(*sinks_of_prefixes(hidden_states, config.num_sink_entries, MOST_CROPPED, token_mask))
-    elif layer.get_seq_length() == 0:
-        layer.set_sinks(*sinks_of(config, hidden_states, token_mask))
+    if not is_first_call:
+        return None
+    if config.sink_selection == "first":
+        return FirstCallSinks(*first_tokens(hidden_states, config.num_sink_entries, token_mask))
+    if most_cropped:
+        return FirstCallSinks(*sinks_of_prefixes(hidden_states, config.num_sink_entries, most_cropped, token_mask))
+    return FirstCallSinks(*detect_sinks(hidden_states, config.num_sink_entries, token_mask))
 
 
 def massive_tokens(
     hidden_states: torch.Tensor, threshold: float, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, T) bool: the tokens with an entry beyond ``threshold``, padding left out; a token's own business, so that it
-    does not matter in which call it comes."""
+    """(B, T) bool: the tokens with an entry beyond ``threshold``, padding left out.
+
+    It depends on the token alone, so it does not matter in which call the token comes.
+    """
     is_massive = largest_magnitude(hidden_states) > threshold
     return is_massive if token_mask is None else is_massive & token_mask.to(is_massive.device)
 
@@ -42,15 +166,6 @@ def massive_tokens(
 def largest_magnitude(hidden_states: torch.Tensor) -> torch.Tensor:
     """(B, T, hidden_size) → (B, T)."""
     return hidden_states.detach().abs().amax(-1)
-
-
-def sinks_of(
-    config: QuantConfig, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that ``config`` keeps unquantized; see ``detect_sinks`` and ``first_tokens``."""
-    if config.sink_selection == "first":
-        return first_tokens(hidden_states, config.num_sink_entries, token_mask)
-    return detect_sinks(hidden_states, config.num_sink_entries, token_mask)
 
 
 def first_tokens(
@@ -63,8 +178,8 @@ def first_tokens(
     real = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
     if token_mask is not None:
         real = token_mask.to(hidden_states.device)
-    rows, columns = (real & (real.cumsum(1) <= count)).nonzero(as_tuple=True)
-    return rows.int(), columns.int()
+    batch_index, token_index = (real & (real.cumsum(1) <= count)).nonzero(as_tuple=True)
+    return batch_index.int(), token_index.int()
 
 
 def detect_sinks(
@@ -79,7 +194,7 @@ def detect_sinks(
         token_mask: (B, T) bool, False at padding, which is never a sink.
 
     Returns:
-        rows, columns: (S,) int32 each, the sequence and the token of every sink, sorted.
+        batch_index, token_index: (S,) int32 each, the sequence and the token of every sink, sorted.
     """
     magnitudes = hidden_states.detach().abs()
     if token_mask is not None:
@@ -92,8 +207,8 @@ def detect_sinks(
     is_sink.scatter_(1, top.indices // width, True)
     if token_mask is not None:
         is_sink &= token_mask
-    rows, columns = is_sink.nonzero(as_tuple=True)
-    return rows.int(), columns.int()
+    batch_index, token_index = is_sink.nonzero(as_tuple=True)
+    return batch_index.int(), token_index.int()
 
 
 def sinks_of_prefixes(
@@ -104,7 +219,7 @@ def sinks_of_prefixes(
     A token that is a sink of t tokens is one of any fewer that hold it, since fewer compete.
 
     Returns:
-        rows, columns, until: (S,) int32 each, sorted by row and column.
+        batch_index, token_index, until: (S,) int32 each, sorted.
     """
     magnitudes = hidden_states.detach().abs()
     if token_mask is not None:
@@ -118,15 +233,15 @@ def sinks_of_prefixes(
     owners = torch.arange(shortest, tokens, dtype=torch.int64, device=magnitudes.device)
     owners = owners.repeat_interleave(later.shape[2])
     entries = torch.cat([first.values, later.flatten(1)], dim=1)
-    columns = torch.cat([first.indices // width, owners.expand(batch, -1)], dim=1)
+    owners = torch.cat([first.indices // width, owners.expand(batch, -1)], dim=1)
     until = torch.zeros(batch, tokens, dtype=torch.int32, device=magnitudes.device)
     for length in range(shortest, tokens):
-        seen = entries.masked_fill(columns >= length, -1.0)
+        seen = entries.masked_fill(owners >= length, -1.0)
         top = seen.topk(min(num_entries, length * width), dim=1)
-        until.scatter_(1, columns.gather(1, top.indices), length)
-    rows, whole = detect_sinks(hidden_states, num_entries, token_mask)
-    until[rows.long(), whole.long()] = tokens
+        until.scatter_(1, owners.gather(1, top.indices), length)
+    batch_index, whole = detect_sinks(hidden_states, num_entries, token_mask)
+    until[batch_index.long(), whole.long()] = tokens
     if token_mask is not None:
         until.masked_fill_(~token_mask.to(until.device), 0)
-    rows, columns = until.nonzero(as_tuple=True)
-    return rows.int(), columns.int(), until[rows, columns]
+    batch_index, token_index = until.nonzero(as_tuple=True)
+    return batch_index.int(), token_index.int(), until[batch_index, token_index]

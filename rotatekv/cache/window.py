@@ -7,7 +7,7 @@ the call's attention is done. So a prefill, a prefill in chunks and a decode giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,81 @@ QUERIES_AT_ONCE = 128  # their tokens in both forms, and their mask, are all tha
 
 
 @dataclass(frozen=True)
-class RecentWindow:
+class Window:
+    """Consecutive tokens of a layer in 16 bits, as attention sees them: the recent window, or those that leave it.
+
+    Args:
+        keys, values: (B, H_kv, T_window, D), keys after RoPE.
+        is_massive: (B, T_window) bool, the tokens that become sinks when they are packed; None: the method has no
+            massive tokens.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_massive: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, new: Window) -> Window:
+        keys, values = torch.cat([self.keys, new.keys], dim=2), torch.cat([self.values, new.values], dim=2)
+        if self.is_massive is None:
+            return Window(keys, values)
+        return Window(keys, values, torch.cat([self.is_massive, new.is_massive], dim=1))
+
+    def split(self, count: int) -> tuple[Window, Window]:
+        """The first ``count`` tokens, and the others."""
+        first = self._cut(slice(0, count))
+        return first, self._cut(slice(count, None)).clone() if count else self
+
+    def crop(self, length: int) -> Window:
+        """The first ``length`` tokens."""
+        return self._cut(slice(0, length)).clone()
+
+    def after(self, count: int) -> Window:
+        """Without the first ``count`` tokens."""
+        return self._cut(slice(count, None)).clone()
+
+    def _cut(self, part: slice) -> Window:
+        is_massive = None if self.is_massive is None else self.is_massive[:, part]
+        return Window(self.keys[:, :, part], self.values[:, :, part], is_massive)
+
+    def clone(self) -> Window:
+        """A view would keep the bytes of other tokens alive."""
+        return self._each(torch.clone)
+
+    def select_rows(self, rows: torch.Tensor) -> Window:
+        return self._each(lambda x: x.index_select(0, rows))
+
+    def to(self, device: torch.device | str) -> Window:
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Window:
+        is_massive = None if self.is_massive is None else change(self.is_massive)
+        return Window(change(self.keys), change(self.values), is_massive)
+
+    def tensors(self, kind: str) -> Iterator[torch.Tensor]:
+        """Those held for ``"keys"`` or ``"values"``; the flags count with the keys."""
+        yield self.keys if kind == "keys" else self.values
+        if kind == "keys" and self.is_massive is not None:
+            yield self.is_massive
+
+
+def to_storage(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a 16-bit ``dtype``, which holds no larger numbers than its own."""
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+@dataclass(frozen=True)
+class FlushPolicy:
     """How many tokens of a sequence are packed.
 
     Args:
         residual_length: tokens that stay in 16 bits, at least.
         tokens_per_flush: the others are packed in multiples of it.
-        packed: tokens that are packed whatever the window says, as a crop may leave more of them.
+        packed: tokens that are packed already. They stay so, also where a crop has left a shorter window.
     """
 
     residual_length: int
@@ -42,23 +110,31 @@ class RecentWindow:
         """Whether ``new_tokens`` queries after ``length`` tokens see different tokens packed, but for themselves."""
         return self.keeps_tokens and self.packed_of(length + 1) < self.packed_of(length + new_tokens)
 
+    def flush(self, window: Window | None, new: Window, dtype: torch.dtype) -> tuple[Window, Window | None]:
+        """New tokens through the recent window: the tokens to pack now, and the window that is left, in ``dtype``."""
+        if not self.keeps_tokens:
+            return new, None
+        new = Window(to_storage(new.keys, dtype), to_storage(new.values, dtype), new.is_massive)
+        recent = new if window is None else window.append(new)
+        return recent.split(self.packed_of(self.packed + recent.tokens) - self.packed)
+
 
 @dataclass(frozen=True)
 class FlushedTokens:
     """Tokens that a call has packed, as its first queries are to see them.
 
     Args:
-        window: as it was before the call; its ``packed`` is where these tokens start.
+        policy: as it was before the call; its ``packed`` is where these tokens start.
         keys, values: (B, H_kv, T_flushed, D), post-RoPE, what they were in the window.
     """
 
-    window: RecentWindow
+    policy: FlushPolicy
     keys: torch.Tensor
     values: torch.Tensor
 
     @property
     def start(self) -> int:
-        return self.window.packed
+        return self.policy.packed
 
     @property
     def end(self) -> int:
@@ -97,15 +173,15 @@ def attend_with_own_windows(
         last = min(first + QUERIES_AT_ONCE, new)
         seen = tokens - new + last if causal else tokens  # by the last of these queries
         own = range(tokens - new + first, tokens - new + last)  # the queries' own tokens
-        edges = [flushed.window.packed_of(token + 1) for token in own]
+        edges = [flushed.policy.packed_of(token + 1) for token in own]
         here, packed = (torch.tensor(x, **counted) for x in (list(own), edges))  # (Q,)
         # As they decode, as they were in the window, and the tokens that are there still.
         parts = (0, edges[-1]), (edges[0], min(flushed.end, seen)), (flushed.end, seen)
-        columns = torch.cat([torch.arange(*part, **counted) for part in parts if part[0] < part[1]])  # (K,)
-        is_exact = torch.arange(len(columns), **counted) >= parts[0][1]
-        visible = is_exact == (columns >= packed[:, None])  # (Q, K)
+        token_index = torch.cat([torch.arange(*part, **counted) for part in parts if part[0] < part[1]])  # (K,)
+        is_exact = torch.arange(len(token_index), **counted) >= parts[0][1]
+        visible = is_exact == (token_index >= packed[:, None])  # (Q, K)
         if causal:
-            visible &= columns <= here[:, None]
+            visible &= token_index <= here[:, None]
         keys, values = (
             torch.cat(
                 [
@@ -117,20 +193,22 @@ def attend_with_own_windows(
             )
             for x, old in ((key, flushed.keys), (value, flushed.values))
         )
-        mask = _with_mask(attention_mask, slice(first, last), columns, visible)
+        mask = _with_mask(attention_mask, slice(first, last), token_index, visible)
         output, weights = attend(module, query[:, :, first:last], keys, values, mask, **options)
         outputs.append(output)
         if weights is not None:  # a token has weight in one form alone
             whole = weights.new_zeros(*weights.shape[:3], tokens)
-            all_weights.append(whole.index_add_(-1, columns, weights))
+            all_weights.append(whole.index_add_(-1, token_index, weights))
     return torch.cat(outputs, dim=1), torch.cat(all_weights, dim=2) if all_weights else None
 
 
-def _with_mask(mask: torch.Tensor | None, queries: slice, columns: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """The caller's mask for these queries and columns, and what is not ``visible`` hidden; (B or 1, H or 1, Q, K)."""
+def _with_mask(
+    mask: torch.Tensor | None, queries: slice, token_index: torch.Tensor, visible: torch.Tensor
+) -> torch.Tensor:
+    """The caller's mask for these queries and tokens, and what is not ``visible`` hidden; (B or 1, H or 1, Q, K)."""
     if mask is None:
         return visible[None, None]
-    mask = (mask[:, :, queries] if mask.shape[2] > 1 else mask).index_select(-1, columns)
+    mask = (mask[:, :, queries] if mask.shape[2] > 1 else mask).index_select(-1, token_index)
     if mask.dtype == torch.bool:
         return mask & visible
     return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)

@@ -13,7 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.attention import renamed_config, stock_attention
 from rotatekv.cache.layer import RotateKVLayer
-from rotatekv.cache.sinks import give_sinks
 from rotatekv.families import attention_modules
 from rotatekv.methods import KVMethod
 from rotatekv.patching.changes import passing_changes
@@ -83,9 +82,8 @@ class Attended:
     def stored(self, method: KVMethod) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as attention would see them in a cache of ``method``, (B, H_kv, T, D) each."""
         layer = RotateKVLayer(method, self.rope, self.positions)
-        if method.config.Attention_Sink_Aware:
-            give_sinks(layer, self.hidden_states)
-        return layer.update(self.key, self.value)
+        sinks = layer.choose_sinks(self.hidden_states) if method.config.Attention_Sink_Aware else None
+        return layer.update(self.key, self.value, sinks=sinks)
 
 
 Take = Callable[[Attended], None]
