@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         "lm_eval": version("lm_eval"),
         "decoding": decoding(model, tokenizer),
     }
-    samples = [
+    samples: list[dict] = [
         {"id": f"{task.name}/{number}", "task": task, "record": record}
         for task, records in data
         for number, record in enumerate(records[: args.limit])

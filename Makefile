@@ -7,7 +7,7 @@
 # make tables  results/tables/: perplexity and pass keys of every method on the embedded model (hours on a CPU)
 # make resolve  what every Python would install, to tests/installs.json (needs uv and PyPI)
 # make docs-check  runs the commands that README.md and docs/ mark, and compares what they show (minutes)
-# make lint   ruff
+# make lint   ruff; make types: mypy
 VENV ?= .venv
 PYTHON ?= python3
 DATA_DIR ?= ../shared/data
@@ -16,7 +16,7 @@ MODEL := smollm2-135m
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo gemma test test-slow test-gemma breaks lint clean figures report resolve tables docs-check
+.PHONY: install demo gemma test test-slow test-gemma breaks lint types clean figures report resolve tables docs-check
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ROTATEKV_TEST_DATA=$(DATA_DIR) $(BI
 test: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check --quiet .
+	$(BIN)/python -m mypy
 	$(PYTEST) tests --ignore tests/gemma -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: install
@@ -75,6 +76,9 @@ resolve: install
 
 docs-check: install
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/docs_check.py --data_dir $(DATA_DIR)
+
+types: install
+	$(BIN)/python -m mypy
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -11,7 +11,7 @@ from pathlib import Path
 import calibrate_reorder
 from rotatekv import load_model
 from rotatekv.capture.flags import add_capture_arguments, save_captures, wanted_kinds
-from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
+from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags, preset_from_args
 from rotatekv.errors import UserError
 from rotatekv.evals.perplexity import perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
@@ -86,7 +86,7 @@ def calibration_flags(args: argparse.Namespace) -> list[str]:
     """The flags of this command that calibrate_reorder.py knows too."""
     names = ["model", "dtype", "device", "device_map", "attn_implementation", "data_dir", "dataset", "head_group_num"]
     values = {name: getattr(args, name) for name in names} | {"output": args.calibration_file}
-    config = method_from_args(args)[1]
+    config = preset_from_args(args)[1]
     values["statistics"] = method_class(config).statistics_kind(config)
     overwrite = ["--overwrite"] if args.overwrite else []
     return overwrite + [

@@ -120,7 +120,7 @@ def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
 
 def milliseconds(steps: dict[str, Callable], seconds: float, least: int) -> dict[str, list[float]]:
     """Times of each step, run in turn until ``seconds`` are over and each ran ``least`` times; by round."""
-    times = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     end = time.perf_counter() + seconds
@@ -195,9 +195,9 @@ def main(argv: list[str] | None = None) -> int:
             fused["write of one token"] = write_step(SHAPES[shape], args.bits)
             steps = {**fused, **torch_steps(shape, tokens)}
             times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
-            fused = next(iter(times.values()))
+            first = next(iter(times.values()))
             for name, found in times.items():
-                ratio = percentile([a / b for a, b in zip(found, fused, strict=True)], 0.5)  # of the same round
+                ratio = percentile([a / b for a, b in zip(found, first, strict=True)], 0.5)  # of the same round
                 rows.append(row_of(shape, tokens, name, found, steps[name][1]) | {"by_fused": f"{ratio:.2f}"})
                 print(f"{shape:12} {tokens:7} {name:20} {percentile(found, 0.5):9.3f} ms  {ratio:6.2f}×", flush=True)
     machine = environment()

@@ -220,8 +220,13 @@ def logits_of(part: Part, model: torch.nn.Module, backend: str) -> tuple[int, to
     mask[0, :9] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache, start, found = RotateKVCache.for_model(model), 0, []
+
+    def counted(*args, **options) -> torch.Tensor:
+        calls.append(1)
+        return kernel(*args, **options)
+
     with _backend(backend) if not part.dry else nullcontext():
-        kernels.decode_attention = lambda *args, **options: calls.append(1) or kernel(*args, **options)
+        kernels.decode_attention = counted
         try:
             for new in [prompt, *steps]:
                 end = start + new
@@ -260,7 +265,8 @@ def layer(part: Part) -> None:
                 step, size = make()
                 step()  # compiled
                 steps[name] = step, size
-        times, end = {name: [] for name in steps}, time.monotonic() + 0.5 * left
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        end = time.monotonic() + 0.5 * left
         while steps and not (len(next(iter(times.values()))) >= 5 and time.monotonic() > end) and _most(part, times):
             for name, (step, _) in steps.items():  # in turn
                 times[name].append(timed(part, step))
@@ -316,7 +322,7 @@ def ways(part: Part, shape: str, tokens: int) -> dict[str, Callable[[], tuple[Ca
 
 # --- llama -----------------------------------------------------------------------------------------
 
-LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "initializer_range": 0.02}
+LLAMA3_8B: dict = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "initializer_range": 0.02}
 LAYER_GIB, REST_GIB = 0.41, 1.97  # of its weights in bfloat16
 
 
@@ -416,4 +422,10 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-PARTS = {"environment": environment, "kernels": kernels_part, "models": models, "layer": layer, "llama": llama}
+PARTS: dict[str, Callable[..., None]] = {
+    "environment": environment,
+    "kernels": kernels_part,
+    "models": models,
+    "layer": layer,
+    "llama": llama,
+}

@@ -33,6 +33,7 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,12 +80,15 @@ def attention(
         return _attend(cache, layer, module, query, key, value, attention_mask, options)
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
     for part in cache.parts.running():  # each sequence in its own cache; zeros for padding
-        heads = (part.of(x, 2) for x in (query, key, value))
+        assert part.new is not None
+        own: Any = part.cache  # a RotateKVCache, which parts.py does not import
+        own_query, own_key, own_value = (part.of(x, 2) for x in (query, key, value))
         mask = part.attention_mask(attention_mask)
-        of_part, weights = _attend(part.cache, layer, module, *heads, mask, options)
+        of_part, weights = _attend(own, layer, module, own_query, own_key, own_value, mask, options)
         output[part.batch_index, part.new] = of_part[0].to(output.dtype)  # under autocast it is another one
         if weights is not None:
             if all_weights is None:
+                assert cache.positions is not None
                 all_weights = query.new_zeros(*query.shape[:3], cache.positions.shape[1])
             kept = part.kept_by(layer)
             all_weights[part.batch_index][:, part.new[:, None], kept] = weights[0].to(query.dtype)

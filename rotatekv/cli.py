@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields, replace
+from typing import NoReturn
 
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
@@ -16,7 +17,7 @@ _TYPES = {"int": int, "float": float, "str": str}
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -127,10 +128,10 @@ def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig | Exter
     name = chosen[0] if chosen else DEFAULT_METHOD
     if name not in METHOD_NAMES:
         raise UserError(f"unknown method {name!r}: choose one of {', '.join(METHOD_NAMES)}")
-    preset = PRESETS[name] if name in PRESETS else EXTERNAL[name]
-    given = {field.name: getattr(args, field.name, None) for field in fields(QuantConfig)}
-    given = {key: value for key, value in given.items() if value is not None and key != "method"}
-    if name in EXTERNAL:
+    preset: QuantConfig | ExternalConfig = PRESETS[name] if name in PRESETS else EXTERNAL[name]
+    flags = {field.name: getattr(args, field.name, None) for field in fields(QuantConfig)}
+    given: dict = {key: value for key, value in flags.items() if value is not None and key != "method"}
+    if isinstance(preset, ExternalConfig):
         preset.package_version()
         if foreign := sorted(set(given) - {"residual_length"}):
             raise UserError(f"{name} is HF's own cache: leave out --{', --'.join(foreign)}")
@@ -138,10 +139,23 @@ def method_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig | Exter
     return (name if config == preset else f"{name}*"), config
 
 
+def preset_from_args(args: argparse.Namespace) -> tuple[str, QuantConfig]:
+    """As ``method_from_args``, where the model is patched or calibrated.
+
+    Raises:
+        UserError: as there, or transformers' own cache was chosen.
+    """
+    name, config = method_from_args(args)
+    if isinstance(config, ExternalConfig):
+        raise UserError(f"{name} runs the unpatched model and is not taken here: choose a preset")
+    return name, config
+
+
 def methods_from_args(args: argparse.Namespace) -> dict[str, QuantConfig]:
     """``--methods``, each with the flags that override a preset; without it the one method of ``--method``."""
-    methods = _methods_from_args(args)
-    if outside := [name for name, config in methods.items() if isinstance(config, ExternalConfig)]:
+    found = _methods_from_args(args)
+    methods = {name: config for name, config in found.items() if isinstance(config, QuantConfig)}
+    if outside := [name for name in found if name not in methods]:
         raise UserError(f"{', '.join(outside)} runs the unpatched model and is not measured here: choose presets")
     return methods
 

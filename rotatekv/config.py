@@ -96,7 +96,7 @@ class QuantConfig:
     def _check_type(name: str, value: object, kind: str) -> None:
         if name.endswith("groupsize") and value is None:
             return
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
+        kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
             raise UserError(f"{name} must be of type {kind}, not {value!r}")
 

@@ -18,7 +18,7 @@ _ATTENTION_NAMES = ("self_attn", "attention")
 def find_text_model(model: nn.Module) -> nn.Module:
     """The module that runs the decoder layers: the model, its base, or a vision-language model's text model."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        layers = getattr(module, "layers", None)
+        layers = getattr(module, "layers", ())
         is_decoder = isinstance(layers, nn.ModuleList) and len(layers) and hasattr(module, "rotary_emb")
         if is_decoder and any(attention_of(layer) is not None for layer in layers):
             return module
@@ -61,9 +61,9 @@ def check_attention(config) -> None:
 
 def layer_geometry(attention: nn.Module) -> LayerGeometry:
     head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    for name, found in (("config", hasattr(attention, "config")), ("head_dim", head_dim is not None)):
-        if not found:  # attention older than transformers' attention functions; latent attention
-            raise UserError(f"{type(attention).__name__} has no {name}: this model's cache cannot be quantized")
+    if head_dim is None or not hasattr(attention, "config"):  # an older attention; latent attention
+        missing = "head_dim" if hasattr(attention, "config") else "config"
+        raise UserError(f"{type(attention).__name__} has no {missing}: this model's cache cannot be quantized")
     heads = getattr(attention.config, "num_key_value_heads", None) or attention.config.num_attention_heads
     return LayerGeometry(attention.layer_idx, heads, head_dim)
 

@@ -34,9 +34,11 @@ class ModelRope:
     """
 
     def __init__(self, text_model: nn.Module):
-        self.rotary, self._kernel_tables, self._made_of = text_model.rotary_emb, {}, {}
+        self.rotary = text_model.rotary_emb
+        self._kernel_tables: dict = {}
+        self._made_of: dict = {}
         self._takes_type = "layer_type" in inspect.signature(type(self.rotary).forward).parameters
-        self._types = getattr(text_model.config, "layer_types", None)
+        self._types: list[str] = getattr(text_model.config, "layer_types", None) or []
 
     def kind(self, layer_idx: int) -> str | None:
         """The layer's type, where tables depend on it."""
@@ -196,15 +198,19 @@ class Positions:
 
         def make() -> Tables:
             cos, sin = inverse(self.tables(rope, start, stop, dtype, device))
-            half, batch = rope.rotary_dim // 2, self.values.shape[0]
+            half, batch = rope.rotary_dim // 2, len(self._known)
             return tuple(x[..., :half].expand(batch, -1, -1).contiguous() for x in (cos, -sin))
 
         return self._once((rope.kind, start, stop, dtype, device, "unrope"), make)
 
-    def _make(self, rope: LayerRope, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tables:
+    @property
+    def _known(self) -> torch.Tensor:
         if self.values is None:
             raise RuntimeError("a RotateKVCache only works in a model patched with patch_model(model, ...)")
-        return rope.model.tables(rope.kind, self.values[:, start:stop].to(device, torch.int64), dtype)
+        return self.values
+
+    def _make(self, rope: LayerRope, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tables:
+        return rope.model.tables(rope.kind, self._known[:, start:stop].to(device, torch.int64), dtype)
 
     def _once(self, key: tuple, make: Callable[[], Tables]) -> Tables:
         if key not in self._made:

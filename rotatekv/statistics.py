@@ -133,9 +133,9 @@ def save_statistics(
     path = Path(path)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     filled_in = {"format": KINDS[kind].version, "statistics": kind, "date": date}
-    metadata = {**filled_in, **{key: str(value) for key, value in metadata.items()}}
+    texts = {**filled_in, **{key: str(value) for key, value in metadata.items()}}
     rows = {name: tensors[name].to(dtype).contiguous() for name, (dtype, _) in KINDS[kind].tensors.items()}
-    write_output(path, save(rows, metadata=metadata))
+    write_output(path, save(rows, metadata=texts))
     return path
 
 

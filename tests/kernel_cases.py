@@ -145,7 +145,8 @@ def _random_exact(shape: Shape, generator: torch.Generator) -> ExactTokens | Non
         return None
     size = (len(rows), shape.kv_heads, shape.head_dim)
     keys, values = (torch.randn(size, generator=generator).to(shape.exact_dtype) for _ in range(2))
-    return ExactTokens(*(torch.tensor(x, dtype=torch.int32) for x in (rows, columns)), keys, values)
+    places = [torch.tensor(x, dtype=torch.int32) for x in (rows, columns)]
+    return ExactTokens(places[0], places[1], keys, values)
 
 
 @dataclass(frozen=True)

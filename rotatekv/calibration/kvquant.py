@@ -31,7 +31,8 @@ class _Tails:
     def __init__(self, tokens: int, share: float):
         position = share / 2 * (tokens - 1)
         self.rank, self.between = int(position), position - int(position)
-        self.low = self.high = None  # (rank + 2 at most, C), ascending and descending
+        self.low: torch.Tensor | None = None
+        self.high: torch.Tensor | None = None  # (rank + 2 at most, C), ascending and descending
 
     def add(self, x: torch.Tensor) -> None:
         """Count (T, C) numbers."""
@@ -42,6 +43,7 @@ class _Tails:
 
     def percentiles(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(C,) float32 each, with linear interpolation."""
+        assert self.low is not None and self.high is not None, "add comes first"
         upper = min(self.rank + 1, len(self.low) - 1)
         low, high = (x[self.rank].lerp(x[upper], self.between) for x in (self.low, self.high))
         return low, high
@@ -64,7 +66,7 @@ def collect_key_ranges(
     """
     if tokens < 1:
         raise UserError("the calibration text has no window of at least 2 tokens")
-    tails = defaultdict(lambda: _Tails(tokens, OUTLIER_SHARE))
+    tails: defaultdict[int, _Tails] = defaultdict(lambda: _Tails(tokens, OUTLIER_SHARE))
 
     def add(attended: Attended) -> None:
         keys = heads_to_channels(attended.before_rope(attended.key))  # (1, T, H_kv·D)
@@ -102,7 +104,7 @@ def collect_levels(
     for window in windows:
         for number, (keys, values) in _with_gradients(model, text_model, window).items():
             offset, scale = (x[number].to(keys[0].device) for x in (key_offset, key_scale))
-            _count(histograms["key"][number], *keys, offset, scale)
+            _count(histograms["key"][number], keys[0], keys[1], offset, scale)
             channels, offset, scale = split_values(values[0], outliers)
             exact = torch.zeros_like(values[0], dtype=torch.bool).scatter(-1, channels, True)
             gradient = values[1].masked_fill(exact, 0.0)

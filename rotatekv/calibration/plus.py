@@ -163,7 +163,7 @@ def rank_sensitivity(
         for number in progress(measured):
             of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": costs.new_ones(2)}
             for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
-                methods = list(exact)
+                methods: list[KVMethod | None] = list(exact)
                 methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
                 handle.held_spec = replace(handle.held_spec, methods=tuple(methods))  # of the caches to come
                 costs[number, column] = sum(

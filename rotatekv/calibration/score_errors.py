@@ -64,13 +64,15 @@ def score_errors(
 
 def presets_for(
     model: nn.Module, made: str | None = None, path: str | Path | None = None
-) -> tuple[dict[str, Sequence[KVMethod]], dict[str, str]]:
+) -> tuple[dict[str, tuple], dict[str, str]]:
     """The codecs of every quantizing preset that this model can take, by name, and why the others cannot.
 
     Args:
         made, path: a kind of statistics (``calibration.KINDS``) and its file; other kinds are looked up by the model.
     """
-    codecs, others, text_model = {}, {}, find_text_model(model)
+    text_model = find_text_model(model)
+    codecs: dict[str, tuple] = {}
+    others: dict[str, str] = {}
     for name, config in PRESETS.items():
         kind = method_class(config).statistics_kind(config)
         if method_class(config) is FP16:

@@ -155,20 +155,22 @@ def _info_of(metadata: dict[str, str]) -> CaptureInfo:
 def _check_tensors(path: Path, info: CaptureInfo, tensors: Tensors) -> None:
     """UserError unless each layer has the tensors of its kind, of the shapes that the metadata imply."""
     heads, tokens, channels = info.num_key_value_heads, info.tokens, info.num_key_value_heads * info.head_dim
-    some = (-1,)  # any number of entries but none
-    keys = {"keys": (heads, tokens, info.head_dim)}
+    shapes: dict[str, tuple[int, ...]]
+    some: tuple[int, ...] = (-1,)  # any number of entries but none
+    keys: dict[str, tuple[int, ...]] = {"keys": (heads, tokens, info.head_dim)}
     entries = {"top_values": some, "top_tokens": some, "top_channels": some, "sinks": some}
     if info.kind == "quantization_error":  # the methods are those of the file
         methods = {what.rpartition(".")[0] for what in _parts(tensors)} or {"RTN2"}
         shapes = {f"{method}.{what}": (tokens,) for method in methods for what in ("keys", "values")}
     else:
-        shapes = {
+        by_kind: dict[str, dict[str, tuple[int, ...]]] = {
             "k_pre_rope": keys,
             "k_post_rope": keys,
             "k_rotated": {"rotated": (tokens, channels)},
             "massive_activations": {"token_maximum": (tokens,), "median": (1,), **entries},
             "attention_scores": {"scores": (len(info.heads), tokens, tokens), "sinks": some},
-        }[info.kind]
+        }
+        shapes = by_kind[info.kind]
         if "reordered" in _parts(tensors):
             shapes = shapes | {"reordered": (tokens, channels)}
     expected = {f"layers.{layer}.{what}": shape for layer in info.layers for what, shape in shapes.items()}

@@ -11,7 +11,7 @@ import torch
 
 from rotatekv.capture.files import CaptureInfo, write_capture
 from rotatekv.capture.hooks import KINDS, CaptureRequest, capture_bytes, capture_window
-from rotatekv.cli import add_switch, method_from_args, model_flags
+from rotatekv.cli import add_switch, model_flags, preset_from_args
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import Text, cut_windows, load_text
@@ -107,7 +107,8 @@ def _request(args: argparse.Namespace, model, text_model) -> CaptureRequest:
     first_heads = range(0, min(4, key_heads) * (count // key_heads), count // key_heads)
     heads = _numbers("save_heads", args.save_heads, range(count), first_heads)
     everywhere = tuple(known) if args.save_layers is None else layers
-    rotation, codecs = (), {}
+    rotation: tuple = ()
+    codecs: dict[str, tuple] = {}
     if "k_rotated" in kinds:
         config = _config(args, "RotateKV2")[1]
         if not config.Grouped_Head_Key_Rotation:
@@ -130,7 +131,7 @@ def _config(args: argparse.Namespace, preset: str) -> tuple[str, QuantConfig]:
     rest["num_sink_entries"] = None  # the sinks are found once, for all methods
     if PRESETS[preset].method == "rtn":  # rotates nothing
         rest |= {name: None for name in ("head_group_num", "Grouped_Head_Key_Rotation", "Outlier_Aware_Key_Rotation")}
-    return method_from_args(argparse.Namespace(**{**vars(args), **rest}))
+    return preset_from_args(argparse.Namespace(**{**vars(args), **rest}))
 
 
 def _numbers(flag: str, asked: str | None, known: Sequence[int], default: Sequence[int]) -> tuple[int, ...]:

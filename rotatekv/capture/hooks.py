@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +18,6 @@ from torch import nn
 from rotatekv.cache.sinks import detect_sinks
 from rotatekv.config import PRESETS
 from rotatekv.kernels.hadamard import heads_to_channels
-from rotatekv.methods import KVMethod
 from rotatekv.methods.rotatekv import RotateKV
 from rotatekv.patching.patch import first_geometry
 from rotatekv.patching.watching import Attended, stream_attention
@@ -47,7 +48,7 @@ class CaptureRequest:
     activation_layers: tuple[int, ...]
     heads: tuple[int, ...]
     rotation: Sequence[RotateKV] = ()
-    codecs: dict[str, Sequence[KVMethod]] = field(default_factory=dict)
+    codecs: dict[str, tuple] = field(default_factory=dict)
 
 
 def capture_window(text_model: nn.Module, window: torch.Tensor, request: CaptureRequest) -> dict[str, Tensors]:
@@ -151,7 +152,7 @@ def capture_bytes(text_model: nn.Module, tokens: int, request: CaptureRequest) -
     }
     for kind, itemsize in width.items():
         stages = 2 if kind == "k_rotated" and request.rotation and request.rotation[0].order is not None else 1
-        sizes[kind] = lambda n=itemsize * stages: len(request.layers) * tokens * geometry.channels * n
+        sizes[kind] = partial(math.prod, (len(request.layers), tokens, geometry.channels, itemsize * stages))
     return {kind: sizes[kind]() for kind in request.kinds}
 
 

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,9 @@ class Side:
         self.device = next(model.parameters()).device
         tensors = [*model.parameters(), *model.buffers()]
         self.model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.cache, self.tokens, self.seen = None, None, 0
+        self.cache: Any = None
+        self.tokens = torch.empty(0, 0, dtype=torch.int64)  # until ``load``
+        self.seen = 0
 
     def load(self, tokens: torch.Tensor, context_length: int) -> None:
         """The (B, T) ids to read: ``context_length`` at once, then one a step."""
@@ -238,7 +241,8 @@ def largest_batch(fits: Callable[[int], bool | None], guess: int) -> tuple[int, 
     Returns:
         the batch (0: not even one), and whether the one above it was really seen not to fit.
     """
-    low, high, seen = 0, None, False  # low fits, high does not
+    low, seen = 0, False
+    high: int | None = None  # low fits, high does not
     batch, step = max(guess, 1), 1
     for _ in range(_MOST_TRIES):
         answer = fits(batch)
@@ -251,8 +255,8 @@ def largest_batch(fits: Callable[[int], bool | None], guess: int) -> tuple[int, 
         if low and high is not None:
             batch = (low + high) // 2
         else:
-            batch, step = low + step if low else max(high - step, 1), 2 * step
-    return low, seen and high - low <= 1
+            batch, step = low + step if high is None else max(high - step, 1), 2 * step
+    return low, seen and high is not None and high - low <= 1
 
 
 def try_batches(side: Side, record: dict, ids: torch.Tensor, cell: dict, budget: int) -> tuple[int, str]:
@@ -302,7 +306,7 @@ def ratios(record: dict) -> dict[str, float | None]:
     ``peak_growth_ratio``: the growth alone. ``batch_ratio``: of the largest batches.
     """
     hf, own = record["hf"], record["quantized"]
-    found = dict.fromkeys(RATIOS)
+    found: dict = dict.fromkeys(RATIOS)
     if own["fitted"]:
         found["cache_ratio_16_bits"] = 8 * _DTYPE_BYTES / record["total_bits"]
     if not (hf["fitted"] and own["fitted"]):

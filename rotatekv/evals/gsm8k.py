@@ -44,7 +44,7 @@ def load_examples(count: int) -> list[tuple[str, str]]:
         UserError: lm_eval is not installed, or has fewer examples.
     """
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise UserError("the GSM8K examples are lm_eval's: pip install 'lm_eval[longbench]==0.4.13' (or make install)")
     try:
         from lm_eval.tasks._yaml_loader import load_yaml

@@ -15,12 +15,15 @@ class MaskedHFLM(HFLM):
     trailing zeros are masked. A text that itself ends with token 0 is scored alone, where nothing is padded.
     """
 
+    batch_size_per_gpu: int
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         ends_in_zero = [(context + text)[-2] == _PADDING for _, context, text in requests]  # what the model is given
         lone = [request for request, zero in zip(requests, ends_in_zero, strict=True) if zero]
         others = [request for request, zero in zip(requests, ends_in_zero, strict=True) if not zero]
         scores = iter(super()._loglikelihood_tokens(others, disable_tqdm, override_bs))
-        batch_size, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
+        batch_size = self.batch_size_per_gpu
+        self.batch_size_per_gpu = 1
         try:
             scores_alone = iter(super()._loglikelihood_tokens(lone, disable_tqdm=True))
         finally:

@@ -209,7 +209,7 @@ def load_datasets(
 
 
 def _find_datasets(folder: Path, suffix: str) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for parent in (folder, folder / "milebench"):
         for child in sorted(parent.iterdir()) if parent.is_dir() else []:
             path = child / f"{child.name}{suffix}.json"

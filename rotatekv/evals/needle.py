@@ -182,7 +182,12 @@ def _spread(first: int, last: int, steps: int) -> list[int]:
 
 
 def cells(
-    lengths: Sequence[int], depths: Sequence[int], seed: int, needle_type: str, needle: str, key_phrase: str
+    lengths: Sequence[int],
+    depths: Sequence[int],
+    seed: int,
+    needle_type: str,
+    needle: str | None = None,
+    key_phrase: str | None = None,
 ) -> list[dict]:
     """The samples of a grid: ``id`` ("1024/50"), ``length``, ``depth``, ``needle``, ``answer`` (for ROUGE-1) and
     ``key_phrase`` (for recall); a pass key is a number of its own in each cell, decided by seed, length and depth."""

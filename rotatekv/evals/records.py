@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rotatekv.errors import UserError
 from rotatekv.models.hub import hub_is_offline
+
+Record = TypeVar("Record")
 
 
 def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict]:
@@ -41,7 +44,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict]:
     return records
 
 
-def read_hub(load: Callable[[], Sequence[dict]], name: str, hint: str) -> list[dict]:
+def read_hub(load: Callable[[], Iterable[Record]], name: str, hint: str) -> list[Record]:
     """The records ``load`` gets from the Hub; with no network, one line that says what to pass instead.
 
     Args:

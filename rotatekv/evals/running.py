@@ -214,6 +214,7 @@ def cache_use(cache: RotateKVCache | QuantizedCache) -> dict:
     if isinstance(cache, QuantizedCache):
         return external_use(cache)
     bits = cache.avg_bits()
+    assert cache.positions is not None  # it has tokens
     return {
         "tokens": cache.positions.numel(),
         "cache_bytes": cache.nbytes(),

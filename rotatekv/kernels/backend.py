@@ -43,6 +43,7 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     if torch.compiler.is_compiling():  # a patched model does not come here: attention.outside_compiled_graphs
         warnings.warn(_TRACED, stacklevel=2)
         return None
+    package: ModuleType
     if (asked or ("cpu" if device.type == "cpu" else "triton")) == "cpu":
         package, runs = cpu, device.type == "cpu" and cpu.available()
         needs = "g++, ROTATEKV_CPU_KERNEL not off, and tensors on the CPU"

@@ -59,7 +59,9 @@ def base_matrix(base: int) -> torch.Tensor:
     """
     if base == 1:
         return torch.ones(1, 1, dtype=torch.float32, device="cpu")
-    prime, power = _paley_field(base)
+    found = _paley_field(base)
+    assert found is not None, base
+    prime, power = found
     field = prime**power
     conference = torch.ones(field + 1, field + 1, dtype=torch.float32, device="cpu")
     conference[0, 0] = 0

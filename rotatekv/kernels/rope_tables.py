@@ -37,7 +37,8 @@ class RopeTables:
         coarse_angles = coarse[:, None] * frequencies  # (n, rotary_dim / 2)
         fine_angles = frequencies[:, None] * torch.arange(FINE_POSITIONS, **counted)  # (rotary_dim / 2, 32)
         tables = [f(a).float() for a in (coarse_angles, fine_angles) for f in (torch.cos, torch.sin)]
-        return cls(*(table.contiguous() for table in tables), attention_scaling)
+        coarse_cos, coarse_sin, fine_cos, fine_sin = (table.contiguous() for table in tables)
+        return cls(coarse_cos, coarse_sin, fine_cos, fine_sin, attention_scaling)
 
     def to(self, device: torch.device) -> RopeTables:
         names = ("coarse_cos", "coarse_sin", "fine_cos", "fine_sin")

@@ -69,8 +69,6 @@ class KVMethod(ABC):
     sink_selections: tuple[str, ...] = ("detected", "first")
     tokens_per_flush = 1
     keys_before_rope = False
-    key_format: BlockFormat | None = None
-    value_format: BlockFormat | None = None
     sink_threshold: float | None = None
 
     def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
@@ -101,7 +99,8 @@ class KVMethod(ABC):
         Raises:
             UserError: they are not there.
         """
-        missing = [name for name in names if statistics is None or name not in statistics]
+        statistics = statistics or {}
+        missing = [name for name in names if name not in statistics]
         if missing:
             raise UserError(f"{self.config.method} needs calibrated statistics: {', '.join(missing)}")
         self.statistics = {name: statistics[name] for name in names}
@@ -130,6 +129,14 @@ class KVMethod(ABC):
 
     @abstractmethod
     def decode_values(self, tokens: Encoded) -> torch.Tensor: ...
+
+    @property
+    def key_format(self) -> BlockFormat | None:
+        return None
+
+    @property
+    def value_format(self) -> BlockFormat | None:
+        return None
 
     def key_store(self) -> Store:
         return TokenStore()

@@ -21,7 +21,7 @@ class GroupedCodec(KVMethod):
     (``key_format``, ``value_format``), and which channels make a group (``key_groups``).
     """
 
-    flags = ("k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio")
+    flags: tuple[str, ...] = ("k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio")
     compact_scales = False  # of 8 bits: quantize.quantize_groups
 
     def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TypeVar
 
 from rotatekv.config import PRESETS, QuantConfig
@@ -33,7 +33,8 @@ def register(name: str, presets: Mapping[str, QuantConfig]) -> Callable[[Codec],
 
 def sort_names() -> None:
     """Put methods and presets in alphabetical order, whichever file imports which."""
-    for names in (METHODS, PRESETS):
+    tables: tuple[MutableMapping, ...] = (METHODS, PRESETS)
+    for names in tables:
         in_order = dict(sorted(names.items()))
         names.clear()
         names.update(in_order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -71,11 +70,12 @@ class RotateKV(GroupedCodec):
 
     @cached_property
     def key_format(self) -> BlockFormat | None:
-        return replace(super().key_format, rotation_width=self.key_width)
+        return BlockFormat(self.k_bits, self.geometry.head_dim, self.key_groups, rotation_width=self.key_width)
 
     @cached_property
     def value_format(self) -> BlockFormat | None:
-        return replace(super().value_format, rotation_width=self.geometry.head_dim)
+        head_dim = self.geometry.head_dim
+        return BlockFormat(self.v_bits, head_dim, self.value_groups, rotation_width=head_dim)
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return self.rotate_key_channels(heads_to_channels(keys).float())  # (B, T, H_kv·D)

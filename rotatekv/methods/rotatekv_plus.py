@@ -5,7 +5,6 @@ Ours, not the paper's: docs/beyond.md says what was tried, and what each part is
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -85,7 +84,8 @@ class RotateKVPlus(RotateKV):
 
     @cached_property
     def key_format(self) -> BlockFormat | None:
-        return replace(super().key_format, factor=self.key_factor, offset=self.key_offset)
+        affine: dict = {"factor": self.key_factor, "offset": self.key_offset}
+        return BlockFormat(self.k_bits, self.geometry.head_dim, self.key_groups, self.key_width, **affine)
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         channels = heads_to_channels(keys).float()

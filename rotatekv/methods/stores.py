@@ -158,9 +158,10 @@ class BlockStore(CodeStore):
 
     def append(self, new: Encoded) -> None:
         codes = new["codes"]  # (B, T, C)
-        self.reserve(*codes.shape, codes.device)
+        batch, tokens, channels = codes.shape
+        self.reserve(batch, tokens, channels, codes.device)
         write_blocks(self.tensors, self.length, codes, new["scale"], new["zero"], self.bits)
-        self.length += codes.shape[1]
+        self.length += tokens
 
     def add(
         self,
@@ -170,7 +171,7 @@ class BlockStore(CodeStore):
         form: BlockFormat | None = None,
         unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        if kernels is None:
+        if kernels is None or form is None:
             return super().add(heads, encode)
         batch, count, tokens, dim = heads.shape
         self.reserve(batch, tokens, count * dim, heads.device)
@@ -209,10 +210,10 @@ class BlockStore(CodeStore):
         self._each(lambda x: x[:, :blocks].clone())
         if length % BLOCK:  # lanes past the end are zero
             last = {name: x[:, -1:] for name, x in self.tensors.items()}
-            kept = [tensor.clone() for tensor in unpack_blocks(last, BLOCK, self.bits)]
-            for tensor in kept:
+            codes, scale, zero = (tensor.clone() for tensor in unpack_blocks(last, BLOCK, self.bits))
+            for tensor in (codes, scale, zero):
                 tensor[:, length % BLOCK :] = 0
-            write_blocks(last, 0, *kept, self.bits)
+            write_blocks(last, 0, codes, scale, zero, self.bits)
         self.length = length
 
     def drop(self, count: int) -> None:

@@ -64,7 +64,11 @@ class TurboQuant(KVMethod):
         signed = rotate_channels(channels.float(), self.geometry.head_dim, inverse=True)  # (B, T, H_kv·D)
         return channels_to_heads(signed, self.geometry.head_dim) * self.signs.on(channels.device)  # (B, H_kv, T, D)
 
-    values_in, values_out = keys_in, keys_out
+    def values_in(self, values: torch.Tensor) -> torch.Tensor:
+        return self.keys_in(values)
+
+    def values_out(self, channels: torch.Tensor) -> torch.Tensor:
+        return self.keys_out(channels)
 
     def key_store(self) -> PlaneStore:
         return PlaneStore(self.k_bits)

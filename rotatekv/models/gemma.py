@@ -85,7 +85,7 @@ def _fill(folder: Path) -> None:
     convert_gguf(file, folder)
     file.unlink()
     for name in _TERM_FILES:
-        source = resources.files(package).joinpath("data", name)
+        source = resources.files(package) / "data" / name
         (folder / name).write_bytes(source.read_bytes())
 
 

@@ -137,7 +137,7 @@ def _find_ropes(text_model: nn.Module, ropes: tuple[LayerRope | None, ...], stoc
     with _watched(text_model, level, stock.inputs):
         options = {"attention_mask": mask, "position_ids": torch.zeros_like(ids), CACHE_NAME: cache}
         text_model(input_ids=ids, use_cache=True, **options)
-    found = []
+    found: list[LayerRope | None] = []
     for number, (attention, rope) in enumerate(zip(attention_modules(text_model), ropes, strict=True)):
         if rope is None:
             found.append(None)

@@ -54,6 +54,8 @@ class Attended:
 
     @property
     def tables(self) -> Tables:
+        """Of a layer that turns keys."""
+        assert self.rope is not None
         return self.positions.tables(self.rope, 0, self.key.shape[2], self.key.dtype, self.key.device)
 
     @property
@@ -104,8 +106,8 @@ def watching(text_model: nn.Module, take: Take) -> Iterator[None]:
     def note(number: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs[number] = args[0] if args else kwargs["hidden_states"]
 
-    def give(number: int, rope: LayerRope | None, module: nn.Module, *got) -> None:
-        take(Attended(number, module, inputs.pop(number), *got, rope))
+    def give(number: int, rope: LayerRope | None, module: nn.Module, query, key, value, mask, options: dict) -> None:
+        take(Attended(number, module, inputs.pop(number), query, key, value, mask, options, rope))
 
     ropes = proven_ropes(text_model, layer_ropes(text_model))
     with passing_changes() as changes:

@@ -55,9 +55,9 @@ def ablation_cells(
         if calibration is not None:
             calibration = replace(calibration, flags=("--model", model, *calibration.flags, *calibration_flags))
         cell = ppl_cell(model, row.method, options, flags=row.flags, dataset=row.dataset)
-        place = {"table": "ablation", "group": row.group, "label": row.label}
         paper = figures.get(("ablation", model, row.paper))
-        found.append(replace(cell, **place, calibration=calibration, paper=paper))
+        cell = replace(cell, table="ablation", group=row.group, label=row.label)
+        found.append(replace(cell, calibration=calibration, paper=paper))
     return found
 
 
@@ -85,9 +85,11 @@ def _rows(geometry: LayerGeometry | None) -> Iterator[_Row]:
     for text in _TEXTS:
         label = f"{text}, {_DEFAULT_LENGTH} tokens, measured on the essays"
         yield _Row("calibration", label, calibration=_calibration(text, _DEFAULT_LENGTH), dataset="essays")
-    for keys, values in ((2, 3), (3, 2), (2, 4), (4, 2), (3, 4), (4, 3)):
-        clips = _clips(*(0.8 if bits == 2 else 1.0 for bits in (keys, values)))  # as the presets clip
-        yield _Row("bits", f"keys {keys}, values {values}", ("--k_bits", str(keys), "--v_bits", str(values), *clips))
+    for k_bits, v_bits in ((2, 3), (3, 2), (2, 4), (4, 2), (3, 4), (4, 3)):
+        clips = _clips(*(0.8 if bits == 2 else 1.0 for bits in (k_bits, v_bits)))  # as the presets clip
+        yield _Row(
+            "bits", f"keys {k_bits}, values {v_bits}", ("--k_bits", str(k_bits), "--v_bits", str(v_bits), *clips)
+        )
 
 
 def _head_rows(geometry: LayerGeometry | None) -> Iterator[_Row]:

@@ -65,7 +65,7 @@ class Cell:
     @property
     def comparable(self) -> bool:
         """The paper's figure was measured under what this run shares with it, as far as the figure says."""
-        ours = dict(self.protocol)
+        ours: dict = dict(self.protocol)
         ours["longest"] = max(ours.get("context_lengths", [0]))
         return self.paper is not None and all(ours.get(key) == value for key, value in self.paper.protocol.items())
 
@@ -134,7 +134,9 @@ def ppl_cell(
 
 
 def _generation_cell(table: str, model: str, method: str, options: Options) -> Cell:
-    new_tokens, flags, metric = options.max_new_tokens, [], "average"
+    new_tokens, metric = options.max_new_tokens, "average"
+    flags: list[str] = []
+    protocol: dict
     if table == "milebench":
         model = RANDOM_LLAVA if model == EMBEDDED_MODEL else model
         protocol = {"adv": False, "combine_image": None, "max_new_tokens": new_tokens or 512}

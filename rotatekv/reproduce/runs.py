@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rotatekv.cli import evaluation_parser, method_from_args
+from rotatekv.cli import evaluation_parser, preset_from_args
 from rotatekv.config import QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.evals.results import config_hash, read_metrics
@@ -97,7 +97,8 @@ class Runs:
         return [cell.script, *cell.flags, *calibration, "--output_dir", str(self.output_dir), "--resume"]
 
     def calibration_file(self, cell: Cell) -> Path:
-        flags: Calibration = cell.calibration
+        flags = cell.calibration
+        assert flags is not None
         known = [flags.flags, *filter(None, [self.weights(cell.model)])]
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
         return self.output_dir / "tables" / "calibration" / f"{model_slug(cell.model)}-{flags.name}-{key}.safetensors"
@@ -186,7 +187,7 @@ class Runs:
 
 def _method_of(cell: Cell) -> tuple[str, QuantConfig]:
     """What the script makes of the cell's flags; not of an external method."""
-    return method_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])
+    return preset_from_args(evaluation_parser("", "").parse_known_args(list(cell.flags))[0])
 
 
 def shown(command: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ def record_of(cell: Cell, outcome: Outcome, runs: Runs) -> dict:
             "started": metrics.get("started", ""),
             "git_commit": (metrics.get("env") or {}).get("git_commit") or "",
         }
-        if cell.comparable and cell.view != STREAMED:
+        if cell.paper is not None and cell.comparable and cell.view != STREAMED:
             record["difference"] = record["ours"] - cell.paper.value
     return record
 

@@ -85,8 +85,9 @@ def _load(name: str, instruction_set: str) -> ctypes.CDLL | None:
         flags = [*_BASE_FLAGS, *_EXTRA_FLAGS[name], *(f"-m{x}" for x in _INSTRUCTION_SETS[instruction_set].split())]
         flags += os.environ.get("ROTATEKV_CPU_FLAGS", "").split()
         library = _cached_or_built(name, flags, instruction_set)
-        library.entry = getattr(library, f"rotatekv_{name}")
-        library.entry.argtypes, library.entry.restype = [ctypes.c_void_p], ctypes.c_char_p
+        entry = getattr(library, f"rotatekv_{name}")
+        entry.argtypes, entry.restype = [ctypes.c_void_p], ctypes.c_char_p
+        library.entry = entry  # type: ignore[attr-defined] # a library takes attributes, its stub does not say so
         return library
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -222,7 +223,7 @@ def _compile(name: str, compiler: list[str], flags: list[str]) -> bytes:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:
     """RuntimeError where the command cannot be run; it may fail."""
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": _COMPILE_SECONDS}
+    options: dict = {"capture_output": True, "text": True, "errors": "replace", "timeout": _COMPILE_SECONDS}
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, **options)
     except subprocess.TimeoutExpired:
@@ -233,7 +234,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 def _warn_of_cache(reason: str) -> None:
     try:
-        folder = cache_directory()
+        folder = str(cache_directory())
     except OSError:
         folder = "a home"
     _warn(

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +70,8 @@ class DryRun(AbstractContextManager):
         self.capability, self.resources = capability, resources
         self.launches: Counter[str] = Counter()
         self._variants: dict[str, Compiled] = {}
-        self._refused, self._undo = {}, None
+        self._refused: dict[str, str] = {}
+        self._undo: ExitStack | None = None
 
     def __enter__(self) -> DryRun:
         with ExitStack() as stack:
@@ -86,8 +87,9 @@ class DryRun(AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self._refused = self.refused
-        self._undo.close()
-        self._undo = None
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
 
     @property
     def refused(self) -> dict[str, str]:
@@ -99,7 +101,7 @@ class DryRun(AbstractContextManager):
 
     def needless(self) -> list[str]:
         """Kernels compiled more than once for one shape; there should be none."""
-        by_shape = defaultdict(int)
+        by_shape: Counter[tuple] = Counter()
         for variant in self.compiled:
             by_shape[variant.kernel, variant.shape] += 1
         return [f"{count} variants of {kernel} for {shape}" for (kernel, shape), count in by_shape.items() if count > 1]
@@ -131,7 +133,8 @@ class _Driver:
     numbers = count(1000)
 
     def __init__(self, run: DryRun):
-        self.run, self.utils, self._source, self._device = run, self, None, next(self.numbers)
+        self.run, self.utils, self._device = run, self, next(self.numbers)
+        self._source: tuple = ()  # of the kernel that is compiled, and its metadata
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.run.capability, 32)
@@ -154,7 +157,8 @@ class _Driver:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """(module, function, registers, spills, most threads of a program)"""
-        self.run._load(*self._source, binary)
+        source, metadata = self._source
+        self.run._load(source, metadata, binary)
         return name, name, 0, 0, 1024
 
 

@@ -42,13 +42,15 @@ def launch_decode(
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
     splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), _MOST_SPLITS)
-    has_exact = exact is not None and len(exact.rows) > 0
+    if exact is not None and not len(exact.rows):
+        exact = None
+    has_exact = exact is not None
     parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
     tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
     left, right = matrices(factors, device)
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
     factor_on_scores = options.softmax_scale * math.log2(math.e)
-    lanes = exact_lanes(exact, batch, blocks) if has_exact else first
+    lanes = exact_lanes(exact, batch, blocks) if exact is not None else first
     affine = options.key_affine
     by_channel = (affine.factor, affine.offset) if affine else (left, left)
     window = options.sliding_window or total_tokens
@@ -95,7 +97,7 @@ def launch_decode(
         num_warps=factors.warps,
         num_stages=STAGES,
     )
-    if has_exact:
+    if exact is not None:
         offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
         start(
             exact_kernel,
