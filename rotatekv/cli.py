@@ -25,7 +25,8 @@ class _ShortHelp(argparse.RawDescriptionHelpFormatter):
     """Shows a flag's value as N or X where it is a number, else by the last word of the flag's name."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type, action.dest.rpartition("_")[2].upper())
+        numbers: dict = {int: "N", float: "X"}
+        return numbers.get(action.type, action.dest.rpartition("_")[2].upper())
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

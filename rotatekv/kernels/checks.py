@@ -41,7 +41,7 @@ def packed_planes(
         raise ValueError(f"{name}: {bits} bits need {sorted(planes)}, not {sorted(packed)}")
     blocks = shape_of(packed["low"], 3, f"{name}['low']")[1]
     words: tuple[int, ...] = (batch, blocks, channels)
-    sides: tuple[int, ...]
+    scales: tuple[int, ...]
     groups = 0
     if tokens_per_scale:
         scales = (batch, shape_of(packed["scale"], 3, f"{name}['scale']")[1], channels)
