@@ -33,6 +33,8 @@ def test_the_page_s_method_is_found_generates_and_takes_the_bits_it_says(methods
     assert len([line for line in METHOD.splitlines() if line.strip()]) <= 25
     (methods_folder / "int8_values.py").write_text(METHOD, encoding="utf-8")
     rotatekv.methods.find_methods()
+    with pytest.raises(ValueError, match="int8_values, INT8V is registered already"):
+        exec(METHOD)
     model, input_ids = tiny_model(), torch.arange(8, 8 + PROMPT)[None]
     stock = model(input_ids).logits
     named = {"model": model, "input_ids": input_ids}
@@ -42,5 +44,5 @@ def test_the_page_s_method_is_found_generates_and_takes_the_bits_it_says(methods
     assert named["bits"]["k"] == 32 and named["bits"]["v"] == 8 + 16 / DIM  # the tiny model is in float32
     layers = 2 * stored * HEADS * (4 * DIM + DIM + 2)
     assert named["size"] == layers + 4 * stored  # and the positions
-    error = (model(input_ids).logits - stock).abs().max()
-    assert 0 < error < 0.05 * stock.abs().max()
+    error = (model(input_ids).logits - stock).norm() / stock.norm()
+    assert 0 < error < 0.025  # 0.018; with 7 bits 0.028
