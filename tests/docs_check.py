@@ -1,4 +1,4 @@
-"""Checks README.md and docs/ against the code: make docs-check, or python tests/docs_check.py (minutes; offline).
+"""Checks README.md, CONTRIBUTING.md and docs/ against the code: make docs-check, or python tests/docs_check.py (minutes; offline).
 
 tests/test_docs.py runs what is quick: commands parse, files, functions and links are there, tables are those of
 docs/results.json. This script also runs what a page marks with an HTML comment in the line before a code block:
@@ -31,7 +31,7 @@ import torch
 from rotatekv.kernels.layout import BLOCK, allocate_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"(?:<!-- ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SHELL = ("pip", "git")  # commands of others in the pages
 _LAUNCHERS = ("accelerate", "torchrun")
