@@ -1,4 +1,4 @@
-"""Checks README.md, CONTRIBUTING.md and docs/ against the code: make docs-check, or python tests/docs_check.py (minutes; offline).
+"""Checks README.md, CONTRIBUTING.md and docs/ against the code: make docs-check, minutes, offline.
 
 tests/test_docs.py runs what is quick: commands parse, files, functions and links are there, tables are those of
 docs/results.json. This script also runs what a page marks with an HTML comment in the line before a code block:
