@@ -95,7 +95,7 @@ class _Parsed(BaseException):
 def _check_flags(script: str | ModuleType, argv: list[str], command: str) -> None:
     """By the script's own parser: its ``main`` is called, and left when it has parsed."""
     module = _module(script) if isinstance(script, str) else script
-    if not argv and not inspect.signature(module.main).parameters:
+    if not argv and not (hasattr(module, "main") and inspect.signature(module.main).parameters):
         return  # a script without flags
     parse = argparse.ArgumentParser.parse_args
 
