@@ -80,7 +80,6 @@ def attention(
         return _attend(cache, layer, module, query, key, value, attention_mask, options)
     output, all_weights = query.new_zeros(query.transpose(1, 2).shape), None
     for part in cache.parts.running():  # each sequence in its own cache; zeros for padding
-        assert part.new is not None
         own: Any = part.cache  # a RotateKVCache, which parts.py does not import
         own_query, own_key, own_value = (part.of(x, 2) for x in (query, key, value))
         mask = part.attention_mask(attention_mask)

@@ -181,6 +181,10 @@ class Positions:
         self.values = values
         self._made: dict = {}
 
+    @property
+    def tokens(self) -> int:
+        return 0 if self.values is None else self.values.shape[1]
+
     def set(self, values: torch.Tensor | None) -> None:
         self.values, self._made = values, {}
 

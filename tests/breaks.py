@@ -163,9 +163,9 @@ BREAKS = (
     ),
     Break(
         "sliding window",
-        "rotatekv/cache/cropping.py",
-        "unseen = self._kept() - self.sliding_window + 1",
-        "unseen = self._kept() - self.sliding_window + 17",
+        "rotatekv/cache/tokens.py",
+        "unseen = self._kept() - sliding_window + 1",
+        "unseen = self._kept() - sliding_window + 17",
         ("families.py::test_rotatekv2_is_the_oracle[mistral, sliding-decode]",),
     ),
     Break(

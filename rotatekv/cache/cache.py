@@ -44,6 +44,8 @@ class RotateKVCache(Cache):
         names_sinks: the running call's layers name tokens that stay unquantized.
     """
 
+    layers: list
+
     def __init__(self, spec: CacheSpec):
         self._positions = Positions()
         super().__init__(layers=spec.new_layers(self._positions))
@@ -55,7 +57,8 @@ class RotateKVCache(Cache):
         self.names_sinks = False
         self.parts: Parts | None = None
         self._tokens = 0  # that are stored, but for a running call's
-        self._running, self._awaited = False, set()
+        self._running = False
+        self._awaited: set[int] = set()  # layers that have stored the running call's tokens and not attended yet
         self._chosen: dict[int, list[ChosenSinks | None]] = {}  # of the running call, by layer: one of each part
         self._is_spoilt = False  # a failed call may have changed transformers' own layers
         self._ends_failed: bool | None = None  # how the running call ends, once that is known
@@ -125,23 +128,24 @@ class RotateKVCache(Cache):
         finds_later = self.config.sink_selection == "massive" or self.parts is not None
         self.names_sinks = self.config.Attention_Sink_Aware and (not cached or finds_later)
         self.mask_is_causal = attention_mask is None or attention_mask.dim() == 2
-        self.token_mask = _token_mask(attention_mask, cached, (batch_size, cached + new.shape[1]))
-        if cached and self.positions.shape[0] != batch_size:
-            raise ValueError(f"the cache holds {self.positions.shape[0]} sequences, the call has {batch_size}")
-        if self.parts is None and self._padding_matters(cached, attention_mask):
-            self._split(Parts.of_rows(self, batch_size))
-        if cached:
-            new = new.to(self.positions.device)
-            self._positions.set(torch.cat([self.positions, new], dim=1))
+        mask = self.token_mask = _token_mask(attention_mask, cached, (batch_size, cached + new.shape[1]))
+        old = self.positions if cached else None
+        if old is not None and len(old) != batch_size:
+            raise ValueError(f"the cache holds {len(old)} sequences, the call has {batch_size}")
+        if self.parts is None and mask is not None and self.mask_is_causal and self._padding_matters(cached, mask):
+            self._split(Parts.of_rows(self, batch_size, mask.device))
+        if old is not None:
+            new = new.to(old.device)
+            self._positions.set(torch.cat([old, new], dim=1))
         else:
             self._positions.set(new.clone())
         if documents is not None:
             documents = documents.expand(batch_size, -1)
             parts, owned = Parts.of_documents(documents, lambda: RotateKVCache(self._spec))
             self._split(parts)
-            self.parts.begin_forward(new, owned)
+            parts.begin_forward(new, owned)
         elif self.parts is not None:
-            real = torch.ones_like(new, dtype=torch.bool) if self.token_mask is None else self.token_mask
+            real = torch.ones_like(new, dtype=torch.bool) if mask is None else mask
             self.parts.begin_forward(new, real)
             for cache in self.parts.caches():
                 cache.mask_is_causal = self.mask_is_causal
@@ -161,13 +165,11 @@ class RotateKVCache(Cache):
         if records:
             self.activate_past_recording()
 
-    def _padding_matters(self, cached: int, attention_mask: torch.Tensor | None) -> bool:
+    def _padding_matters(self, cached: int, token_mask: torch.Tensor) -> bool:
         """Whether storing a row's padding with it would change what is stored of its own tokens."""
-        if attention_mask is None or attention_mask.dim() != 2:
-            return False
         if self.config.residual_length or any(layer.method.tokens_per_flush > 1 for layer in self._own_layers()):
-            return not bool(self.token_mask.all())
-        return self.config.Attention_Sink_Aware and cached == 0 and not bool(self.token_mask.any(1).all())
+            return not bool(token_mask.all())
+        return self.config.Attention_Sink_Aware and cached == 0 and not bool(token_mask.any(1).all())
 
     def end_forward(self, failed: bool = False) -> None:
         """The running call is done; ``failed``: take back what it has stored, so that it may be made again.
@@ -175,10 +177,10 @@ class RotateKVCache(Cache):
         Raises:
             Unattended: some layer of the model has stored nothing, or attended without what it has stored.
         """
-        tokens, missing = 0 if self.positions is None else self.positions.shape[1], []
+        tokens, missing = self._positions.tokens, []
         if self._ends_failed is None:  # else an interrupt came upon the end, which is now made whole
             if self._running and not failed:
-                missing = sorted({*self._awaited, *self._without()})
+                missing = sorted({*self._awaited, *self.incomplete_layers()})
             failed = failed or bool(missing)
             self._ends_failed, self._tokens = failed, self._tokens if failed else tokens
         for layer in self._own_layers():
@@ -195,11 +197,11 @@ class RotateKVCache(Cache):
         if missing:
             raise Unattended(missing)
 
-    def _without(self) -> list[int]:
+    def incomplete_layers(self) -> list[int]:
         """The attention layers that do not hold all tokens."""
         if self.parts is not None:
-            return [number for part in self.parts.running() for number in part.cache._without()]
-        tokens = self.positions.shape[1]
+            return [number for part in self.parts.running() for number in part.cache.incomplete_layers()]
+        tokens = self._positions.tokens
         own = ((number, layer) for number, layer in enumerate(self.layers) if isinstance(layer, RotateKVLayer))
         return [number for number, layer in own if layer.get_seq_length() != tokens]
 
@@ -244,9 +246,9 @@ class RotateKVCache(Cache):
             self.layers[layer_idx].write(key_states, value_states, kernels, *sinks)
         else:
             parts = self.parts.running()
-            for part, sinks in zip(parts, self._chosen.get(layer_idx, [None] * len(parts)), strict=True):
+            for part, own in zip(parts, self._chosen.get(layer_idx, [None] * len(parts)), strict=True):
                 layer = part.cache.layers[layer_idx]
-                layer.write(part.of(key_states, 2), part.of(value_states, 2), kernels, sinks)
+                layer.write(part.of(key_states, 2), part.of(value_states, 2), kernels, own)
         setattr(key_states, _HANDED, (self, layer_idx))
         self._awaited.add(layer_idx)
         return key_states, value_states
@@ -256,10 +258,8 @@ class RotateKVCache(Cache):
         if self.parts is None:
             self._chosen[layer_idx] = [self.layers[layer_idx].choose_sinks(hidden_states, self.token_mask)]
         else:
-            parts = self.parts.running()
-            layers = [part.cache.layers[layer_idx] for part in parts]
             self._chosen[layer_idx] = [
-                layer.choose_sinks(part.of(hidden_states, 1)) for part, layer in zip(parts, layers, strict=True)
+                part.cache.layers[layer_idx].choose_sinks(part.of(hidden_states, 1)) for part in self.parts.running()
             ]
 
     def take(self, layer_idx: int) -> None:
@@ -285,7 +285,7 @@ class RotateKVCache(Cache):
             self.parts.check_crop(tokens_to_remove)
 
     def _cut_positions(self) -> None:
-        if self.positions is not None and self.positions.shape[1] > self._tokens:
+        if self.positions is not None and self._positions.tokens > self._tokens:
             self._positions.set(self.positions[:, : self._tokens].clone() if self._tokens else None)
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -321,8 +321,8 @@ class RotateKVCache(Cache):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, int | None]]:
         """Each layer's keys, values and sliding window, as of a ``DynamicCache``; see ``RotateKVLayer.keys``."""
-        names = "keys", "values", "sliding_window"
-        return (tuple(getattr(layer, name, None) for name in names) for layer in self.layers)
+        for layer in self.layers:
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), getattr(layer, "sliding_window", None)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor the cache holds between calls."""

@@ -1,99 +1,29 @@
-"""One layer of the cache: packed codes, and nothing in 16 bits but the attention sinks and the recent window."""
+"""One layer of the cache, as transformers calls it: it packs new tokens, and attends to all by a fused kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from rotatekv.cache.cropping import Before, Croppable
 from rotatekv.cache.fused_call import FusedCall, exact_tokens
 from rotatekv.cache.modes import storing, without_autocast
-from rotatekv.cache.packed import PackedTokens
 from rotatekv.cache.record import MOST_CROPPED, Record, SinkCandidates
 from rotatekv.cache.sinks import ChosenSinks, FirstCallSinks, MassiveTokens, Sinks, choose_sinks, with_massive
-from rotatekv.cache.window import FlushedTokens, FlushPolicy, Window
+from rotatekv.cache.tokens import Before, StoredTokens
+from rotatekv.cache.window import FlushedTokens, Window
 from rotatekv.kernels.backend import kernels_on
-from rotatekv.methods import KVMethod
-from rotatekv.rope import LayerRope, Positions
 
 
-class RotateKVLayer(Croppable, CacheLayerMixin):
-    """One layer's keys and values: packed codes, then the recent window, with the sinks beside them.
-
-    Attributes:
-        packed: the first tokens, quantized.
-        window: the last ``residual_length`` tokens in 16 bits, and up to ``tokens_per_flush`` − 1 before them: tokens
-            are packed in whole groups, counted from the first one. None: the method packs every token at once.
-        sinks: the attention sinks in 16 bits; they replace the decoded tokens.
-        dropped: how many tokens a sliding window has left behind. All indices count from the token after them.
-        flushed: tokens of the running call that are packed, but that its first queries see in their window.
-
-    Args:
-        rope: how the model turns this layer's keys; None: it does not.
-        positions: of all tokens, shared by a cache's layers.
-        sliding_window: a query sees that many tokens, its own included; those before are dropped in whole blocks.
-            None: all tokens are seen.
-    """
+class RotateKVLayer(StoredTokens, CacheLayerMixin):
+    """One layer's keys and values, in a transformers cache; ``StoredTokens`` says what it holds."""
 
     is_croppable = True
-
-    def __init__(
-        self,
-        method: KVMethod,
-        rope: LayerRope | None = None,
-        positions: Positions | None = None,
-        sliding_window: int | None = None,
-    ):  # the base class's own would set keys and values
-        self.method, self.positions = method, Positions() if positions is None else positions
-        self.set_rope(rope)
-        self.sliding_window = sliding_window
-        self._clear()
-
-    def set_rope(self, rope: LayerRope | None) -> None:
-        self.rope = rope if self.method.keys_before_rope else None
 
     @property
     def is_sliding(self) -> bool:
         return self.sliding_window is not None
-
-    def _clear(self) -> None:
-        self.packed = PackedTokens.none(self.method)
-        self.window: Window | None = None
-        self.sinks: Sinks | None = None
-        self.flushed: FlushedTokens | None = None
-        self._record: Record | None = None
-        self._before: Before | None = None
-        self.dropped = 0
-        self.is_initialized = False
-
-    def end_call(self, failed: bool = False) -> None:
-        """The running call is done; ``failed``: take back what it has stored here."""
-        if failed and self._before is not None:
-            self._take_back(self._before)
-        elif not failed and self.sliding_window is not None:
-            self._drop_unseen()
-        self._before = self.flushed = None  # last: an interrupt before it, and all is done again
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """(B, H_kv, T, D) of the tokens that are kept, after RoPE, decoded at each call, in the model's dtype; None:
-        there are none."""
-        return self._decoded(0)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """(B, H_kv, T, D) of the tokens that are kept, decoded at each call, in the model's dtype."""
-        return self._decoded(1)
-
-    def _decoded(self, which: int) -> torch.Tensor | None:
-        if not self._kept():
-            return None
-        decoded = self.read()[which]
-        self.positions.forget()
-        return decoded
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -139,27 +69,6 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self.dtype = key_states.dtype  # the model's, which may be another one by now
         self._write(key_states, value_states, kernels, sinks)
 
-    @storing
-    @without_autocast
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tokens that are kept as attention sees them, (B, H_kv, T, D) each, in the model's dtype."""
-        kernels = kernels_on(self.packed.keys.device or self.device)
-        batch, heads, dim = self._shape
-        shape = batch, heads, self._kept(), dim
-        keys, values = self.packed.heads(shape, self.dtype, self.device, kernels, views=self.sinks is None)
-        if self.rope is not None:
-            span = self.dropped, self.get_seq_length()
-            keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
-        if self.window is not None:
-            keys[:, :, self.packed.length :] = self.window.keys
-            values[:, :, self.packed.length :] = self.window.values
-        if self.sinks is not None:
-            self.sinks.write_into(keys, values)
-        return keys, values
-
-    def _flush_policy(self, packed: int) -> FlushPolicy:
-        return FlushPolicy(self.method.config.residual_length, self.method.tokens_per_flush, packed)
-
     def can_attend(self, kernels: ModuleType | None) -> bool:
         """Whether ``attend`` is right for the tokens just written: the method has a kernel, codes are packed, all
         queries have one window."""
@@ -180,17 +89,19 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             (B, H, T, D) in the dtype of the query.
         """
         device, rope = query.device, None
+        kernels, fused = call.kernels(device), self.method.fused_decode
+        assert kernels is not None and fused is not None  # ``can_attend`` has said so
         if self.rope is not None:
             rope = self.rope.model.kernel_tables(self.rope.kind, call.length, device)
-        output = call.kernels(device).decode_attention(
+        output = kernels.decode_attention(
             query.float().contiguous(),
             self.packed.keys.tensors,
             self.packed.values.tensors,
-            self.method.key_format.groups_on(device),
+            fused.keys.groups_on(device),
             *call.rows(self.dropped, device),
             self.packed.length,
             self._kept(),
-            self.method.fused_decode.options(scaling, rope, device, self.sliding_window or 0),
+            fused.options(scaling, rope, device, self.sliding_window or 0),
             exact_tokens(self.sinks, self.window, self.packed.length),
         )
         return output.to(query.dtype)
@@ -210,8 +121,8 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             candidates = self._store_sinks(chosen, keys, values)
         is_massive = chosen.is_massive.to(keys.device) if isinstance(chosen, MassiveTokens) else None
         flushed, self.window = policy.flush(self.window, Window(keys, values, is_massive), self.storage_dtype)
-        if is_massive is not None and flushed.tokens:
-            self.sinks = with_massive(self.sinks, flushed, policy.packed, self.storage_dtype)
+        if flushed.is_massive is not None and flushed.tokens:
+            self.sinks = with_massive(self.sinks, flushed, flushed.is_massive, policy.packed, self.storage_dtype)
         if self.record_past:
             self._record = Record.of(policy, flushed, self.window, candidates)
         if flushed.tokens:
@@ -225,7 +136,7 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
         self.sinks = Sinks.of(chosen.batch_index, chosen.token_index, keys, values, self.storage_dtype)
         if chosen.until is None:
             return None
-        candidates = SinkCandidates.of(chosen, self.sinks, keys.shape[2])
+        candidates = SinkCandidates.of(chosen.until, self.sinks, keys.shape[2])
         self.sinks = candidates.of_first(keys.shape[2])
         return candidates
 
@@ -241,13 +152,6 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
                 keys = self.rope.unturn(keys, self.positions.tables(*span))
         self.packed.append(keys, values, kernels, unrope)
 
-    def _kept(self) -> int:
-        """Tokens that are here: all but the dropped ones."""
-        return self.packed.length + (0 if self.window is None else self.window.tokens)
-
-    def get_seq_length(self) -> int:
-        return self.dropped + self._kept()
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._kept() + query_length, self.dropped
 
@@ -257,19 +161,6 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
     def reset(self) -> None:
         self._clear()
         self.record_past = False
-
-    @storing
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row ``i`` of the batch what row ``rows[i]`` was: packed codes move, nothing is quantized again."""
-        if not self.is_initialized:
-            return
-        self._record, rows = None, rows.to(self.device)
-        self.packed.select_rows(rows)
-        self._shape = len(rows), *self._shape[1:]
-        if self.window is not None:
-            self.window = self.window.select_rows(rows)
-        if self.sinks is not None:
-            self.sinks = self.sinks.select_rows(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.select_rows(beam_idx)
@@ -282,23 +173,9 @@ class RotateKVLayer(Croppable, CacheLayerMixin):
             rows = torch.arange(self._shape[0], dtype=torch.int64, device=self.device)
             self.select_rows(rows.repeat_interleave(repeats))
 
-    def tensors(self, kind: str) -> Iterator[torch.Tensor]:
-        """Every tensor held for ``kind``, ``"keys"`` or ``"values"``; the sinks' indices count with the keys."""
-        yield from self.packed.keys if kind == "keys" else self.packed.values
-        for held in (self._record, self.window, self.sinks):
-            if held is not None:
-                yield from held.tensors(kind)
-
     def offload(self) -> None:
         self._move("cpu")
 
     def prefetch(self) -> None:
         if self.is_initialized:
             self._move(self.device)
-
-    @storing
-    def _move(self, device: torch.device | str) -> None:
-        self._record = None
-        self.packed.move(device)
-        self.window = None if self.window is None else self.window.to(device)
-        self.sinks = None if self.sinks is None else self.sinks.to(device)

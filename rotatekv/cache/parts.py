@@ -41,6 +41,8 @@ class SequenceCache(Protocol):
 
     def select_rows(self, rows: torch.Tensor) -> None: ...
 
+    def incomplete_layers(self) -> list[int]: ...
+
 
 @dataclass
 class Part:
@@ -56,7 +58,7 @@ class Part:
     batch_index: int
     cache: SequenceCache
     token_index: torch.Tensor
-    new: torch.Tensor | None = None
+    new: torch.Tensor
 
     def begin_forward(self, position_ids: torch.Tensor, own: torch.Tensor, cached: int) -> None:
         """``position_ids`` (B, T) of the call's tokens, of which ``own`` (T,) bool are the sequence's."""
@@ -118,14 +120,14 @@ class Parts:
         self._coming = tokens
 
     @classmethod
-    def of_rows(cls, cache: SequenceCache, rows: int) -> Parts:
+    def of_rows(cls, cache: SequenceCache, rows: int, device: torch.device) -> Parts:
         """The rows of a cache between two calls, whose stored tokens are none of them padding."""
         tokens, parts = cache.get_seq_length(), []
-        counted = {"dtype": torch.int64, "device": cache.token_mask.device}
+        counted = {"dtype": torch.int64, "device": device}
         for row in range(rows):
             alone = copy.deepcopy(cache)
             alone.select_rows(torch.tensor([row], **counted))
-            parts.append(Part(row, alone, torch.arange(tokens, **counted)))
+            parts.append(Part(row, alone, torch.arange(tokens, **counted), torch.arange(0, **counted)))
         return cls(parts, tokens)
 
     @classmethod
@@ -135,11 +137,11 @@ class Parts:
         """One for each of ``documents`` (B, T), numbered in each row, and which of its row's tokens are its own."""
         found = [(row, numbers == n) for row, numbers in enumerate(documents) for n in numbers.unique()]
         none = documents.new_empty(0, dtype=torch.int64)
-        return cls([Part(row, new_cache(), none) for row, _ in found], is_packed=True), [own for _, own in found]
+        return cls([Part(row, new_cache(), none, none) for row, _ in found], is_packed=True), [own for _, own in found]
 
     def running(self) -> list[Part]:
         """Those that have tokens in the running call."""
-        return [part for part in self.parts if part.new is not None and len(part.new)]
+        return [part for part in self.parts if len(part.new)]
 
     def caches(self) -> list[SequenceCache]:
         return [part.cache for part in self.parts]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rotatekv.cache.sinks import FirstCallSinks, Sinks
+from rotatekv.cache.sinks import Sinks
 from rotatekv.cache.window import FlushPolicy, Window
 
 MOST_CROPPED = 64  # tokens of the last call that a recording layer gives up without a trace
@@ -26,9 +26,9 @@ class SinkCandidates:
     sinks: Sinks
 
     @classmethod
-    def of(cls, chosen: FirstCallSinks, sinks: Sinks, tokens: int) -> SinkCandidates:
+    def of(cls, until: torch.Tensor, sinks: Sinks, tokens: int) -> SinkCandidates:
         """Of a first call of so many tokens."""
-        return cls(tokens - MOST_CROPPED, chosen.until.to(sinks.token_index.device), sinks)
+        return cls(tokens - MOST_CROPPED, until.to(sinks.token_index.device), sinks)
 
     def of_first(self, tokens: int) -> Sinks:
         """The sinks of the call's first ``tokens`` tokens, ``shortest`` or more."""

@@ -116,9 +116,11 @@ class Sinks:
             yield self.values
 
 
-def with_massive(sinks: Sinks | None, flushed: Window, start: int, dtype: torch.dtype) -> Sinks | None:
-    """The sinks and the massive tokens among those that leave the window, the first of which is token ``start``."""
-    batch_index, token_index = flushed.is_massive.nonzero(as_tuple=True)
+def with_massive(
+    sinks: Sinks | None, flushed: Window, is_massive: torch.Tensor, start: int, dtype: torch.dtype
+) -> Sinks | None:
+    """The sinks, and the massive ones of the tokens that leave the window, the first of which is token ``start``."""
+    batch_index, token_index = is_massive.nonzero(as_tuple=True)
     if not len(batch_index):
         return sinks
     new = Sinks.of(batch_index, token_index, flushed.keys, flushed.values, dtype, start)

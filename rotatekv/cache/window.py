@@ -35,7 +35,7 @@ class Window:
 
     def append(self, new: Window) -> Window:
         keys, values = torch.cat([self.keys, new.keys], dim=2), torch.cat([self.values, new.values], dim=2)
-        if self.is_massive is None:
+        if self.is_massive is None and new.is_massive is None:
             return Window(keys, values)
         return Window(keys, values, torch.cat([self.is_massive, new.is_massive], dim=1))
 

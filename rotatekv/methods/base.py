@@ -69,7 +69,7 @@ class KVMethod(ABC):
     sink_selections: tuple[str, ...] = ("detected", "first")
     tokens_per_flush = 1
     keys_before_rope = False
-    sink_threshold: float | None = None
+    sink_threshold: float
 
     def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
         self.check(config, geometry)
