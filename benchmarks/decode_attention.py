@@ -93,7 +93,7 @@ def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:
     heads, kv_heads, dim, _ = SHAPES[shape]
     q = torch.randn(1, heads, 1, dim, dtype=torch.bfloat16)
     k, v = (torch.randn(1, kv_heads, tokens, dim, dtype=torch.bfloat16) for _ in range(2))
-    wide = [x.float() for x in (q, k, v)]
+    in_float32 = [x.float() for x in (q, k, v)]
     sdpa, repeat = torch.nn.functional.scaled_dot_product_attention, heads // kv_heads
     size = k.nbytes + v.nbytes
 
@@ -104,8 +104,8 @@ def torch_steps(shape: str, tokens: int) -> dict[str, tuple[Callable, int]]:
     return {
         "sdpa bf16": (lambda: sdpa(q, k, v, enable_gqa=True), size),
         "sdpa bf16 repeat_kv": (lambda: repeated(q, k, v), size),
-        "sdpa fp32": (lambda: sdpa(*wide, enable_gqa=True), 2 * size),
-        "sdpa fp32 repeat_kv": (lambda: repeated(*wide), 2 * size),
+        "sdpa fp32": (lambda: sdpa(*in_float32, enable_gqa=True), 2 * size),
+        "sdpa fp32 repeat_kv": (lambda: repeated(*in_float32), 2 * size),
         "grouped bf16 matmul": (lambda: grouped_attention(q, k, v), size),
     }
 

@@ -1,5 +1,6 @@
 """RoPE as a model has it: its tables at any position, and a layer's keys turned forth and back by its own function.
 
+To turn keys is to apply RoPE to them, to unturn them is to undo it.
 A rotary function is linear in cos and sin, whatever pairs of channels it turns. So the function itself, given
 ``cos / (cos² + sin²)`` and ``−sin / (cos² + sin²)``, undoes RoPE: the divisor is 1, or YaRN's factor squared, or what
 rounding cos and sin to 16 bits has made of 1.

@@ -184,12 +184,12 @@ def test_help_lists_every_preset(capsys):
 def test_a_user_error_is_one_line_and_status_2(capsys):
     @exit_on_user_error
     def main(argv):
-        raise UserError("what is wrong:\n  how to\tmend it")
+        raise UserError("what is wrong:\n  how to\tfix it")
 
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2
-    assert capsys.readouterr() == ("", "error: what is wrong: how to mend it\n")
+    assert capsys.readouterr() == ("", "error: what is wrong: how to fix it\n")
 
 
 def test_another_error_keeps_its_traceback():

@@ -267,7 +267,7 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "mend"),
+    ("name", "content", "cure"),
     [
         ("metrics.json", b'{"metric": ', "--resume"),
         ("metrics.json", b"\xff\xfe", "--resume"),
@@ -276,14 +276,14 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
         ("config.json", b"[]", "--overwrite"),
     ],
 )
-def test_a_damaged_run_is_one_line(tmp_path, capsys, name, content, mend):
+def test_a_damaged_run_is_one_line(tmp_path, capsys, name, content, cure):
     add_run(tmp_path / "in", method="FP16")
     damaged = add_run(tmp_path / "in")
     (damaged / name).write_bytes(content)
     report.main(["--input", str(tmp_path / "in"), "--output", str(tmp_path / "r.html")])
     (warning,) = capsys.readouterr().err.splitlines()
     page = Page((tmp_path / "r.html").read_text())
-    assert warning.startswith("warning: ") and str(damaged / name) in warning and mend in warning
+    assert warning.startswith("warning: ") and str(damaged / name) in warning and cure in warning
     assert str(damaged / name) in page.text
     assert page.column("Perplexity: runs", "method") == ["FP16"]
 

@@ -34,7 +34,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict]:
             record = json.loads(line.decode())
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair decodes, but is no text
         except ValueError:
-            raise UserError(f"{path}, line {number} is no json in UTF-8: mend or drop it") from None
+            raise UserError(f"{path}, line {number} is no json in UTF-8: fix or drop it") from None
         missing = [field for field in fields if not isinstance(record, dict) or field not in record]
         if missing:
             raise UserError(f"{path}, line {number} has no field {missing[0]!r}")

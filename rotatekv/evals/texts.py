@@ -91,8 +91,8 @@ def cut_windows(tokenizer, text: Text, length: int, context: int, bos: int | Non
     windows = list(windows_of(ids, length, bos))
     if not windows:
         have = ids.shape[1]
-        mend = f"pass --PPL_seq_length {min(have, context)} or less" if have > 1 else "pass a longer text"
-        raise UserError(f"{text.name} has {have} tokens, less than one window: {mend}")
+        cure = f"pass --PPL_seq_length {min(have, context)} or less" if have > 1 else "pass a longer text"
+        raise UserError(f"{text.name} has {have} tokens, less than one window: {cure}")
     return windows
 
 

@@ -64,8 +64,8 @@ class KIVI(GroupedCodec):
 
     def encode_keys(self, channels: torch.Tensor) -> Encoded:
         """(B, T, C), T a multiple of g → ``codes`` (B, T, C), ``scale`` and ``zero`` (B, T / g, C)."""
-        columns = channels.unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
-        codes, scale, zero = quantize_groups(columns, self.k_bits, self.k_groupsize, self.k_clip_ratio)
+        groups = channels.unflatten(1, (-1, self.k_groupsize)).transpose(2, 3)  # (B, T / g, C, g)
+        codes, scale, zero = quantize_groups(groups, self.k_bits, self.k_groupsize, self.k_clip_ratio)
         codes = codes.transpose(2, 3).flatten(1, 2)  # (B, T, C)
         return {"codes": codes, "scale": scale.squeeze(-1), "zero": zero.squeeze(-1)}
 

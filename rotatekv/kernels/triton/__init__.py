@@ -158,7 +158,7 @@ def quantize_into_blocks(
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Quantize T tokens and write them in place into blocks, from token ``start`` on; see
-    ``reference_blocks.quantize_into_blocks_reference`` for what comes before rounding.
+    ``blocks.quantize_into_blocks_reference`` for what comes before rounding.
 
     Args:
         heads: (B, H_kv, T, D) float32, float16 or bfloat16, of any strides but the last, which is 1.

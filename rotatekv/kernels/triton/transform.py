@@ -1,7 +1,7 @@
 """What keys and values go through before they are rounded: un-RoPE, ``Affine`` undone, the Hadamard matrix.
 
 A program takes 16 tokens of one rotation group, from heads of any strides to channels (B, T, C) float32. Equals the
-first three steps of ``reference_blocks.quantize_into_blocks_reference``: bit for bit without a rotation, and with one
+first three steps of ``blocks.quantize_into_blocks_reference``: bit for bit without a rotation, and with one
 to about 2^-21 of a token's largest number, as its dots take halves (``attention.py``).
 
 Roofline, from public specifications (not run on a GPU). Per token and channel: 2 bytes read (float16), those
