@@ -10,8 +10,6 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-os.environ["ROTATEKV_BACKEND"] = "reference"
-
 import torch
 from families import FAMILIES, MORE, REFUSED, SUPPORTED, find_decoder
 from test_families import PAGE, PLAIN, RUNS, built, error, family_of, fp16_differences, patch_rotatekv2
@@ -66,6 +64,7 @@ def table(head: str, rows: Iterable[list[str]]) -> str:
 
 
 def main() -> None:
+    os.environ["ROTATEKV_BACKEND"] = "reference"
     torch.set_num_threads(1)
     head = "family, RoPE, layers, key heads, FP16 prefill, FP16 after it, RotateKV2"
     with tempfile.TemporaryDirectory() as folder:

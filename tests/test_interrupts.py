@@ -14,7 +14,7 @@ from rotatekv import interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 GUARDED = [path for folder in (ROOT, ROOT / "visualize") for path in sorted(folder.glob("*.py"))]
-SCRIPTS = [path.relative_to(ROOT).as_posix() for path in GUARDED if "@exit_on_user_error" in path.read_text()]
+SCRIPTS = [path.relative_to(ROOT).as_posix() for path in GUARDED if '__name__ == "__main__"' in path.read_text()]
 
 
 @pytest.fixture(scope="module")

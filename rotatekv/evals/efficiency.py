@@ -43,7 +43,7 @@ class Side:
         tensors = [*model.parameters(), *model.buffers()]
         self.model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.cache: Any = None
-        self.tokens = torch.empty(0, 0, dtype=torch.int64)  # until ``load``
+        self.tokens = torch.empty(0, 0, dtype=torch.int64, device=self.device)  # until ``load``
         self.seen = 0
 
     def load(self, tokens: torch.Tensor, context_length: int) -> None:
