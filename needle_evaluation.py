@@ -7,6 +7,7 @@ Finished runs side by side:   python needle_evaluation.py --compare DIR,DIR --ou
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from rotatekv import load_model
@@ -51,6 +52,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--needle", help=f'standard default: "{NEEDLE}"')
     group.add_argument("--retrieval_question", help=f'standard default: "{RETRIEVAL_QUESTION}"')
     group.add_argument("--key_phrase", help=f'part of the needle that counts as recall (default: "{KEY_PHRASE}")')
+    group.add_argument(
+        "--introduction",
+        help="what stands before the haystack (default: the needle type's own); '' for a base model, which may copy it "
+        "in place of the answer",
+    )
     group.add_argument("--max_new_tokens", type=int, default=50, help="default: 50")
     add_switch(group, "chat_template", "ask in the chat template (default: where there is one)", default=None)
     group.add_argument("--compare", metavar="DIR,DIR", help="draw these finished runs side by side, and end")
@@ -77,6 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(**model_flags(args))
     check_context(model, samples[-1]["length"], args.max_new_tokens)
     kind = NEEDLE_TYPES[args.needle_type]
+    introduction = {} if args.introduction is None else {"introduction": args.introduction}
+    if introduction:
+        kind = replace(kind, before=args.introduction)
     chat = use_chat(args.chat_template, tokenizer)
     prompts = Prompts(tokenizer, kind, haystack, question, chat)
     shortest = prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # before a run opens
@@ -91,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         "retrieval_question": question,
         "key_phrase": key_phrase,
         "max_new_tokens": args.max_new_tokens,
+        **introduction,  # earlier runs without it are found again
         "chat_template": chat,
         "decoding": decoding(model, tokenizer, kind.stop_strings),
     }

@@ -29,7 +29,7 @@ _FORMATS = {"perplexity": "{:.2f}", "bits": "{:.3f}", "bytes": "{:.0f}", "agreem
 _SHARED_FLAGS = (  # do not change a method
     *("model", "method", "device", "dataset", "data_dir", "output_dir", "limit", "resume", "overwrite"),
     *("PPL_seq_length", "chunk_size", "batch_size", "max_new_tokens", "agree_with"),
-    *("needle_type", "context_lengths", "depths"),
+    *("needle_type", "context_lengths", "depths", "introduction"),
 )
 
 

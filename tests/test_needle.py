@@ -383,3 +383,24 @@ def test_own_needle_question_and_phrase_reach_the_prompt(folder, haystack, tmp_p
     (sample,) = samples_of(run_folder(tmp_path))
     assert sample["answers"] == ["Bees hum at noon."] and sample["key_phrase"] == "AT  noon"
     assert read(run_folder(tmp_path) / "config.json")["retrieval_question"] == "When?"
+
+
+def test_an_introduction_of_ones_own_stands_before_the_haystack(folder, haystack, tmp_path, monkeypatch):
+    """And in the config only where it is given, so that runs from before it are found again."""
+    texts, build = [], needle.Prompts.build
+
+    def note(self, *args):
+        placed = build(self, *args)
+        texts.append(self._tokenizer.decode(placed.ids, skip_special_tokens=True))
+        return placed
+
+    monkeypatch.setattr(needle.Prompts, "build", note)
+    for number, own in enumerate(([], ["--introduction", "Once. "], ["--introduction", ""])):
+        output = tmp_path / str(number)
+        needle_evaluation.main(
+            flags(folder, haystack, output, "--needle_type", "passkey", "--RTN4", "--limit", 1, *own)
+        )
+        config = read(run_folder(output) / "config.json")
+        assert config.get("introduction") == (own[1] if own else None) and ("introduction" in config) == bool(own)
+    starts = [text[:6] for text in texts[::2]]
+    assert starts[:2] == ["A pass", "Once. "] and starts[2] not in starts[:2]
