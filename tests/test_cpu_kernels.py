@@ -461,7 +461,8 @@ def test_clang_compiles_them_too(monkeypatch, tmp_path):
     assert build._load.__wrapped__("dequantize", "portable") is not None  # it has the lanes' shuffles
 
 
-@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["widest", "next"])
+@pytest.mark.slow  # two compilations with every check on
+@pytest.mark.parametrize("place", [0, 1], ids=["widest", "next"])
 def test_address_and_undefined_behaviour_sanitizers_stay_silent(place, tmp_path):
     """Of the widest instruction set that the CPU has, and of the next."""
     if place >= len(cpu.available_instruction_sets()):

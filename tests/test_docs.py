@@ -127,11 +127,9 @@ def test_what_the_pages_say_of_the_results():
     assert kivi["perplexity"] < paper and round(kivi["bits"], 1) == 3.6
     assert 0.035 < (ours - exact) / (paper - exact) < 0.065  # a twentieth
     assert 0.15 < (ours - exact) / (window - exact) < 0.25  # a fifth
-    gemma = "gemma3" if ("gemma3", "RotateKV2") in rows else "gemma3-short"
     for name in ("RotateKV2", "RTN2", "QuaRot2", "TurboQuant2"):
-        if (gemma, name) in rows:
-            assert rows[gemma, name]["perplexity"] > 5 * rows[gemma, "FP16"]["perplexity"]  # useless
-    for protocol in ("smollm2", gemma):
+        assert rows["gemma3", name]["perplexity"] > 5 * rows["gemma3", "FP16"]["perplexity"]  # useless
+    for protocol in ("smollm2", "gemma3"):
         few = [row for row in rows.values() if row["protocol"] == protocol and row["bits"] < 3]
         assert min(few, key=lambda row: row["perplexity"])["method"] == "RotateKV2+"  # the least loss below 3 bits
 

@@ -106,6 +106,7 @@ sys.exit(0)
 """
 
 
+@pytest.mark.slow
 def test_the_checks_of_numbers_pass_right_kernels_and_bite_wrong_ones(tmp_path):
     done = run(INTERPRETED, {"TRITON_INTERPRET": "1"}, str(tmp_path / "rows"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
