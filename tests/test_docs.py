@@ -160,6 +160,10 @@ def test_finished_runs_become_rows(tmp_path):
     assert measured.tables_written(page, results).splitlines()[3:] == ["| three | 30.00 | 2.500 |", "text"]
 
 
+def test_the_page_of_cases_is_read():
+    assert len(CASES) > 80
+
+
 @pytest.mark.parametrize(("file", "test"), sorted(CASES))
 def test_a_test_that_the_cases_name_is_there(file, test):
     text = (ROOT / "tests" / file).read_text(encoding="utf-8")
