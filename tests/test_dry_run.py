@@ -32,7 +32,7 @@ MODELS = {
     (90, "32/8x128", "RotateKV2"): 9,
     (86, "9/3x64", "RotateKV2"): 9,
     (86, "32/8x128", "QuaRot4"): 5,
-    (86, "8/1x256", "RotateKV4"): 8,
+    (86, "8/1x256", "RotateKV4"): 7,  # all channels in one group: one kernel quantizes keys and values
     (80, "32/32x128", "RTN2"): 4,
 }
 FEW = 1  # of them shows every kernel; the others are slow
