@@ -184,6 +184,14 @@ def first_tokens(
     return batch_index.int(), token_index.int()
 
 
+def _magnitudes(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, hidden_size), below every real one at padding."""
+    magnitudes = hidden_states.detach().abs()
+    if token_mask is None:
+        return magnitudes
+    return magnitudes.masked_fill(~token_mask.to(magnitudes.device).unsqueeze(-1), -1.0)
+
+
 def detect_sinks(
     hidden_states: torch.Tensor, num_entries: int, token_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,17 +206,14 @@ def detect_sinks(
     Returns:
         batch_index, token_index: (S,) int32 each, the sequence and the token of every sink, sorted.
     """
-    magnitudes = hidden_states.detach().abs()
-    if token_mask is not None:
-        token_mask = token_mask.to(magnitudes.device)
-        magnitudes = magnitudes.masked_fill(~token_mask.unsqueeze(-1), -1.0)
+    magnitudes = _magnitudes(hidden_states, token_mask)
     batch, tokens, width = magnitudes.shape
     flat = magnitudes.flatten(1)  # (B, T·hidden_size)
     top = flat.topk(min(num_entries, tokens * width), dim=1)
     is_sink = torch.zeros(batch, tokens, dtype=torch.bool, device=flat.device)
     is_sink.scatter_(1, top.indices // width, True)
     if token_mask is not None:
-        is_sink &= token_mask
+        is_sink &= token_mask.to(is_sink.device)
     batch_index, token_index = is_sink.nonzero(as_tuple=True)
     return batch_index.int(), token_index.int()
 
@@ -223,9 +228,7 @@ def sinks_of_prefixes(
     Returns:
         batch_index, token_index, until: (S,) int32 each, sorted.
     """
-    magnitudes = hidden_states.detach().abs()
-    if token_mask is not None:
-        magnitudes = magnitudes.masked_fill(~token_mask.to(magnitudes.device).unsqueeze(-1), -1.0)
+    magnitudes = _magnitudes(hidden_states, token_mask)
     batch, tokens, width = magnitudes.shape
     shortest = max(tokens - most_cropped, 1)
     # All entries that can be among the largest: those of the shortest prefix, and each later token's own.
