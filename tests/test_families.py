@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache as cached
 from functools import partial
@@ -75,13 +76,18 @@ def cropped(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> t
     return torch.cat(parts, dim=1)
 
 
+class NoBeamMoved(AssertionError):
+    """A text on which beam search shows nothing."""
+
+
 def beams(model: nn.Module, cache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The logits of the beams' steps, (steps, rows · beams, V)."""
     options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "output_logits": True}
     generated = model.generate(
         ids[:, :48], attention_mask=mask[:, :48], past_key_values=cache, return_dict_in_generate=True, **options
     )
-    assert generated.beam_indices[:, :8].unique().numel() > 2, "no beam changed its place"
+    if generated.beam_indices[:, :8].unique().numel() <= len(ids):
+        raise NoBeamMoved
     return torch.stack(generated.logits)
 
 
@@ -101,24 +107,28 @@ def expected(name: str, run: str):
     (step, mask), model = RUNS[run], built(name, family_of(name).widest)
     for seed in range(100):
         ids = token_ids(len(mask), TOKENS, seed)
-        with watching(OracleCache(model, family_of(name), random_orders(model))) as cache:
+        with watching(OracleCache(model, family_of(name), random_orders(model))) as cache, suppress(NoBeamMoved):
             want = step(model, cache, ids, mask)
-        if cache.margin > MARGIN:
-            return model, ids, cache, want, step(model, DynamicCache(config=model.config), ids, mask)
+            if cache.margin > MARGIN:
+                return model, ids, cache, want, step(model, DynamicCache(config=model.config), ids, mask)
     raise AssertionError("no text without ties")
 
 
 def fp16_differences(name: str) -> dict[str, float]:
     """The largest |ours − the stock model's| logit of each run, in units of the logits' standard deviation."""
-    model, ids = built(name, torch.float32), token_ids(2, TOKENS)
+    model = built(name, torch.float32)
     cases = {"prefill": (prefilled, ONE), **RUNS}
 
-    def all_of(new_cache: Callable) -> dict[str, torch.Tensor]:
+    def all_of(new_cache: Callable, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {run: step(model, new_cache(), ids[: len(mask)], mask) for run, (step, mask) in cases.items()}
 
-    stock = all_of(lambda: DynamicCache(config=model.config))
+    for seed in range(100):
+        with suppress(NoBeamMoved):
+            ids = token_ids(2, TOKENS, seed)
+            stock = all_of(lambda: DynamicCache(config=model.config), ids)
+            break
     with patch_model(model, "FP16"):
-        ours = all_of(lambda: RotateKVCache.for_model(model))
+        ours = all_of(lambda: RotateKVCache.for_model(model), ids)
     differences = {}
     for run, want in stock.items():
         real = cases[run][1].bool() if run != "beams" else ...
