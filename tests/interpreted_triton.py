@@ -292,7 +292,7 @@ def test_damaged_arguments_are_refused():
     bad = [
         {"queries": step["queries"].double()},
         {"queries": torch.zeros(2, 9, 17, 64)},
-        {"first": step["first"][:1]},
+        {"first_seen": step["first_seen"][:1]},
         {"queries": torch.zeros(2, 8, 1, 64)},
         {"group_of_channel": step["group_of_channel"].long()},
         {"keys": {**step["keys"], "low": low[:, :-1]}},
@@ -300,9 +300,9 @@ def test_damaged_arguments_are_refused():
         {"packed_tokens": 1000, "total_tokens": 1000},
         {"total_tokens": 3},
         {"origin": step["origin"][:1]},
-        {"exact": type(exact)(exact.rows.long(), exact.columns, exact.keys, exact.values)},
-        {"exact": type(exact)(exact.rows, exact.columns, exact.keys.float(), exact.values)},
-        {"exact": type(exact)(exact.rows, exact.columns, exact.keys.flatten(1), exact.values.flatten(1))},
+        {"exact": type(exact)(exact.batch_index.long(), exact.token_index, exact.keys, exact.values)},
+        {"exact": type(exact)(exact.batch_index, exact.token_index, exact.keys.float(), exact.values)},
+        {"exact": type(exact)(exact.batch_index, exact.token_index, exact.keys.flatten(1), exact.values.flatten(1))},
     ]
     for change in bad:
         with pytest.raises(ValueError):

@@ -69,7 +69,7 @@ def random_step(shape: Shape) -> dict:
         shape.sliding_window,
     )
     heads = shape.repeat * shape.kv_heads
-    first, dropped = (
+    first_seen, dropped = (
         torch.tensor([*given, *[0] * shape.batch][: shape.batch], dtype=torch.int32)
         for given in (shape.padding, shape.dropped)
     )
@@ -86,8 +86,8 @@ def random_step(shape: Shape) -> dict:
         "keys": keys,
         "values": values,
         "group_of_channel": group_of_channel,
-        "first": first,
-        "origin": dropped - first,
+        "first_seen": first_seen,
+        "origin": dropped - first_seen,
         "packed_tokens": packed_tokens,
         "total_tokens": shape.tokens,
         "options": options,

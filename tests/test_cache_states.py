@@ -257,13 +257,13 @@ def check(cache: RotateKVCache, model: TokenList) -> None:
 
 
 def check_exact_tokens(layer, model: TokenList) -> None:
-    """What a fused kernel is given beside the codes: each token once, its rows ascending."""
+    """What a fused kernel is given beside the codes: each token once, batch_index ascending."""
     expected, exact = model.exact(), exact_tokens(layer.sinks, layer.window, model.packed)
     if exact is None:
         assert not expected
         return
-    places = list(zip(exact.rows.tolist(), exact.columns.tolist(), strict=True))
-    assert exact.rows.tolist() == sorted(exact.rows.tolist()) and sorted(places) == sorted(expected)
+    places = list(zip(exact.batch_index.tolist(), exact.token_index.tolist(), strict=True))
+    assert exact.batch_index.tolist() == sorted(exact.batch_index.tolist()) and sorted(places) == sorted(expected)
     assert all(torch.equal(key, expected[place]) for key, place in zip(exact.keys.float(), places, strict=True))
 
 

@@ -276,14 +276,14 @@ TOKEN_GROUPS = replace(GOOD, tokens_per_scale=32)
 def _damaged_tensors(step: dict) -> list:
     """Every tensor of the call, each with a wrong dtype, a wrong shape and wrong strides."""
     cases = []
-    for name in ("queries", "group_of_channel", "first", "origin"):
+    for name in ("queries", "group_of_channel", "first_seen", "origin"):
         if step[name] is None:
             continue
         cases += [({**step, name: bad}, name) for bad in _damage(step[name])]
     for name in ("keys", "values"):
         for plane, tensor in step[name].items():
             cases += [({**step, name: {**step[name], plane: bad}}, f"{name}.{plane}") for bad in _damage(tensor)]
-    for name in ("rows", "columns", "keys", "values"):
+    for name in ("batch_index", "token_index", "keys", "values"):
         for bad in _damage(getattr(step["exact"], name)):
             fields = {**vars(step["exact"]), name: bad}
             cases.append(({**step, "exact": type(step["exact"])(**fields)}, f"exact.{name}"))
@@ -324,8 +324,8 @@ def _set(tensor: torch.Tensor, value: int) -> torch.Tensor:
         ("2\\^31", lambda s: {**s, "total_tokens": 2**40}),
         ("group is not there", lambda s: {**s, "group_of_channel": _set(s["group_of_channel"], 3)}),
         ("group is not there", lambda s: {**s, "group_of_channel": _set(s["group_of_channel"], -1)}),
-        ("first", lambda s: {**s, "first": _set(s["first"], 71)}),
-        ("first", lambda s: {**s, "first": _set(s["first"], -1)}),
+        ("first_seen", lambda s: {**s, "first_seen": _set(s["first_seen"], 71)}),
+        ("first_seen", lambda s: {**s, "first_seen": _set(s["first_seen"], -1)}),
         ("too short", lambda s: {**s, "origin": _set(s["origin"], 2**31 - 1)}),
         ("sliding_window", lambda s: with_options(s, sliding_window=-1)),
         ("threads", lambda s: {**s, "threads": -1}),
@@ -338,10 +338,10 @@ def _set(tensor: torch.Tensor, value: int) -> torch.Tensor:
         ("bits need", lambda s: with_options(s, key_bits=2)),
         ("query_tokens", lambda s: {**s, "queries": torch.zeros(2, 9, 17, 64)}),
         ("kv_heads", lambda s: {**s, "queries": torch.zeros(2, 8, 1, 64)}),
-        ("exact row", lambda s: {**s, "exact": _exact(s, rows=2)}),
-        ("ascend", lambda s: {**s, "exact": _exact(s, rows=0)}),
-        ("exact column", lambda s: {**s, "exact": _exact(s, columns=70)}),
-        ("exact column", lambda s: {**s, "exact": _exact(s, columns=-1)}),
+        ("exact batch", lambda s: {**s, "exact": _exact(s, batch_index=2)}),
+        ("ascend", lambda s: {**s, "exact": _exact(s, batch_index=0)}),
+        ("exact token index", lambda s: {**s, "exact": _exact(s, token_index=70)}),
+        ("exact token index", lambda s: {**s, "exact": _exact(s, token_index=-1)}),
     ],
 )
 def test_numbers_out_of_range_are_refused(message, change):
@@ -510,7 +510,7 @@ def test_a_call_with_other_arguments_forgets_what_blocks_remember_of_the_last_on
         {"exact": None},
         {"values": other["values"]},
         {"group_of_channel": other["group_of_channel"]},
-        {"first": torch.tensor([3, 50], dtype=torch.int32)},
+        {"first_seen": torch.tensor([3, 50], dtype=torch.int32)},
         {"total_tokens": 71},
         {"queries": other["queries"][:, :3].contiguous()},
         *(

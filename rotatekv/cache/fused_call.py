@@ -36,7 +36,7 @@ class FusedCall:
         return self._kernels[device]
 
     def rows(self, dropped: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """``first`` and ``origin`` of the kernels, (B,) int32 each, in a layer that has dropped that many tokens."""
+        """The kernels' ``first_seen`` and ``origin``, (B,) int32 each, in a layer that has dropped that many tokens."""
         found = self._rows.get((dropped, device))
         if found is None:
             leftpad = self.leftpad.to(device)

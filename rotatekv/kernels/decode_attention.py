@@ -19,12 +19,12 @@ class ExactTokens:
     """Tokens kept in 16 bits, attention sinks and the recent window, as attention sees them.
 
     Attributes:
-        rows, columns: (S,) int32, the sequence (ascending) and the token of each, no pair twice.
+        batch_index, token_index: (S,) int32, the sequence (ascending) and the token of each, no pair twice.
         keys, values: (S, H_kv, D) float16 or bfloat16, keys after RoPE. They replace a packed token of the same place.
     """
 
-    rows: torch.Tensor
-    columns: torch.Tensor
+    batch_index: torch.Tensor
+    token_index: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -64,7 +64,7 @@ def decode_attention_reference(
     keys: Packed,
     values: Packed,
     group_of_channel: torch.Tensor | None,
-    first: torch.Tensor,
+    first_seen: torch.Tensor,
     origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -95,12 +95,12 @@ def decode_attention_reference(
     if options.rope is not None:
         k = options.rope.turn(k, (columns + origin.long()[:, None]).clamp(min=0))  # positions (B, T)
     if exact is not None:
-        where = exact.rows.long(), slice(None), exact.columns.long()
+        where = exact.batch_index.long(), slice(None), exact.token_index.long()
         k[where], v[where] = exact.keys.to(dtype), exact.values.to(dtype)
     rows = queries.to(dtype).reshape(len(queries), k.shape[1], -1, dim)  # (B, H_kv, repeat·T_q, D): no copies of heads
     scores = (rows @ k.transpose(2, 3)).view(*queries.shape[:3], -1) * options.softmax_scale  # (B, H, T_q, T)
     own = torch.arange(total_tokens - query_tokens, total_tokens, dtype=torch.int64, device=device)[:, None]
-    seen = (columns <= own) & (columns >= first[:, None, None])  # (B, T_q, T)
+    seen = (columns <= own) & (columns >= first_seen[:, None, None])  # (B, T_q, T)
     if options.sliding_window:
         seen &= columns > own - options.sliding_window
     weights = torch.softmax(scores.masked_fill(~seen[:, None], -math.inf), -1).nan_to_num(0.0)  # a row may see nothing

@@ -52,7 +52,7 @@ def decode_attention(
     keys: Packed,
     values: Packed,
     group_of_channel: torch.Tensor | None,
-    first: torch.Tensor,
+    first_seen: torch.Tensor,
     origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -72,7 +72,7 @@ def decode_attention(
             rotated per head, quantization groups of consecutive channels, a multiple of 16 of them.
         group_of_channel: (C,) int32, the quantization group of each key channel; None where keys have scales per
             channel, ``options.key_tokens_per_scale``.
-        first: (B,) int32, the first token of each sequence that any query sees.
+        first_seen: (B,) int32, the first token of each sequence that any query sees.
         origin: (B,) int32, the position of token 0 for RoPE; below 0, tokens at positions below 0 must not be seen.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
         threads: default ``torch.get_num_threads()``.
@@ -90,7 +90,7 @@ def decode_attention(
     arguments.packed_tokens, arguments.total_tokens = packed_tokens, total_tokens
     arguments.threads = threads or torch.get_num_threads()
     arguments.queries = pointer(queries, torch.float32, shape, "queries")
-    arguments.first = pointer(first, torch.int32, (batch,), "first")
+    arguments.first_seen = pointer(first_seen, torch.int32, (batch,), "first_seen")
     arguments.origin = pointer(origin, torch.int32, (batch,), "origin")
     if exact is not None:
         _set_exact(arguments, exact, (kv_heads, shape[3]))
@@ -310,12 +310,12 @@ def _set_unrope(arguments: QuantizeArguments, cos: torch.Tensor, sin: torch.Tens
 
 
 def _set_exact(arguments: DecodeArguments, exact: ExactTokens, heads: tuple[int, int]) -> None:
-    count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
+    count, dtype = shape_of(exact.batch_index, 1, "exact batch_index")[0], getattr(exact.keys, "dtype", None)
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
     arguments.exact_tokens, arguments.exact_is_bfloat16 = count, dtype == torch.bfloat16
-    arguments.exact_rows = pointer(exact.rows, torch.int32, (count,), "exact rows")
-    arguments.exact_columns = pointer(exact.columns, torch.int32, (count,), "exact columns")
+    arguments.exact_batch_index = pointer(exact.batch_index, torch.int32, (count,), "exact batch_index")
+    arguments.exact_token_index = pointer(exact.token_index, torch.int32, (count,), "exact token_index")
     arguments.exact_keys = pointer(exact.keys, dtype, (count, *heads), "exact keys")
     arguments.exact_values = pointer(exact.values, dtype, (count, *heads), "exact values")
 

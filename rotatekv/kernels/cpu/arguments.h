@@ -8,14 +8,14 @@
 struct PackedPointers {
     const int32_t* low;     // (B, N, C)
     const void* high;       // (B, N, C) int16 for 3 bits, int32 for 4, null for 2
-    const void* scale;      // (B, N, groups, 16) float16, or (B, R, C); fine: uint8
+    const void* scale;      // (B, N, groups, 16) float16, or (B, R, C); compact: uint8
     const int8_t* zero;     // (B, N, groups, 16), or (B, R, C)
     int64_t blocks;         // N, allocated
     int64_t groups;         // of channels that share a scale; 0: scales are per channel
     int64_t bits;  // 2, 3 or 4
     int64_t tokens_per_scale;  // g, a multiple of 16: row r of R serves tokens g·r … g·r + g − 1; 0: per token
     int64_t scale_rows;        // R; 0: scales are per token
-    int64_t fine;              // 1: scales are bits 7 … 14 of a float16, zero points count eighths; per token only
+    int64_t compact;           // 1: scales are bits 7 … 14 of a float16, zero points count eighths; per token only
 };
 
 // The factor of a Hadamard matrix that is no power of two, entries ±1, where the kernels have no pass of their own.
@@ -44,14 +44,14 @@ struct DecodeArguments {
     const float* key_factor;          // (C,) with key_offset, what un-rotated keys are multiplied by; null: nothing
     const float* key_offset;          // (C,) and what is added then, before RoPE
     const float* queries;             // (B, H, query_tokens, D), after RoPE
-    const int32_t* first;             // (B,) first token that any query sees
+    const int32_t* first_seen;        // (B,) first token that any query sees
     const int32_t* origin;            // (B,) position of token 0; below 0: the first tokens are not seen
     const float* coarse_cos;          // (coarse_rows, rotary_dim / 2), row q is position 16·q
     const float* coarse_sin;
     const float* fine_cos;  // (rotary_dim / 2, 32), column p is position p
     const float* fine_sin;
-    const int32_t* exact_rows;     // (S,) ascending: sequence of each exact token
-    const int32_t* exact_columns;  // (S,) its index in the sequence
+    const int32_t* exact_batch_index;  // (S,) ascending: sequence of each exact token
+    const int32_t* exact_token_index;  // (S,) its index in the sequence
     const uint16_t* exact_keys;    // (S, H_kv, D) float16 or bfloat16, after RoPE
     const uint16_t* exact_values;  // (S, H_kv, D), not rotated
     float* output;  // (B, H, query_tokens, D)

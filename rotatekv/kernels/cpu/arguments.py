@@ -7,7 +7,7 @@ import ctypes
 
 class PackedPointers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("low", "high", "scale", "zero")] + [
-        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows", "fine")
+        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows", "compact")
     ]
 
 
@@ -38,14 +38,14 @@ _DECODE_POINTERS = [
     "key_factor",
     "key_offset",
     "queries",
-    "first",
+    "first_seen",
     "origin",
     "coarse_cos",
     "coarse_sin",
     "fine_cos",
     "fine_sin",
-    "exact_rows",
-    "exact_columns",
+    "exact_batch_index",
+    "exact_token_index",
     "exact_keys",
     "exact_values",
     "output",

@@ -76,7 +76,7 @@ class Decode {
         // The exact tokens come first: the longest parts should not be the last.
         const int64_t pair = task % (a_.batch * g_.groups), split = g_.parts() - 1 - task / (a_.batch * g_.groups);
         const int64_t row = pair / g_.groups, group = pair % g_.groups;
-        const int32_t *begin = a_.exact_rows, *end = begin + a_.exact_tokens;
+        const int32_t *begin = a_.exact_batch_index, *end = begin + a_.exact_tokens;
         const bool exact = split == g_.splits;
         const Part part{a_, g_, memory,
                         (exact ? a_.queries : queries_.data()) + pair * g_.group_rows * a_.head_dim,

@@ -24,7 +24,7 @@ static const char* check_scales(const PackedPointers& packed, int64_t tokens, in
         return nullptr;
     }
     ROTATEKV_REQUIRE(packed.groups == 0, "scales per channel have no groups of channels");
-    ROTATEKV_REQUIRE(!packed.fine, "scales per channel are float16");
+    ROTATEKV_REQUIRE(!packed.compact, "scales per channel are float16");
     ROTATEKV_REQUIRE(channels % 16 == 0, "scales per channel need a multiple of 16 channels");
     ROTATEKV_REQUIRE(packed.scale_rows * per_scale >= tokens, "the packed tokens have no scales");
     return nullptr;
@@ -89,12 +89,13 @@ static const char* check_transforms(const DecodeArguments& a) {
 static const char* check_exact(const DecodeArguments& a) {
     ROTATEKV_REQUIRE(a.exact_tokens >= 0, "the number of exact tokens is negative");
     if (a.exact_tokens == 0) return nullptr;
-    ROTATEKV_REQUIRE(a.exact_rows && a.exact_columns && a.exact_keys && a.exact_values, "an exact tensor is missing");
-    if (const char* wrong = check_indices(a.exact_rows, a.exact_tokens, a.batch, "an exact row is not in the batch"))
-        return wrong;
+    const int32_t *batch_index = a.exact_batch_index, *token_index = a.exact_token_index;
+    ROTATEKV_REQUIRE(batch_index && token_index && a.exact_keys && a.exact_values, "an exact tensor is missing");
+    const char* wrong = check_indices(batch_index, a.exact_tokens, a.batch, "an exact batch index is not in the batch");
+    if (wrong) return wrong;
     for (int64_t i = 1; i < a.exact_tokens; ++i)
-        ROTATEKV_REQUIRE(a.exact_rows[i - 1] <= a.exact_rows[i], "exact rows must ascend");
-    return check_indices(a.exact_columns, a.exact_tokens, a.total_tokens, "an exact column is past the last token");
+        ROTATEKV_REQUIRE(batch_index[i - 1] <= batch_index[i], "exact batch indices must ascend");
+    return check_indices(token_index, a.exact_tokens, a.total_tokens, "an exact token index is past the last token");
 }
 
 static const char* check_decode(const DecodeArguments& a) {
@@ -107,10 +108,10 @@ static const char* check_decode(const DecodeArguments& a) {
     ROTATEKV_REQUIRE(channels % a.values.groups == 0 && a.head_dim % (channels / a.values.groups) == 0 &&
                          channels / a.values.groups % 16 == 0,
                      "a values' group must be a multiple of 16 channels that divides head_dim");
-    ROTATEKV_REQUIRE(a.queries && a.first && a.origin && a.output, "a tensor is missing");
+    ROTATEKV_REQUIRE(a.queries && a.first_seen && a.origin && a.output, "a tensor is missing");
     ROTATEKV_REQUIRE(!a.key_factor == !a.key_offset, "key_factor and key_offset come together");
     if (const char* wrong = check_groups(a.keys, a.group_of_channel, channels)) return wrong;
-    if (const char* wrong = check_indices(a.first, a.batch, a.total_tokens + 1, "first must be 0 … total_tokens"))
+    if (const char* wrong = check_indices(a.first_seen, a.batch, a.total_tokens + 1, "first_seen must be 0 … total_tokens"))
         return wrong;
     if (const char* wrong = check_transforms(a)) return wrong;
     return check_exact(a);

@@ -100,7 +100,7 @@ def packed_pointers(
         bits=bits,
         tokens_per_scale=tokens_per_scale,
         scale_rows=rows,
-        fine=shapes["scale"][0] == COMPACT_SCALE,
+        compact=shapes["scale"][0] == COMPACT_SCALE,
     )
     for plane, (dtype, shape) in shapes.items():
         setattr(pointers, plane, pointer(packed[plane], dtype, shape, f"{name}[{plane!r}]"))

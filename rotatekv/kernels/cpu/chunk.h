@@ -32,7 +32,7 @@ struct Part {
         return a.total_tokens - a.query_tokens + query_row % a.query_tokens + 1;
     }
     int64_t lowest(int64_t query_row) const {
-        return std::max<int64_t>(a.first[row], a.sliding_window ? limit(query_row) - a.sliding_window : 0);
+        return std::max<int64_t>(a.first_seen[row], a.sliding_window ? limit(query_row) - a.sliding_window : 0);
     }
 };
 
@@ -114,7 +114,7 @@ static void mask_packed(const Part& part, int64_t token, int count) {
         for (int64_t i = 0; i < part.lowest(row) - token && i < count; ++i) scores[i] = kNever;
         for (int64_t i = limit > token ? limit - token : 0; i < count; ++i) scores[i] = kNever;
         for (int64_t e = part.exact_from; e < part.exact_to; ++e) {
-            const int64_t column = a.exact_columns[e] - token;
+            const int64_t column = a.exact_token_index[e] - token;
             if (column >= 0 && column < count) scores[column] = kNever;
         }
     }
@@ -154,7 +154,7 @@ static void attend_packed_chunk(const Part& part, int64_t chunk) {
     const DecodeArguments& a = part.a;
     const int64_t token = part.g.begin + chunk * kChunk;
     const int tokens = int(a.packed_tokens - token < kChunk ? a.packed_tokens - token : kChunk);
-    if (token + tokens <= a.first[part.row]) return;
+    if (token + tokens <= a.first_seen[part.row]) return;
     const int blocks = (tokens + kBlock - 1) / kBlock, count = blocks * kBlock;
     for (int column = 0; column < count; column += kTile) score_packed_tile(part, token + column, column);
     mask_packed(part, token, count);

@@ -34,7 +34,7 @@ static void attend_exact_chunk(const Part& part, int64_t from, int64_t to) {
     for (int64_t row = 0; row < part.g.group_rows; ++row)
         std::fill(scores + row * kChunk, scores + row * kChunk + count, kNever);
     for (int64_t e = from; e < to; ++e) {
-        const int64_t column = a.exact_columns[e];
+        const int64_t column = a.exact_token_index[e];
         for_exact_rows(part, a.exact_keys, e, [&](int64_t row, const float* key) {
             if (column < part.lowest(row) || column >= part.limit(row)) return;
             const float score = dot(part.queries + row * a.head_dim, key, a.head_dim);

@@ -37,17 +37,17 @@ static ROTATEKV_INLINE Number round_and_clamp(Number x, float offset, float low,
 }
 
 struct Scale {
-    uint16_t stored;  // float16; fine: its upper half
+    uint16_t stored;  // float16; compact: its upper half
     int8_t zero;
-    float wide;  // the scale as it is stored, float32
+    float value;  // what is stored, in float32
 };
 
 static uint16_t stored_half(float wanted) {
     return float_to_half(std::min(std::max(wanted, kSmallestScale), kLargestScale));
 }
 
-// The fine format: the range clipped about its middle.
-static Scale fine_scale_of(float top, float bottom, float clip_ratio, float levels) {
+// The compact format: the range clipped about its middle.
+static Scale compact_scale_of(float top, float bottom, float clip_ratio, float levels) {
     const float middle = (top + bottom) * 0.5f, reach = (top - bottom) * (0.5f * clip_ratio);
     bottom = middle - reach;
     const float wanted = std::max(reach * 2.0f / levels, std::fabs(bottom) * float(8.0 / 127.0));
@@ -56,12 +56,12 @@ static Scale fine_scale_of(float top, float bottom, float clip_ratio, float leve
     // A scale that was rounded down may leave the zero point out of reach: the next one does not.
     const bool beyond = half_to_float(uint16_t(rounded << 7)) * (kZeroPointLimit / kZeroSteps) < std::fabs(bottom);
     scale.stored = uint16_t(std::min(rounded + beyond, 0xf7));
-    scale.wide = half_to_float(uint16_t(scale.stored << 7));
-    scale.zero = int8_t(round_and_clamp(-bottom * kZeroSteps / scale.wide, 0.0f, -kZeroPointLimit, kZeroPointLimit));
+    scale.value = half_to_float(uint16_t(scale.stored << 7));
+    scale.zero = int8_t(round_and_clamp(-bottom * kZeroSteps / scale.value, 0.0f, -kZeroPointLimit, kZeroPointLimit));
     return scale;
 }
 
-static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bits, bool fine) {
+static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bits, bool compact) {
     float top = group[0], bottom = group[0];
     int64_t i = 0;
     if (size >= kLanes) {
@@ -79,14 +79,14 @@ static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bi
         bottom = std::min(bottom, group[i]);
     }
     const float levels = float((1 << bits) - 1);
-    if (fine) return fine_scale_of(top, bottom, clip_ratio, levels);
+    if (compact) return compact_scale_of(top, bottom, clip_ratio, levels);
     top *= clip_ratio;
     bottom *= clip_ratio;
     const float wanted = std::max((top - bottom) / levels, std::fabs(bottom) / kZeroPointLimit);
     Scale scale;
     scale.stored = stored_half(wanted);
-    scale.wide = half_to_float(scale.stored);
-    scale.zero = int8_t(round_and_clamp(-bottom / scale.wide, 0.0f, -kZeroPointLimit, kZeroPointLimit));
+    scale.value = half_to_float(scale.stored);
+    scale.zero = int8_t(round_and_clamp(-bottom / scale.value, 0.0f, -kZeroPointLimit, kZeroPointLimit));
     return scale;
 }
 
@@ -106,22 +106,22 @@ struct Words {
 
 constexpr int high_width(int64_t bits) { return int(bits) - 2; }  // bits of a code in the plane of high bits
 
-// Codes of the `size` channels of a group, put at token `lane` of the words. A fine zero point is no whole number: it is
-// added before rounding.
-template <bool Fine>
+// Codes of the `size` channels of a group, put at token `lane` of the words. A compact zero point is no whole
+// number: it is added before rounding.
+template <bool Compact>
 static void put_codes(const float* x, int64_t size, const Scale& scale, int bits, int lane, uint32_t* low,
                       uint32_t* high) {
     const float levels = float((1 << bits) - 1);
-    const float before = Fine ? scale.zero / kZeroSteps : 0.0f, after = Fine ? 0.0f : scale.zero;
+    const float before = Compact ? scale.zero / kZeroSteps : 0.0f, after = Compact ? 0.0f : scale.zero;
     const int shift = 2 * lane, high_shift = high_width(bits) * lane;
     int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes) {
-        const WordVec code = to_words(round_and_clamp(load(x + i) / scale.wide + before, after, 0.0f, levels));
+        const WordVec code = to_words(round_and_clamp(load(x + i) / scale.value + before, after, 0.0f, levels));
         store_words(low + i, load_words(low + i) | (code & 3u) << shift);
         if (bits > 2) store_words(high + i, load_words(high + i) | code >> 2 << high_shift);
     }
     for (; i < size; ++i) {
-        const uint32_t code = uint32_t(int(round_and_clamp(x[i] / scale.wide + before, after, 0.0f, levels)));
+        const uint32_t code = uint32_t(int(round_and_clamp(x[i] / scale.value + before, after, 0.0f, levels)));
         low[i] |= (code & 3u) << shift;
         high[i] |= code >> 2 << high_shift;
     }
@@ -133,13 +133,13 @@ static void quantize_token(const QuantizeArguments& a, int64_t row, int64_t toke
     const int64_t block = row * blocks.blocks + (a.start + token) / kBlock, size = int64_t(words->low.size()) / blocks.groups;
     const float* x = words->channels.read(row, token);
     for (int64_t group = 0; group < blocks.groups; ++group) {
-        const Scale scale = scale_of(x + group * size, size, a.clip_ratio, bits, blocks.fine);
+        const Scale scale = scale_of(x + group * size, size, a.clip_ratio, bits, blocks.compact);
         const int64_t at = (block * blocks.groups + group) * kBlock + lane, first = group * size;
         void* stored = const_cast<void*>(blocks.scale);
-        if (blocks.fine) static_cast<uint8_t*>(stored)[at] = uint8_t(scale.stored);
+        if (blocks.compact) static_cast<uint8_t*>(stored)[at] = uint8_t(scale.stored);
         else static_cast<uint16_t*>(stored)[at] = scale.stored;
         const_cast<int8_t*>(blocks.zero)[at] = scale.zero;
-        const auto put = blocks.fine ? put_codes<true> : put_codes<false>;
+        const auto put = blocks.compact ? put_codes<true> : put_codes<false>;
         put(x + first, size, scale, bits, lane, words->low.data() + first, words->high.data() + first);
     }
 }

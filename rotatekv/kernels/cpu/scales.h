@@ -4,18 +4,18 @@
 #include "arguments.h"
 #include "simd.h"
 
-constexpr float kZeroSteps = 8.0f;  // fine zero points of a code's step
+constexpr float kZeroSteps = 8.0f;  // compact zero points of a code's step
 
 // kLanes consecutive scales from index `at` on.
 static ROTATEKV_INLINE Vec load_scales(const PackedPointers& packed, int64_t at) {
-    if (packed.fine) return load_upper_halves(static_cast<const uint8_t*>(packed.scale) + at);
+    if (packed.compact) return load_upper_halves(static_cast<const uint8_t*>(packed.scale) + at);
     return load_halves(static_cast<const uint16_t*>(packed.scale) + at);
 }
 
 // kLanes consecutive zero points, in codes.
 static ROTATEKV_INLINE Vec load_zeros(const PackedPointers& packed, int64_t at) {
     const Vec zeros = load_bytes(packed.zero + at);
-    return packed.fine ? zeros * (1.0f / kZeroSteps) : zeros;
+    return packed.compact ? zeros * (1.0f / kZeroSteps) : zeros;
 }
 
 // What un-rotated channels are multiplied by, and what is added then; null: nothing.

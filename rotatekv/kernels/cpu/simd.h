@@ -118,13 +118,13 @@ static ROTATEKV_INLINE float half_to_float(uint16_t bits) {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
     float magnitude;
     if (rest >= 0x7c00) {  // infinity, not a number
-        const uint32_t wide = 0x7f800000u | (rest & 0x3ff) << 13;
-        std::memcpy(&magnitude, &wide, 4);
+        const uint32_t word = 0x7f800000u | (rest & 0x3ff) << 13;
+        std::memcpy(&magnitude, &word, 4);
     } else if (rest < 0x400) {
         magnitude = float(rest) * 5.9604644775390625e-8f;  // subnormal: multiples of 2^-24
     } else {
-        const uint32_t wide = (rest << 13) + 0x38000000u;  // exponent bias 15 → 127
-        std::memcpy(&magnitude, &wide, 4);
+        const uint32_t word = (rest << 13) + 0x38000000u;  // exponent bias 15 → 127
+        std::memcpy(&magnitude, &word, 4);
     }
     return sign ? -magnitude : magnitude;
 #endif
@@ -144,9 +144,9 @@ static ROTATEKV_INLINE Vec load_halves(const uint16_t* from) {
 }
 
 static ROTATEKV_INLINE float bfloat_to_float(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
+    const uint32_t word = uint32_t(bits) << 16;
     float x;
-    std::memcpy(&x, &wide, 4);
+    std::memcpy(&x, &word, 4);
     return x;
 }
 

@@ -8,8 +8,8 @@ one. Up to W = 512 kernels keep within the 99 KB of shared memory that sm_86 has
 spills 16 to 48 bytes a thread with Triton 3.9, and 168 to 288 with 3.7. That of W = 1024, four heads of 256, takes
 173 KB of shared memory, which sm_90 has. A kernel that does not compile for a shape, or does not fit, is replaced by
 torch with one warning (``start.py``).
-What index tensors hold (``group_of_channel``, ``order``, ``first``, ``origin``, exact rows and columns) is not checked:
-reading it would make the host wait for the GPU. A position past the RoPE tables reads their last row.
+What index tensors hold (``group_of_channel``, ``order``, ``first_seen``, ``origin``, the exact tokens') is not
+checked: reading it would make the host wait for the GPU. A position past the RoPE tables reads their last row.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def decode_attention(
     keys: Packed,
     values: Packed,
     group_of_channel: torch.Tensor,
-    first: torch.Tensor,
+    first_seen: torch.Tensor,
     origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -122,10 +122,10 @@ def decode_attention(
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values'
             quantization groups are consecutive channels.
         group_of_channel: (C,) int32, the quantization group of each key channel.
-        first: (B,) int32, the first token of each sequence that is seen: earlier ones are padding.
+        first_seen: (B,) int32, the first token of each sequence that is seen: earlier ones are padding.
         origin: (B,) int32, the RoPE position of token 0; negative positions count as 0.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
-        exact: each (row, column) named once, rows ascending.
+        exact: each (batch_index, token_index) named once, batch_index ascending.
         splits: programs that share a sequence's blocks; None: two programs per multiprocessor in all.
 
     Returns:
@@ -135,7 +135,7 @@ def decode_attention(
         ValueError: a shape, dtype, stride or device is wrong.
         ImportError: triton is not installed.
     """
-    step = (queries, keys, values, group_of_channel, first, origin, packed_tokens, total_tokens, options, exact)
+    step = (queries, keys, values, group_of_channel, first_seen, origin, packed_tokens, total_tokens, options, exact)
     check_decode(*step)
     from rotatekv.kernels.triton.launch import launch_decode
 

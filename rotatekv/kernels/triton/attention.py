@@ -65,7 +65,7 @@ def split_kernel(
     key_offset,
     offset_norm,
     exact_lanes,
-    first,
+    first_seen,
     origin,
     left,
     right,
@@ -144,7 +144,7 @@ def split_kernel(
     value_keep = (head < G) & (d < D)
     value_channel = (group * G + head) * D + d  # (G_PAD, DV_PAD, 1)
     value_side = value_channel // (C // VALUE_GROUPS)
-    start, column_0 = tl.load(first + batch), tl.load(origin + batch)
+    start, column_0 = tl.load(first_seen + batch), tl.load(origin + batch)
     _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
     own = (total_tokens - query_tokens + query)[None, :]
     top = tl.full((G_PAD, Q_PAD), float("-inf"), tl.float32)
@@ -236,9 +236,9 @@ def exact_kernel(
     queries,
     exact_keys,
     exact_values,
-    columns,
+    token_index,
     offsets,
-    first,
+    first_seen,
     parts,
     tops,
     totals,
@@ -263,7 +263,7 @@ def exact_kernel(
     q = load_queries(queries, batch, kv, tile, query_tokens, heads, d, d < D, REPEAT, TILE, Q_PAD, 1, D, 1) * factor
     scale = peak(q)
     high, low = halves(q * (1 / scale))
-    start = tl.load(first + batch)
+    start = tl.load(first_seen + batch)
     _, query, _ = query_rows(tile, query_tokens, REPEAT, TILE, Q_PAD)
     own = (total_tokens - query_tokens + query)[None, :]
     top = tl.full((1, Q_PAD), float("-inf"), tl.float32)
@@ -273,7 +273,7 @@ def exact_kernel(
     for index in range(tl.load(offsets + batch), stop, LANES):
         number = tl.arange(0, LANES).to(tl.int64) + index
         here = number < stop
-        token = tl.load(columns + number, mask=here, other=0)
+        token = tl.load(token_index + number, mask=here, other=0)
         at, keep = number[None, None, :] * C + (kv * D + d)[None, :, None], here[None, None, :] & (d < D)[None, :, None]
         keys = tl.load(exact_keys + at, mask=keep, other=0.0).to(tl.float32)  # (1, DV_PAD, 16)
         values = tl.load(exact_values + at, mask=keep, other=0.0).to(tl.float32)

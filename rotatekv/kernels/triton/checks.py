@@ -98,13 +98,13 @@ def check_affine(affine: Affine | None, channels: int, device: torch.device) -> 
 
 
 def check_exact(exact: ExactTokens | None, heads: int, head_dim: int, device: torch.device) -> None:
-    """Rows and columns int32, keys and values of one 16-bit dtype."""
+    """Indices int32, keys and values of one 16-bit dtype."""
     if exact is None:
         return
-    count, dtype = shape_of(exact.rows, 1, "exact rows")[0], getattr(exact.keys, "dtype", None)
+    count, dtype = shape_of(exact.batch_index, 1, "exact batch_index")[0], getattr(exact.keys, "dtype", None)
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"exact keys: float16 or bfloat16 is needed, not {dtype}")
-    for name in ("rows", "columns"):
+    for name in ("batch_index", "token_index"):
         check(getattr(exact, name), torch.int32, (count,), device, f"exact {name}")
     for name in ("keys", "values"):
         check(getattr(exact, name), dtype, (count, heads, head_dim), device, f"exact {name}")
@@ -115,7 +115,7 @@ def check_decode(
     keys: Packed,
     values: Packed,
     group_of_channel: torch.Tensor,
-    first: torch.Tensor,
+    first_seen: torch.Tensor,
     origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -145,7 +145,7 @@ def check_decode(
         raise ValueError(f"values: {channels} channels cannot be cut into {groups} groups")
     check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
     check_affine(options.key_affine, channels, device)
-    check(first, torch.int32, (batch,), device, "first")
+    check(first_seen, torch.int32, (batch,), device, "first_seen")
     check(origin, torch.int32, (batch,), device, "origin")
     check_rope(options.rope, dim, device)
     check_exact(exact, channels // dim, dim, device)

@@ -25,7 +25,7 @@ def launch_decode(
     keys: Packed,
     values: Packed,
     group_of_channel: torch.Tensor,
-    first: torch.Tensor,
+    first_seen: torch.Tensor,
     origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
@@ -42,7 +42,7 @@ def launch_decode(
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
     splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), _MOST_SPLITS)
-    if exact is not None and not len(exact.rows):
+    if exact is not None and not len(exact.batch_index):
         exact = None
     has_exact = exact is not None
     parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
@@ -50,7 +50,7 @@ def launch_decode(
     left, right = matrices(factors, device)
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
     factor_on_scores = options.softmax_scale * math.log2(math.e)
-    lanes = exact_lanes(exact, batch, blocks) if exact is not None else first
+    lanes = exact_lanes(exact, batch, blocks) if exact is not None else first_seen
     affine = options.key_affine
     by_channel = (affine.factor, affine.offset) if affine else (left, left)
     window = options.sliding_window or total_tokens
@@ -64,7 +64,7 @@ def launch_decode(
         *by_channel,
         1 / factors.norm,
         lanes,
-        first,
+        first_seen,
         origin,
         left,
         right,
@@ -98,16 +98,16 @@ def launch_decode(
         num_stages=STAGES,
     )
     if exact is not None:
-        offsets = torch.searchsorted(exact.rows, torch.arange(batch + 1, dtype=torch.int32, device=device))
+        offsets = torch.searchsorted(exact.batch_index, torch.arange(batch + 1, dtype=torch.int32, device=device))
         start(
             exact_kernel,
             (batch * channels // dim, tiles),
             queries,
             exact.keys,
             exact.values,
-            exact.columns,
+            exact.token_index,
             offsets,
-            first,
+            first_seen,
             parts,
             tops,
             totals,
@@ -147,10 +147,10 @@ def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
 
 def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
     """(B, blocks) int32, bit t set where token t of the block is kept exactly; each place is named once."""
-    lanes = torch.zeros(batch, blocks + 1, dtype=torch.int32, device=exact.rows.device)  # the last one: not packed
-    block = (exact.columns // BLOCK).clamp(max=blocks)
-    bit = torch.ones_like(exact.columns) << (exact.columns % BLOCK)
-    places = exact.rows.long() * (blocks + 1) + block
+    lanes = torch.zeros(batch, blocks + 1, dtype=torch.int32, device=exact.keys.device)  # the last one: not packed
+    block = (exact.token_index // BLOCK).clamp(max=blocks)
+    bit = torch.ones_like(exact.token_index) << (exact.token_index % BLOCK)
+    places = exact.batch_index.long() * (blocks + 1) + block
     lanes.view(-1).scatter_add_(0, places, torch.where(block < blocks, bit, 0))
     return lanes[:, :blocks].contiguous()
 
