@@ -13,7 +13,7 @@ from pathlib import Path
 from rotatekv import load_model
 from rotatekv.cli import check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.evals import gsm8k
-from rotatekv.evals.generation import complete, decoding
+from rotatekv.evals.generation import MAX_NEW_TOKENS, complete, decoding
 from rotatekv.evals.records import records_sha256
 from rotatekv.evals.results import Run
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
@@ -26,7 +26,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__, "questions")
     group = parser.add_argument_group("gsm8k")
     group.add_argument("--num_fewshot", type=int, default=8, help="worked examples before each question (default: 8)")
-    group.add_argument("--max_new_tokens", type=int, default=256, help="tokens per answer, at most (default: 256)")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=MAX_NEW_TOKENS["gsm8k"], help="tokens per answer (default: %(default)s)"
+    )
     group.add_argument("--batch_size", type=int, default=1, help="questions answered at once (default: 1)")
     group.add_argument(
         "--agree_with",

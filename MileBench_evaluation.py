@@ -10,7 +10,7 @@ import argparse
 import hashlib
 
 from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
-from rotatekv.evals.generation import complete_inputs, decoding
+from rotatekv.evals.generation import MAX_NEW_TOKENS, complete_inputs, decoding
 from rotatekv.evals.milebench import build_prompt, encode_prompt, load_datasets
 from rotatekv.evals.milebench_metrics import category_of, rescored, score_record, summarize
 from rotatekv.evals.records import records_sha256
@@ -28,7 +28,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--datasets", default="all", help="comma-separated folders in DIR or DIR/milebench (default: all found)"
     )
-    group.add_argument("--max_new_tokens", type=int, default=512, help="tokens per answer, at most (default: 512)")
+    group.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=MAX_NEW_TOKENS["milebench"],
+        help="tokens per answer (default: %(default)s)",
+    )
     add_switch(group, "adv", "take <DATASET>-adv.json")
     group.add_argument("--combine_image", type=int, metavar="N", help="take <DATASET>_combined_<N>.json")
     return parser.parse_args(argv)

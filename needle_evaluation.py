@@ -13,8 +13,10 @@ from pathlib import Path
 from rotatekv import load_model
 from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags
 from rotatekv.errors import UserError
-from rotatekv.evals.generation import check_context, decoding
+from rotatekv.evals.generation import MAX_NEW_TOKENS, check_context, decoding
 from rotatekv.evals.needle import (
+    CONTEXT_LENGTHS,
+    DEPTHS,
     KEY_PHRASE,
     NEEDLE,
     NEEDLE_TYPES,
@@ -46,8 +48,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="standard",
         help="standard (default): a sentence; passkey: a random number, which a small model can find",
     )
-    group.add_argument("--context_lengths", default="1024,2048,4096", help=f"prompt tokens, {grid}: %(default)s")
-    group.add_argument("--depths", default="0:100:10", help=f"percent before the needle, {grid}: %(default)s")
+    group.add_argument("--context_lengths", default=CONTEXT_LENGTHS, help=f"prompt tokens, {grid}: %(default)s")
+    group.add_argument("--depths", default=DEPTHS, help=f"percent before the needle, {grid}: %(default)s")
     group.add_argument("--haystack", default="essays", help="essays (embedded; default), wikitext2, a file or a folder")
     group.add_argument("--needle", help=f'standard default: "{NEEDLE}"')
     group.add_argument("--retrieval_question", help=f'standard default: "{RETRIEVAL_QUESTION}"')
@@ -57,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="what stands before the haystack (default: the needle type's own); '' for a base model, which may copy it "
         "in place of the answer",
     )
-    group.add_argument("--max_new_tokens", type=int, default=50, help="default: 50")
+    group.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS["needle"], help="default: %(default)s")
     add_switch(group, "chat_template", "ask in the chat template (default: where there is one)", default=None)
     group.add_argument("--compare", metavar="DIR,DIR", help="draw these finished runs side by side, and end")
     group.add_argument("--output", help="the png that --compare writes (default: needle_compare.png)")

@@ -13,12 +13,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rotatekv.cli import check_positive, make_parser
 from rotatekv.errors import UserError
+from rotatekv.evals.needle import NEEDLE_TYPES
 from rotatekv.models.text import DTYPES, EMBEDDED_MODEL
 from rotatekv.reproduce.ablation import ablation_cells
 from rotatekv.reproduce.paper_figures import load_paper_figures
@@ -40,13 +42,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--device", help="cpu, cuda, cuda:1 …")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: auto, the checkpoint's own")
     group.add_argument("--limit", type=int, help="windows, questions, records per task, cells (default: all)")
-    group.add_argument("--dataset", default="wikitext2", help="of ppl and ablation (default: wikitext2)")
+    group.add_argument("--dataset", help="of ppl and ablation (default: %(default)s)")
     group.add_argument("--PPL_seq_length", type=int, help="default: 4096 for the paper's models, else 2048")
-    group.add_argument("--chunk_size", type=int, default=64, help="tokens a call of a streamed window (default: 64)")
-    group.add_argument("--context_lengths", default="1024,2048,4096", help="of needle (default: %(default)s)")
-    group.add_argument("--depths", default="0:100:10", help="of needle (default: %(default)s)")
-    group.add_argument("--needle_type", choices=["standard", "passkey"], default="standard", help="default: standard")
+    group.add_argument("--chunk_size", type=int, help="tokens a call of a streamed window (default: %(default)s)")
+    group.add_argument("--context_lengths", help="of needle (default: %(default)s)")
+    group.add_argument("--depths", help="of needle (default: %(default)s)")
+    group.add_argument("--needle_type", choices=list(NEEDLE_TYPES), help="default: %(default)s")
     group.add_argument("--max_new_tokens", type=int, help="of the generating scripts (default: each one's own)")
+    parser.set_defaults(**_cell_options(Options()))
     return parser.parse_args(argv)
 
 
@@ -81,8 +84,7 @@ def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
         "dtype": args.dtype if args.dtype != "auto" else None,
     }
     shared = [part for name, value in handed_on.items() if value is not None for part in (f"--{name}", value)]
-    given = {name: getattr(args, name) for name in Options.__dataclass_fields__ if name != "shared"}
-    options = Options(tuple(shared), **given)
+    options = Options(tuple(shared), **_cell_options(args))
     if table == "ablation":
         rows = (ablation_cells(model, options, figures, runs.geometry(model), tuple(shared)) for model in models)
         cells = [cell for found in rows for cell in found]
@@ -90,6 +92,11 @@ def cells_of(table: str, args: argparse.Namespace, runs: Runs) -> list[Cell]:
         methods = default_methods() if args.methods is None else check_methods(_names(args.methods, "--methods"))
         cells = method_cells(table, models, methods, options, figures)
     return [runs.calibrated(cell, tuple(shared)) for cell in cells]
+
+
+def _cell_options(holder: Options | argparse.Namespace) -> dict:
+    """The flags that decide cells, by name."""
+    return {field.name: getattr(holder, field.name) for field in fields(Options) if field.name != "shared"}
 
 
 def list_commands(tables: Mapping[str, Sequence[Cell]], runs: Runs) -> None:

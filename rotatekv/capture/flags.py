@@ -160,7 +160,6 @@ def _check_size(sizes: dict[str, int], force: bool) -> None:
 
 def _info(kind, args, text: Text, tokenizer, text_model, ids: torch.Tensor, request: CaptureRequest) -> CaptureInfo:
     geometry = first_geometry(text_model)
-    is_light = kind in ("massive_activations", "quantization_error")
     every_head = tuple(range(text_model.config.num_attention_heads))
     return CaptureInfo(
         kind=kind,
@@ -169,7 +168,7 @@ def _info(kind, args, text: Text, tokenizer, text_model, ids: torch.Tensor, requ
         text_sha256=text.sha256,
         window=args.save_sample,
         tokens=ids.shape[1],
-        layers=request.activation_layers if is_light else request.layers,
+        layers=request.layers_of(kind),
         heads=request.heads if kind == "attention_scores" else every_head,
         num_attention_heads=len(every_head),
         num_key_value_heads=geometry.num_key_value_heads,

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
@@ -50,6 +48,9 @@ class CaptureRequest:
     rotation: Sequence[RotateKV] = ()
     codecs: dict[str, tuple] = field(default_factory=dict)
 
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        return self.activation_layers if kind in _LIGHT else self.layers
+
 
 def capture_window(text_model: nn.Module, window: torch.Tensor, request: CaptureRequest) -> dict[str, Tensors]:
     """One forward of an unpatched model, which is then as it was.
@@ -82,9 +83,7 @@ def capture_window(text_model: nn.Module, window: torch.Tensor, request: Capture
 
 def _found(attended: Attended, request: CaptureRequest) -> Iterator[tuple[str, Tensors]]:
     """(kind, its tensors) of one layer."""
-    of_light = attended.layer in request.activation_layers
-    of_others = attended.layer in request.layers
-    kinds = [kind for kind in request.kinds if (of_light if kind in _LIGHT else of_others)]
+    kinds = [kind for kind in request.kinds if attended.layer in request.layers_of(kind)]
     if not kinds:
         return
     key, value, sinks = attended.key, attended.value, detect_sinks(attended.hidden_states, TOP_ENTRIES)[1]
@@ -143,17 +142,17 @@ def relative_error(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 def capture_bytes(text_model: nn.Module, tokens: int, request: CaptureRequest) -> dict[str, int]:
     """Bytes each kind will take, before anything runs."""
-    geometry = first_geometry(text_model)
-    width = {"k_pre_rope": text_model.dtype.itemsize, "k_post_rope": text_model.dtype.itemsize, "k_rotated": 4}
-    sizes: dict[str, Callable[[], int]] = {
-        "massive_activations": lambda: len(request.activation_layers) * (4 * tokens + 16 * TOP_ENTRIES),
-        "attention_scores": lambda: len(request.layers) * len(request.heads) * tokens * tokens * 2,
-        "quantization_error": lambda: len(request.activation_layers) * len(request.codecs) * tokens * 8,
+    keys = tokens * first_geometry(text_model).channels
+    stages = 2 if request.rotation and request.rotation[0].order is not None else 1
+    of_layer = {
+        "k_pre_rope": keys * text_model.dtype.itemsize,
+        "k_post_rope": keys * text_model.dtype.itemsize,
+        "k_rotated": keys * 4 * stages,
+        "massive_activations": 4 * tokens + 16 * TOP_ENTRIES,
+        "attention_scores": len(request.heads) * tokens * tokens * 2,
+        "quantization_error": len(request.codecs) * tokens * 8,
     }
-    for kind, itemsize in width.items():
-        stages = 2 if kind == "k_rotated" and request.rotation and request.rotation[0].order is not None else 1
-        sizes[kind] = partial(math.prod, (len(request.layers), tokens, geometry.channels, itemsize * stages))
-    return {kind: sizes[kind]() for kind in request.kinds}
+    return {kind: len(request.layers_of(kind)) * of_layer[kind] for kind in request.kinds}
 
 
 def _rotated(codec: RotateKV, key: torch.Tensor) -> Tensors:

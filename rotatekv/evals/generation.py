@@ -27,6 +27,7 @@ GREEDY = {
     "no_repeat_ngram_size": 0,
     "use_cache": True,
 }
+MAX_NEW_TOKENS = {"gsm8k": 256, "longbench": None, "needle": 50, "milebench": 512}  # by default; None: each task's own
 
 
 def decoding(model, tokenizer, stop_strings: Sequence[str] = ()) -> dict:

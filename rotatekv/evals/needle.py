@@ -22,6 +22,7 @@ RETRIEVAL_QUESTION = "What is the best thing to do in San Francisco?"
 KEY_PHRASE = "eat a sandwich and sit in Dolores Park"
 PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
 PASSKEY_QUESTION = "What is the pass key hidden in the text above?"
+CONTEXT_LENGTHS, DEPTHS = "1024,2048,4096", "0:100:10"  # by default
 
 _MARK = "<<haystack>>"  # where the haystack goes in a rendered chat template
 _FULL_STOPS = "。！？｡．؟۔।॥։።។။"  # beside the usual test's "."

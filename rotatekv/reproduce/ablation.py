@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rotatekv.config import QuantConfig
+from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.methods import LayerGeometry
 from rotatekv.methods.rotatekv import RotateKV, key_heads_per_group
@@ -15,7 +15,7 @@ METHOD, NOT_CALIBRATED = "RotateKV2", ("--Outlier_Aware_Key_Rotation", "False")
 _NO_CLIP = ("--k_clip_ratio", "1.0", "--v_clip_ratio", "1.0")
 _NO_SINKS = ("--Attention_Sink_Aware", "False")
 _BARE = (*_NO_CLIP, *_NO_SINKS, *NOT_CALIBRATED)
-_TEXTS, _LENGTHS, _DEFAULT_LENGTH = ("essays", "wikitext2"), (2048, 8192, 32768), 32768
+_TEXTS, _LENGTHS = ("essays", "wikitext2"), (2048, 8192, 32768)
 
 # label, flags, the paper's row: cumulatively, as in its ablation.
 _STEPS = (
@@ -83,10 +83,10 @@ def _rows(geometry: LayerGeometry | None) -> Iterator[_Row]:
         for length in _LENGTHS:
             yield _Row("calibration", f"{text}, {length} tokens", calibration=_calibration(text, length))
     for text in _TEXTS:
-        label = f"{text}, {_DEFAULT_LENGTH} tokens, measured on the essays"
-        yield _Row("calibration", label, calibration=_calibration(text, _DEFAULT_LENGTH), dataset="essays")
+        label = f"{text}, {_LENGTHS[-1]} tokens, measured on the essays"
+        yield _Row("calibration", label, calibration=_calibration(text, _LENGTHS[-1]), dataset="essays")
     for k_bits, v_bits in ((2, 3), (3, 2), (2, 4), (4, 2), (3, 4), (4, 3)):
-        clips = _clips(*(0.8 if bits == 2 else 1.0 for bits in (k_bits, v_bits)))  # as the presets clip
+        clips = _clips(*(PRESETS[f"RotateKV{bits}"].k_clip_ratio for bits in (k_bits, v_bits)))
         yield _Row(
             "bits", f"keys {k_bits}, values {v_bits}", ("--k_bits", str(k_bits), "--v_bits", str(v_bits), *clips)
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rotatekv.cli import METHOD_NAMES
 from rotatekv.errors import UserError
-from rotatekv.evals.needle import NEEDLE_TYPES, parse_grid
+from rotatekv.evals.generation import MAX_NEW_TOKENS
+from rotatekv.evals.needle import CONTEXT_LENGTHS, DEPTHS, NEEDLE_TYPES, parse_grid
 from rotatekv.models.text import ALIASES, EMBEDDED_MODEL
 from rotatekv.models.vision import RANDOM_LLAVA
 from rotatekv.reproduce.paper_figures import PaperFigure
@@ -79,8 +80,8 @@ class Options:
     chunk_size: int = 64
     PPL_seq_length: int | None = None
     dataset: str = "wikitext2"
-    context_lengths: str = "1024,2048,4096"
-    depths: str = "0:100:10"
+    context_lengths: str = CONTEXT_LENGTHS
+    depths: str = DEPTHS
     needle_type: str = "standard"
     max_new_tokens: int | None = None
 
@@ -134,26 +135,26 @@ def ppl_cell(
 
 
 def _generation_cell(table: str, model: str, method: str, options: Options) -> Cell:
-    new_tokens, metric = options.max_new_tokens, "average"
+    metric = "average"
     flags: list[str] = []
     protocol: dict
     if table == "milebench":
         model = RANDOM_LLAVA if model == EMBEDDED_MODEL else model
-        protocol = {"adv": False, "combine_image": None, "max_new_tokens": new_tokens or 512}
+        protocol = {"adv": False, "combine_image": None}
     elif table == "longbench":
-        protocol = {"dataset": "longbench", "max_length": None, "max_new_tokens": new_tokens}
+        protocol = {"dataset": "longbench", "max_length": None}
     elif table == "gsm8k":
-        protocol, metric = {"num_fewshot": 8, "batch_size": 1, "max_new_tokens": new_tokens or 256}, "accuracy"
+        protocol, metric = {"num_fewshot": 8, "batch_size": 1}, "accuracy"
     else:
         lengths = parse_grid(options.context_lengths, "context_lengths", lowest=1)
         depths = parse_grid(options.depths, "depths", lowest=0, highest=100)
         protocol = {"needle_type": options.needle_type, "context_lengths": tuple(lengths), "depths": tuple(depths)}
-        protocol["max_new_tokens"] = new_tokens or 50
         metric = NEEDLE_TYPES[options.needle_type].measure
         flags = ["--needle_type", options.needle_type, "--context_lengths", options.context_lengths]
         flags += ["--depths", options.depths]
-    if new_tokens is not None:
-        flags += ["--max_new_tokens", str(new_tokens)]
+    if options.max_new_tokens is not None:
+        flags += ["--max_new_tokens", str(options.max_new_tokens)]
+    protocol["max_new_tokens"] = options.max_new_tokens or MAX_NEW_TOKENS[table]
     return _cell(table, model, method, SCORE, flags, metric, protocol, options)
 
 
