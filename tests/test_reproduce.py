@@ -289,8 +289,14 @@ def test_the_scripts_take_every_flag_of_a_cell(table):
     assert args.limit == 2 and args.data_dir == "x" and method_from_args(args)[0] == "RTN2"
     for name, value in cell.protocol:
         if name not in ("dataset", "context_lengths", "depths"):
-            defaults = {"gsm8k": 256, "needle": 50, "milebench": 512, "longbench": None}
-            assert getattr(args, name) == value or (name == "max_new_tokens" and value == defaults[table])
+            assert getattr(args, name) == value
+    assert args.max_new_tokens == {"gsm8k": 256, "needle": 50, "milebench": 512, "longbench": None}[table]
+
+
+@pytest.mark.parametrize("table", ["ppl", "needle"])
+def test_without_flags_the_options_are_the_default_ones(table):
+    cells = method_cells(table, ["smollm2-135m"], default_methods(), Options(), load_paper_figures())
+    assert reproduce.cells_of(table, reproduce.parse_args([]), Runs("results")) == cells
 
 
 def test_ablation_rows_are_legal_distinct_and_cover_the_issue():
