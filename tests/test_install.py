@@ -85,6 +85,13 @@ def test_the_versions_stand_alike_in_pyproject():
         assert f"{package}{SUPPORTED[package].specifier}" in pyproject("dependencies")
 
 
+def test_a_wheel_asks_for_nothing_that_it_does_not_import():
+    """The report page's jinja2 is a checkout's, in requirements.txt. accelerate is what --device_map needs."""
+    texts = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.py"), *ROOT.glob("rotatekv/**/*.py"))]
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", "\n".join(texts), re.M))
+    assert {Requirement(line).name for line in pyproject("dependencies")} - imported == {"accelerate"}
+
+
 @pytest.mark.parametrize(
     ("package", "version"),
     [
