@@ -1,7 +1,8 @@
 """Many processes, one run: who am I, and wait for the others. Started by ``torchrun`` or ``accelerate launch``.
 
 The launcher's environment says who a process is, so that a mistyped flag is told before the processes are connected.
-accelerate's ``PartialState`` connects them where it is first asked, and takes a GPU or sets the number of threads.
+So accelerate's ``PartialState`` does not serve: it connects them where it is first asked, and takes a GPU or sets the
+number of threads.
 """
 
 from __future__ import annotations
