@@ -171,15 +171,14 @@ def measure_cell(
             time_sides([pair], decode_tokens, prefill_repeats)
     use = {"tokens": 0, "cache_bytes": 0, "k_bits": 0.0, "v_bits": 0.0, "total_bits": 0.0}
     if records[1]["fitted"]:
-        use = records[1].pop("use")
-    records[0].pop("use", None)
+        use = cache_use(sides[1].cache)  # it was timed last
     for side in sides:
         side.reset()
     return {**cell, **use, "hf": records[0], "quantized": records[1]}
 
 
 def time_sides(pairs: Sequence[tuple[Side, dict]], decode_tokens: int, prefill_repeats: int) -> None:
-    """Fill the records' ``prefill_ms``, ``decode_ms``, ``cache_bytes``, ``alternated`` and ``use``."""
+    """Fill the records' ``prefill_ms``, ``decode_ms``, ``cache_bytes`` and ``alternated``; the caches stay."""
     sides = [side for side, _ in pairs]
     for side in sides:
         side.reset()
@@ -189,8 +188,6 @@ def time_sides(pairs: Sequence[tuple[Side, dict]], decode_tokens: int, prefill_r
     for (side, record), prefill_ms, decode_ms in zip(pairs, prefill, decode, strict=True):
         record |= {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "cache_bytes": side.cache_bytes()}
         record.setdefault("alternated", len(pairs) > 1)
-        if isinstance(side.cache, RotateKVCache):
-            record["use"] = cache_use(side.cache)
 
 
 def total_steps(decode_tokens: int) -> int:
