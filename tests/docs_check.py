@@ -218,8 +218,8 @@ def differences(shown: str, printed: str, tolerance: float) -> list[str]:
     """Lines of ``shown`` whose words ``printed`` does not have, or whose decimals differ by more than ``tolerance``."""
     wrong = []
     for line in filter(None, map(str.split, shown.splitlines())):
-        like = [other.split() for other in printed.splitlines() if other.split()[:1] == line[:1]]
         alike = partial(_alike, tolerance=tolerance)
+        like = [other for other in map(str.split, printed.splitlines()) if other and alike(line[0], other[0])]
         if not any(len(line) == len(other) and all(map(alike, line, other)) for other in like):
             wrong.append(f"{' '.join(line)}   ←→   {' | '.join(' '.join(other) for other in like) or 'nothing'}")
     return wrong
@@ -227,7 +227,7 @@ def differences(shown: str, printed: str, tolerance: float) -> list[str]:
 
 def _alike(word: str, other: str, tolerance: float) -> bool:
     if word.isdigit() and other.isdigit():
-        return True  # threads, and bytes, which the bits beside them tell
+        return True  # threads, files, and bytes, which the bits beside them tell
     if not all(re.fullmatch(r"\d+\.\d+", each) for each in (word, other)):
         return word == other
     return abs(float(word) - float(other)) <= tolerance * float(word)

@@ -86,6 +86,7 @@ def test_what_a_page_shows_and_what_is_printed():
     assert docs_check.differences(shown, shown.replace("585.58", "590.1").replace("2 t", "8 t"), 0.04) == []
     assert len(docs_check.differences(shown, shown.replace("585.58", "690.1"), 0.04)) == 1
     assert len(docs_check.differences(shown, shown.replace("ppl", "loss"), 0.04)) == 1
+    assert docs_check.differences("3 files\n", "4 files\n", 0) == []
 
 
 @pytest.mark.parametrize("idea", IDEAS)
