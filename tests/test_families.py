@@ -127,6 +127,8 @@ def fp16_differences(name: str) -> dict[str, float]:
             ids = token_ids(2, TOKENS, seed)
             stock = all_of(lambda: DynamicCache(config=model.config), ids)
             break
+    else:
+        raise AssertionError("no text on which a beam moves")
     with patch_model(model, "FP16"):
         ours = all_of(lambda: RotateKVCache.for_model(model), ids)
     differences = {}

@@ -52,8 +52,8 @@ struct DecodeArguments {
     const float* fine_sin;
     const int32_t* exact_batch_index;  // (S,) ascending: sequence of each exact token
     const int32_t* exact_token_index;  // (S,) its index in the sequence
-    const uint16_t* exact_keys;    // (S, H_kv, D) float16 or bfloat16, after RoPE
-    const uint16_t* exact_values;  // (S, H_kv, D), not rotated
+    const uint16_t* exact_keys;        // (S, H_kv, D) float16 or bfloat16, after RoPE
+    const uint16_t* exact_values;      // (S, H_kv, D), not rotated
     float* output;  // (B, H, query_tokens, D)
 };
 

@@ -111,8 +111,7 @@ static const char* check_decode(const DecodeArguments& a) {
     ROTATEKV_REQUIRE(a.queries && a.first_seen && a.origin && a.output, "a tensor is missing");
     ROTATEKV_REQUIRE(!a.key_factor == !a.key_offset, "key_factor and key_offset come together");
     if (const char* wrong = check_groups(a.keys, a.group_of_channel, channels)) return wrong;
-    if (const char* wrong = check_indices(a.first_seen, a.batch, a.total_tokens + 1, "first_seen must be 0 … total_tokens"))
-        return wrong;
-    if (const char* wrong = check_transforms(a)) return wrong;
+    const char* wrong = check_indices(a.first_seen, a.batch, a.total_tokens + 1, "first_seen must be 0 … total_tokens");
+    if (wrong || (wrong = check_transforms(a))) return wrong;
     return check_exact(a);
 }
