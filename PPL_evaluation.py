@@ -6,20 +6,28 @@ With no data and no network:  python PPL_evaluation.py --dataset essays --method
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 import calibrate_reorder
 from rotatekv import load_model
 from rotatekv.capture.flags import add_capture_arguments, save_captures, wanted_kinds
 from rotatekv.cli import add_switch, check_positive, evaluation_parser, method_from_args, model_flags, preset_from_args
 from rotatekv.errors import UserError
-from rotatekv.evals.perplexity import perplexity, score_window
+from rotatekv.evals.perplexity import final_hidden_states, perplexity, score_window
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.texts import cut_windows, load_text
 from rotatekv.evals.tokens import bos_of_windows, check_windows, context_length
 from rotatekv.external import use_method
 from rotatekv.methods import method_class
 from rotatekv.scripts import exit_on_user_error
+
+if TYPE_CHECKING:
+    import torch
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -31,6 +39,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--PPL_seq_length", type=int, default=2048, help="tokens per window (default: 2048)")
     group.add_argument(
         "--chunk_size", type=int, help="feed each window through the cache this many tokens at a time (default: all)"
+    )
+    add_switch(
+        group,
+        "divergence",
+        "compare predictions with the unquantized model's: Kullback-Leibler divergence, nats a token (default: False)",
     )
     add_switch(group, "generate_for_calibration", "calibrate for the method instead, as calibrate_reorder.py does")
     add_capture_arguments(parser)
@@ -58,12 +71,20 @@ def main(argv: list[str] | None = None) -> None:
     dataset = {"id": text.name, "sha256": text.sha256}
     protocol = {"PPL_seq_length": args.PPL_seq_length, "chunk_size": args.chunk_size}
     samples = [{"id": number, "window": window} for number, window in enumerate(windows)][: args.limit]
+    unquantized: dict[int, torch.Tensor] = {}
+    if args.divergence:
+        protocol["divergence"] = True  # earlier runs without it are found again
+        bar = tqdm(samples, desc="unquantized", unit="window")
+        unquantized = {sample["id"]: final_hidden_states(model, sample["window"]) for sample in bar}
     with use_method(model, quant_config, args.calibration_file) as handle:
         run = open_run(args, "ppl", name, handle, dataset, **protocol)
         if not score_samples(
             run,
             samples,
-            lambda batch: [score_window(model, sample["window"], args.chunk_size) for sample in batch],
+            lambda batch: [
+                score_window(model, sample["window"], args.chunk_size, unquantized.get(sample["id"]))
+                for sample in batch
+            ],
             unit="window",
             running=lambda records: {"ppl": f"{perplexity([record['nll'] for record in records]):.3f}"},
         ):
@@ -73,13 +94,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def metric_of(records: list[dict]) -> tuple[list[dict], dict]:
-    return records, {"ppl": perplexity([record["nll"] for record in records])}
+    metric = {"ppl": perplexity([record["nll"] for record in records])}
+    if "kl" in records[0]:
+        metric["kl"] = mean(math.nan if record["kl"] is None else record["kl"] for record in records)
+    return records, metric
 
 
 def report(metrics: dict, folder: str | Path) -> None:
     config = metrics["config"]
     print(f"{metrics['n']} windows of {config['PPL_seq_length']} tokens, {Path(folder) / 'metrics.json'}")
-    print(f"{config['dataset']} perplexity: {metrics['metric']['ppl']:.4f}  {summary(metrics)}")
+    metric = metrics["metric"]
+    divergence = f", divergence {metric['kl']:.4f}" if metric.get("kl") is not None else ""
+    print(f"{config['dataset']} perplexity: {metric['ppl']:.4f}{divergence}  {summary(metrics)}")
 
 
 def calibration_flags(args: argparse.Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -56,6 +57,16 @@ def test_one_shot_and_chunks_agree_without_sinks(folder, text_file, tmp_path, me
     PPL_evaluation.main(flags(folder, text_file, tmp_path / "chunks", *more, "--chunk_size", "7"))
     one, chunks = (metrics_of(tmp_path / name)["metric"]["ppl"] for name in ("one", "chunks"))
     assert chunks == pytest.approx(one, rel=5e-3)
+
+
+def test_divergence_is_reported_and_is_a_run_of_its_own(folder, text_file, tmp_path, capsys):
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN2", "--limit", "4"))
+    PPL_evaluation.main(flags(folder, text_file, tmp_path, "--RTN2", "--limit", "4", "--divergence"))
+    first, second = (json.loads(path.read_text()) for path in tmp_path.glob("ppl/*/*/metrics.json"))
+    without, with_it = (first, second) if "kl" in second["metric"] else (second, first)
+    assert without["metric"]["ppl"] == with_it["metric"]["ppl"] and "kl" not in without["metric"]
+    assert with_it["metric"]["kl"] > 0
+    assert f", divergence {with_it['metric']['kl']:.4f}  (RTN2" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_last_line_and_metrics_say_the_same(folder, text_file, tmp_path, capsys):

@@ -41,3 +41,22 @@ def test_a_window_scored_in_parts_has_the_loss_of_the_whole(monkeypatch, chunk_s
     with patch_model(model, "FP16"):
         assert perplexity.score_window(model, ids, chunk_size)["nll"] == pytest.approx(want, rel=1e-5)
     assert max(logits.shape[1] for logits in held) <= 7 <= head.TOKENS_AT_ONCE
+
+
+@pytest.mark.parametrize("chunk_size", [None, 11])
+def test_the_divergence_is_that_of_all_words_from_the_stock_model(monkeypatch, chunk_size):
+    model = FAMILIES["gemma2"].build()
+    ids = torch.randint(4, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(perplexity, "TOKENS_AT_ONCE", 7)
+    with torch.no_grad():
+        stock = model(input_ids=ids, use_cache=False).logits[0, :-1].double().softmax(-1)
+    hidden = perplexity.final_hidden_states(model, ids)
+    with patch_model(model, "RTN2"):
+        with torch.no_grad():
+            found = model(input_ids=ids).logits[0, :-1].double().softmax(-1)
+        want = (stock * (stock / found).log()).sum(-1).mean().item()
+        scores = perplexity.score_window(model, ids, chunk_size, hidden)
+    assert want > 1e-3 and scores["kl"] == pytest.approx(want, rel=1e-3)
+    with patch_model(model, "FP16"):
+        assert abs(perplexity.score_window(model, ids, chunk_size, hidden)["kl"]) < 1e-6
+        assert "kl" not in perplexity.score_window(model, ids, chunk_size)
