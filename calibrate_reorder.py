@@ -1,12 +1,13 @@
-"""Calibrate a model on a text: RotateKV's reorder indices, RotateKV+'s key statistics, or KVQuant's ranges and levels.
+"""Calibrate a model on a text: RotateKV's reorder indices, RotateKV+'s maps, or KVQuant's ranges and levels.
 
-Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forward pass. RotateKV+'s statistics are the
-means, factors and order of the pre-RoPE keys and what makes an activation massive, three passes, and the sensitivity
-of each layer, two passes a layer over the first window. KVQuant's statistics take two passes, one of them with
-gradients, and more memory.
+Reorder indices are the argsort of the summed, rotated pre-RoPE keys, one forward pass. RotateKV+'s statistics are
+what makes an activation massive and the maps of keys and values, two passes, and what noise costs in each layer, two
+passes a layer over 1024 tokens of each of the last four windows, which the maps have not seen. KVQuant's statistics
+take two passes, one of them with gradients, and more memory.
 
 At the end each preset that has its statistics is tried on the first tokens of two windows: a table of the relative
-error of the attention scores, with a warning where it is large (rotatekv/calibration/score_errors.py).
+error of the attention scores, with a warning where it is large (rotatekv/calibration/score_errors.py). For RotateKV+
+the noise that its statistics foretell stands beside what was measured.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from tqdm import tqdm
 
 from rotatekv import QuantConfig, load_model
 from rotatekv.calibration.kvquant import collect_key_ranges, collect_levels
-from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.calibration.plus import collect_sink_thresholds, compare_foretold, in_predictions
 from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.calibration.score_errors import check_presets
+from rotatekv.calibration.transform import collect_transforms
 from rotatekv.cli import add_model_arguments, check_positive, make_parser, model_flags
 from rotatekv.errors import UserError
 from rotatekv.evals.texts import load_text, tokenize, windows_of
@@ -36,6 +38,9 @@ from rotatekv.statistics import KINDS, file_name, save_statistics
 
 if TYPE_CHECKING:
     import torch
+
+
+COST_WINDOWS, COST_TOKENS = 4, 1024  # the last windows, and their first tokens, on which noise is measured
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -96,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(**model_flags(args))
     text_model = find_text_model(model)
     check_supported(text_model)
-    group = 1 if args.statistics == "kvquant" else resolved_head_group(text_model, config)  # it rotates nothing
+    group = resolved_head_group(text_model, config) if args.statistics == "reorder" else 1  # others rotate no groups
     width = group * first_geometry(text_model).head_dim
     ids = tokenize(tokenizer, text)[:, : args.calibration_tokens]
     if not ids.numel():
@@ -113,15 +118,15 @@ def main(argv: list[str] | None = None) -> None:
         "tokens": length * len(windows),
         **calibration_digests(text_model),
     }
+    compared: list[str] = []
     if args.statistics == "kvquant":
         tensors = kvquant_statistics(model, text_model, windows)
         layers, channels = tensors["key_offset"].shape
         made = f"{layers} layers × {channels} channels, levels for 2, 3 and 4 bits"
     elif args.statistics == "plus":
-        tensors = plus_statistics(model, text_model, windows, width)
-        metadata |= {"head_group_num": group}
-        layers, channels = tensors["key_mean"].shape
-        made = f"{layers} layers × {channels} channels, and their order of sensitivity"
+        tensors, compared = plus_statistics(model, text_model, windows)
+        layers, heads, dim = tensors["key_mean"].shape
+        made = f"{layers} layers × {heads} heads × {dim} × {dim}, maps of keys and values and what their noise costs"
     else:
         tensors = {"indices": reorder_indices(model, text_model, windows, width)}
         metadata |= {"head_group_num": group, "order": width}
@@ -129,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         made = f"{layers} layers × {channels} channels, {group} heads per group"
     print(f"{save_statistics(output, args.statistics, tensors, metadata)}: {made}")
     print(f"calibrated on {metadata['tokens']} tokens of {text.name}")
-    print("\n".join(check_presets(model, windows, args.statistics, output)))
+    print("\n".join([*check_presets(model, windows, args.statistics, output), *compared]))
 
 
 def reorder_indices(model, text_model, windows: list, width: int) -> torch.Tensor:
@@ -137,13 +142,16 @@ def reorder_indices(model, text_model, windows: list, width: int) -> torch.Tenso
     return indices_from_key_sums(key_sums, width)
 
 
-def plus_statistics(model, text_model, windows: list, width: int) -> dict[str, torch.Tensor]:
-    mean, scale = collect_key_factors(model, text_model, progress(windows, "keys"))
-    order = order_channels(model, text_model, progress(windows, "order"), mean, scale, width)
+def plus_statistics(model, text_model, windows: list) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The statistics, and lines that compare what they foretell with what is measured."""
     threshold = collect_sink_thresholds(model, text_model, progress(windows, "sinks"))
-    found = {"key_mean": mean, "key_scale": scale, "reorder_index": order, "sink_threshold": threshold}
-    layers = partial(tqdm, desc="sensitivity", unit="layer")
-    return found | {"extra_bit_rank": rank_sensitivity(model, windows[:1], found, layers)}
+    held = max(min(COST_WINDOWS, len(windows) // 4), 1)
+    fitted, held_out = windows[:-held] or windows, windows[-held:]  # maps look better than they are on their text
+    found = collect_transforms(model, progress(fitted, "maps"), threshold) | {"sink_threshold": threshold}
+    found |= {name: found[name].half() for name in ("key_map", "value_map")}  # as the file has them
+    few = [window[:, :COST_TOKENS] for window in held_out]
+    found |= in_predictions(model, few, found, partial(tqdm, desc="costs", unit="layer"))
+    return found, compare_foretold(model, few, found)
 
 
 def kvquant_statistics(model, text_model, windows: list) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from rotatekv.evals.needle import (
     wording,
 )
 from rotatekv.evals.needle_figure import read_grid, write_heat_maps, write_report
+from rotatekv.evals.needle_keys import KEY_NAMES, NEEDLE_KEYS, check_keys
 from rotatekv.evals.running import finish_run, open_run, rescore, score_samples, summary
 from rotatekv.evals.tokens import check_token_ids
 from rotatekv.external import use_method
@@ -46,7 +47,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--needle_type",
         choices=list(NEEDLE_TYPES),
         default="standard",
-        help="standard (default): a sentence; passkey: a random number, which a small model can find",
+        help="standard (default): a sentence; passkey: a random number, which a small model can find; multikey: "
+        "several such numbers, each under a name, of which one is asked for (as in RULER)",
+    )
+    group.add_argument(
+        "--needle_keys",
+        type=int,
+        metavar="N",
+        help=f"how many pass keys multikey hides, the asked one too: 2 to {len(KEY_NAMES)} (default: {NEEDLE_KEYS})",
     )
     group.add_argument("--context_lengths", default=CONTEXT_LENGTHS, help=f"prompt tokens, {grid}: %(default)s")
     group.add_argument("--depths", default=DEPTHS, help=f"percent before the needle, {grid}: %(default)s")
@@ -80,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     needle, question, key_phrase = wording(args.needle_type, args.needle, args.retrieval_question, args.key_phrase)
     lengths = parse_grid(args.context_lengths, "context_lengths", lowest=1)
     depths = parse_grid(args.depths, "depths", lowest=0, highest=100)
-    samples = cells(lengths, depths, args.seed, args.needle_type, needle, key_phrase)[: args.limit]
+    keys = check_keys(args.needle_type, args.needle_keys)
+    samples = cells(lengths, depths, args.seed, args.needle_type, needle, key_phrase, keys or NEEDLE_KEYS)[: args.limit]
     haystack = load_haystack(args.haystack, args.data_dir)
     model, tokenizer = load_model(**model_flags(args))
     check_context(model, samples[-1]["length"], args.max_new_tokens)
@@ -90,8 +99,9 @@ def main(argv: list[str] | None = None) -> None:
         kind = replace(kind, before=args.introduction)
     chat = use_chat(args.chat_template, tokenizer)
     prompts = Prompts(tokenizer, kind, haystack, question, chat)
-    shortest = prompts.build(samples[0]["length"], samples[0]["depth"], samples[0]["needle"])  # before a run opens
-    check_token_ids(model, shortest.ids)
+    for sample in samples:
+        if sample["length"] == samples[0]["length"]:  # the shortest; before a run opens
+            check_token_ids(model, prompts.build_cell(sample).ids)
 
     dataset = {"id": haystack.name, "sha256": haystack.sha256}
     protocol = {
@@ -103,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         "key_phrase": key_phrase,
         "max_new_tokens": args.max_new_tokens,
         **introduction,  # earlier runs without it are found again
+        **({} if keys is None else {"needle_keys": keys}),
         "chat_template": chat,
         "decoding": decoding(model, tokenizer, kind.stop_strings),
     }

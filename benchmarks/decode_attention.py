@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from rotatekv.evals import results
 from rotatekv.kernels import cpu
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.cpu.build import chosen_instruction_set
 from rotatekv.kernels.decode_attention import DecodeOptions
-from rotatekv.kernels.layout import BLOCK, allocate_blocks
+from rotatekv.kernels.layout import BLOCK, Blocks, allocate_blocks
 from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.kernels.transform_coding import GROUP, STEPS, Transform, allocate_planes
 
 # name: query heads, key/value heads, head_dim, heads per rotation group
 SHAPES = {"smollm2": (9, 3, 64, 3), "llama-8x128": (32, 8, 128, 4)}
@@ -41,36 +42,91 @@ def fused_step(
     """The packed decode step of random codes, and the bytes of its keys and values.
 
     Args:
-        method: whose form: ``RotateKV``; ``RotateKV+``, compact scales, keys with factors and offsets;
-            ``QuaRot``, heads rotated alone after RoPE; ``RTN``, not rotated.
+        method: whose form: ``RotateKV``; ``QuaRot``, heads rotated alone after RoPE; ``RTN``, not rotated.
         kernels: the package of kernels that serves the device.
     """
     heads, kv_heads, dim, group_heads = shape
-    channels, plus = kv_heads * dim, method == "RotateKV+"
+    channels = kv_heads * dim
     packed = []
     for _ in range(2):
-        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, device, compact=plus)
+        blocks = allocate_blocks(1, -(-tokens // BLOCK), channels, kv_heads, bits, device)
         for name in ("low", "high"):
             if name in blocks:
                 limit = torch.iinfo(blocks[name].dtype)
                 blocks[name].random_(limit.min, limit.max)
-        if plus:
-            blocks["scale"].random_(0x70, 0x78)  # 0.5 … 1
-        else:
-            blocks["scale"].uniform_(0.5, 1.0)
+        blocks["scale"].uniform_(0.5, 1.0)
         blocks["zero"].random_(0, 2**bits)
         packed.append(blocks)
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-    rope = RopeTables.build(frequencies, tokens).to(device) if method.startswith("RotateKV") else None
+    rope = RopeTables.build(frequencies, tokens).to(device) if method == "RotateKV" else None
     width = {"QuaRot": dim, "RTN": 0}.get(method, group_heads * dim)
     draw = partial(torch.randn, device=device)
-    affine = Affine(draw(channels).abs() + 0.5, draw(channels)) if plus else None
-    options = DecodeOptions(dim, bits, bits, dim**-0.5, width, rope, width > 0, key_affine=affine)
+    options = DecodeOptions(dim, bits, bits, dim**-0.5, width, rope, width > 0)
     group_of_channel = (torch.randperm(channels, device=device) // dim).int()
     queries, first = draw(1, heads, 1, dim), torch.zeros(1, dtype=torch.int32, device=device)
     size = sum(x.nbytes for blocks in packed for x in blocks.values())
     step = (queries, *packed, group_of_channel, first, first, tokens, tokens, options)
     return lambda: kernels.decode_attention(*step), size
+
+
+def plus_step(
+    shape: tuple[int, int, int, int],
+    tokens: int,
+    key_bits: tuple[int, ...],
+    value_bits: int = 2,
+    kernels=cpu,
+    device="cpu",
+) -> tuple[Callable, int]:
+    """The packed decode step over transform-coded keys and values of random codes, and the bytes of both.
+
+    Args:
+        key_bits: of a head's groups of components, over and over.
+        kernels: the package of kernels that serves the device.
+    """
+    heads, kv_heads, dim, _ = shape
+    of_keys = random_transform(kv_heads, dim, key_bits)
+    of_values = replace(random_transform(kv_heads, dim, (value_bits,)), words_of_tokens=False)
+    of_keys, of_values = (transform.on(torch.device(device)) for transform in (of_keys, of_values))
+    packed = []
+    for transform in (of_keys, of_values):
+        planes = Blocks(allocate_planes(transform, 1, -(-tokens // BLOCK), torch.device(device)))
+        for name in ("pairs", "singles"):
+            limit = torch.iinfo(planes[name].dtype)
+            planes[name].random_(limit.min, limit.max)
+        planes["scale"].random_(120, 136)  # 0.5 … 2
+        packed.append(planes)
+    rope = RopeTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), tokens).to(device)
+    options = DecodeOptions(dim, 0, 0, dim**-0.5, rope=rope, key_transform=of_keys, value_transform=of_values)
+    first = torch.zeros(1, dtype=torch.int32, device=device)
+    step = (torch.randn(1, heads, 1, dim, device=device), *packed, None, first, first, tokens, tokens, options)
+    size = sum(x.nbytes for planes in packed for x in planes.values())
+    return lambda: kernels.decode_attention(*step), size
+
+
+def random_transform(kv_heads: int, dim: int, bits: tuple[int, ...]) -> Transform:
+    """A random map to components for which 4, 2, 1 and 1 bits are best; a tenth of the mean's channels are large."""
+    of_group = torch.tensor(bits).repeat(-(-dim // (GROUP * len(bits))))[: dim // GROUP].repeat(kv_heads, 1)
+    rotation = torch.linalg.qr(torch.randn(kv_heads, dim, dim))[0]
+    spread = torch.tensor([3.0, 1.0, 0.63, 0.63]).repeat_interleave(GROUP).repeat(dim // GROUP)[:dim]
+    deviation = spread * torch.tensor(STEPS)[of_group].repeat_interleave(GROUP, 1)
+    mean = torch.randn(kv_heads, dim) * torch.where(torch.rand(dim) < 0.1, 10.0, 1.0)
+    return Transform(rotation / deviation.unsqueeze(-1), mean, of_group, torch.ones(of_group.shape))
+
+
+def plus_write_step(shape: tuple[int, int, int, int], key_bits: tuple[int, ...]) -> tuple[Callable, int]:
+    """Writes one block's 16 tokens' keys and values as RotateKV+ does, and its bytes."""
+    _, kv_heads, dim, _ = shape
+    transforms = random_transform(kv_heads, dim, key_bits), random_transform(kv_heads, dim, (2,))
+    transforms = transforms[0], replace(transforms[1], words_of_tokens=False)
+    heads = torch.randn(1, BLOCK, kv_heads, dim).transpose(1, 2)
+    planes = [Blocks(allocate_planes(transform, 1, 1, heads.device)) for transform in transforms]
+    turns = tuple(torch.randn(1, BLOCK, dim // 2) for _ in range(4))
+
+    def write() -> None:
+        for transform, packed, of in zip(transforms, planes, (turns, None), strict=True):
+            cpu.quantize_into_frames(heads, packed, 0, transform, of)
+
+    return write, sum(x.nbytes for packed in planes for x in packed.values())
 
 
 def write_step(shape: tuple[int, int, int, int], bits: int) -> tuple[Callable, int]:
@@ -82,7 +138,7 @@ def write_step(shape: tuple[int, int, int, int], bits: int) -> tuple[Callable, i
     order, unrope = torch.randperm(channels).int(), (torch.randn(1, 1, dim // 2), torch.randn(1, 1, dim // 2))
 
     def write() -> None:
-        cpu.quantize_into_blocks(heads, keys, 5, bits, dim, 0.9, order, group_heads * dim, None, unrope)
+        cpu.quantize_into_blocks(heads, keys, 5, bits, dim, 0.9, order, group_heads * dim, unrope)
         cpu.quantize_into_blocks(heads, values, 5, bits, dim, 0.9, None, dim)
 
     return write, sum(x.nbytes for blocks in (keys, values) for x in blocks.values())
@@ -183,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lengths", default="8192,32768,131072", help="cached tokens")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="per shape and length")
+    parser.add_argument("--fused_only", action="store_true", help="without torch's ways")
     parser.add_argument("--output", default=None, help="csv file")
     args = parser.parse_args(argv)
     if not cpu.available():
@@ -191,9 +248,11 @@ def main(argv: list[str] | None = None) -> int:
     for shape in args.shapes.split(","):
         for tokens in map(int, args.lengths.split(",")):
             fused = {f"fused {args.bits}-bit": fused_step(SHAPES[shape], tokens, args.bits)}
-            fused["fused, RotateKV+"] = fused_step(SHAPES[shape], tokens, args.bits, "RotateKV+")
+            fused["RotateKV+, keys 2 bits"] = plus_step(SHAPES[shape], tokens, (2,))
+            fused["RotateKV+, keys 4 2 1 1"] = plus_step(SHAPES[shape], tokens, (4, 2, 1, 1))
             fused["write of one token"] = write_step(SHAPES[shape], args.bits)
-            steps = {**fused, **torch_steps(shape, tokens)}
+            fused["RotateKV+, write of 16"] = plus_write_step(SHAPES[shape], (4, 2, 1, 1))
+            steps = fused if args.fused_only else {**fused, **torch_steps(shape, tokens)}
             times = milliseconds({name: step for name, (step, _) in steps.items()}, args.seconds, 5)
             first = next(iter(times.values()))
             for name, found in times.items():

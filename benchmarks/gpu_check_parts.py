@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from benchmarks.decode_attention import fused_step, percentile
+from benchmarks.decode_attention import fused_step, percentile, plus_step
 from benchmarks.gpu_check_part import Part, heads_of
 from benchmarks.random_models import patch_random, random_llama
 from rotatekv import RotateKVCache
@@ -26,10 +28,15 @@ from rotatekv.kernels.decode_attention import decode_attention_reference
 from rotatekv.kernels.hadamard import channels_to_heads, head_group_size, rotate_channels
 from rotatekv.kernels.layout import BLOCK, allocate_blocks, unpack_blocks
 from rotatekv.kernels.quantize import dequantize_groups, quantize_groups
-from tests.kernel_cases import Shape, error, random_step
+from rotatekv.kernels.transform_coding import Transform, dequantize_components, unpack_components
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # whose files import each other
+from frame_cases import FrameShape, FrameWrite, random_frame_write, random_frames_step, written_by_torch
+from kernel_cases import Shape, error, random_step
 
 # Relative errors of all numbers together. Rounding an output to bfloat16 costs 2e-3.
 BOUND = 1e-3
+OTHER_CODES = 1e-2  # that ties, and scales that tie, may make other than torch's
 MODEL_BOUND = 1e-2  # of a float32 model's logits, where a rounding of a key may tip
 FLUSHED = 2**28  # bytes written before a timed step, so that the L2 cache holds nothing of it
 GIB = 2**30
@@ -101,45 +108,66 @@ def kernels_part(part: Part, shape: str) -> None:
     first, *others = part.options.forms.split(",")
     decodes = [(first, tokens, batch, new) for new in (1, 16) for tokens in lengths for batch in batches]
     decodes += [(form, tokens, 3, 1) for form in others for tokens in lengths[-2:]]
-    for bits, compact in sorted({(_bits(form), form.endswith("+")) for form in (first, *others)}):
+    for bits in sorted({_bits(form) for form in (first, *others) if not form.endswith("+")}):
         with part.case(f"quantize {bits} bits"):
-            check_quantize(part, shape, bits, compact)
-            check_dequantize(part, shape, bits, compact)
+            check_quantize(part, shape, bits)
+            check_dequantize(part, shape, bits)
+    for form in (form for form in (first, *others) if form.endswith("+")):
+        with part.case(f"write {form}"):
+            check_coded_write(part, shape, form)
     for form, tokens, batch, new in part.cases(decodes):
         with part.case(f"decode {form}, {tokens} tokens, batch {batch}, {new} new"):
             check_decode(part, shape, form, tokens, batch, new)
 
 
-def check_quantize(part: Part, shape: str, bits: int, compact: bool) -> None:
+def check_quantize(part: Part, shape: str, bits: int) -> None:
     """Not more error than torch's rounding makes, and the same codes but for ties."""
     _, kv_heads, dim = heads_of(shape)
     channels, start, tokens, batch = kv_heads * dim, 5, 57, 3
     x = torch.randn(batch, tokens, channels, device=part.device)
     order = torch.randperm(channels, device=part.device)
     for width in (head_group_size(kv_heads, dim, 4) * dim, 0):
-        blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device, compact)
+        blocks = allocate_blocks(batch, -(-(start + tokens) // BLOCK), channels, kv_heads, bits, part.device)
         kernels.quantize_into_blocks(
             channels_to_heads(x, dim), blocks, start, bits, dim, 0.8, order.int(), rotation_width=width
         )
         codes, scale, zero = (y[:, start:] for y in unpack_blocks(blocks, start + tokens, bits))
         truth = (rotate_channels(x, width) if width else x)[..., order]
-        wanted = quantize_groups(truth, bits, dim, 0.8, compact)
+        wanted = quantize_groups(truth, bits, dim, 0.8)
         found = codes[..., order], scale, zero
         errors = [error(dequantize_groups(*of).double(), truth.double()) for of in (found, wanted)]
         other = (found[0] != wanted[0]).float().mean().item()
-        part.check(
-            f"quantize {bits} bits, W {width}", errors[0] / errors[1] - 1, BOUND, compact=compact, other_codes=other
-        )
+        part.check(f"quantize {bits} bits, W {width}", errors[0] / errors[1] - 1, BOUND, other_codes=other)
 
 
-def check_dequantize(part: Part, shape: str, bits: int, compact: bool) -> None:
+def check_dequantize(part: Part, shape: str, bits: int) -> None:
     _, kv_heads, dim = heads_of(shape)
     for width in (head_group_size(kv_heads, dim, 4) * dim, 0):
-        step = on_device(random_step(_case(shape, 250, 3, bits, plus=compact)), part.device)
+        step = on_device(random_step(_case(shape, 250, 3, bits)), part.device)
         keys, groups = step["keys"], step["group_of_channel"]
         found = kernels.dequantize_blocks(keys, 250, bits, groups, dim, width)
         truth = dequantize_blocks_reference(keys, 250, bits, groups, dim, width, dtype=torch.float64)
-        part.check(f"dequantize {bits} bits, W {width}", error(found, truth), BOUND, compact=compact)
+        part.check(f"dequantize {bits} bits, W {width}", error(found, truth), BOUND)
+
+
+def check_coded_write(part: Part, shape: str, form: str) -> None:
+    """The codes of torch but for ties, of keys and of values; and these read."""
+    _, kv_heads, dim = heads_of(shape)
+    for bits, of_values in zip(_coded_bits(form), (False, True), strict=True):
+        case = FrameWrite(bits, 2, kv_heads, dim, 57, 5, 0 if of_values else dim, of_values)
+        write = on_device(random_frame_write(case), part.device)
+        kernels.quantize_into_frames(**write)
+        codes, scale = (x[:, 5:] for x in unpack_components(write["packed"], 62, write["transform"]))
+        true_codes, true_scale = written_by_torch(write)
+        other = (codes != true_codes).float().mean().item()
+        scales = (scale != true_scale).float().mean().item()
+        part.check(f"write {form}", other, OTHER_CODES, of_values=of_values, other_scales=scales)
+        out = torch.empty(2, kv_heads, 62, dim, device=part.device)
+        kernels.read_components(write["packed"], 62, write["transform"], out)
+        truth = dequantize_components(
+            *unpack_components(write["packed"], 62, write["transform"]), write["transform"]
+        ).transpose(1, 2)
+        part.check(f"read {form}", error(out, truth.double()), BOUND, of_values=of_values)
 
 
 def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new: int) -> None:
@@ -148,7 +176,7 @@ def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new
     for exact in (False, True):
         if tokens < new + 20 * exact:
             continue
-        case = _case(shape, tokens, batch, _bits(form), plus=form.endswith("+"))
+        case = _case(shape, tokens, batch, _bits(form))
         case = replace(
             case,
             query_tokens=new,
@@ -162,19 +190,26 @@ def check_decode(part: Part, shape: str, form: str, tokens: int, batch: int, new
             sliding_window=200 * exact,
             exact_dtype=torch.bfloat16,
         )
-        step = on_device(random_step(case), part.device)
+        made = random_step(case)
+        if form.endswith("+"):
+            bits, value_bits = _coded_bits(form)
+            made = random_frames_step(FrameShape(bits, case, value_bits, dropped=64 * exact))
+        step = on_device(made, part.device)
         found = kernels.decode_attention(**step)
         truth = found if part.dry else decode_attention_reference(**step, dtype=torch.float64)
         label = f"decode {form}, {tokens} tokens, batch {batch}, {new} new"
         part.check(label, error(found, truth), BOUND, exact=exact)
 
 
-def _case(shape: str, tokens: int, batch: int, bits: int, plus: bool = False) -> Shape:
+def _case(shape: str, tokens: int, batch: int, bits: int) -> Shape:
     heads, kv_heads, dim = heads_of(shape)
     group = head_group_size(kv_heads, dim, 4)
-    return Shape(
-        batch, heads // kv_heads, kv_heads, dim, group, tokens=tokens, key_bits=bits, value_bits=bits, plus=plus
-    )
+    return Shape(batch, heads // kv_heads, kv_heads, dim, group, tokens=tokens, key_bits=bits, value_bits=bits)
+
+
+def _coded_bits(form: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the groups of keys, as calibration spreads them, and of values."""
+    return {2: (4, 2, 1, 1), 3: (5, 3, 2, 2), 4: (5, 5, 3, 3)}[_bits(form)], (_bits(form),)
 
 
 def _bits(form: str) -> int:
@@ -182,11 +217,15 @@ def _bits(form: str) -> int:
 
 
 def on_device(x, device: torch.device):
-    """Arguments of ``decode_attention``, with all their tensors moved."""
+    """Arguments of a kernel, with all their tensors moved."""
     if isinstance(x, torch.Tensor):
         return x.to(device)
     if isinstance(x, dict):
         return {name: on_device(y, device) for name, y in x.items()}
+    if isinstance(x, Transform):  # whose bits stay
+        return x.on(device)
+    if isinstance(x, tuple):
+        return tuple(on_device(y, device) for y in x)
     if hasattr(x, "__dataclass_fields__"):
         return replace(x, **{name: on_device(getattr(x, name), device) for name in x.__dataclass_fields__})
     return x
@@ -311,6 +350,9 @@ def ways(part: Part, shape: str, tokens: int) -> dict[str, Callable[[], tuple[Ca
 
     def fused(form: str) -> Callable:
         method = form.replace(str(_bits(form)), "")
+        if form.endswith("+"):
+            key_bits, value_bits = _coded_bits(form)
+            return lambda: plus_step(full, tokens, key_bits, value_bits[0], kernels, part.device)
         return lambda: fused_step(full, tokens, _bits(form), method, kernels, part.device)
 
     return {

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rotatekv import QuantConfig, patch_model
 from rotatekv.config import resolve_config
-from rotatekv.families import find_text_model, layer_geometry
+from rotatekv.families import find_text_model
 from rotatekv.methods import method_class
 from rotatekv.patching.handle import PatchHandle
-from rotatekv.statistics import KINDS, save_statistics
+from rotatekv.patching.patch import first_geometry
+from rotatekv.statistics import KINDS, CalibrationTarget, save_statistics
 
 
 def random_llama(
@@ -51,22 +52,32 @@ def patch_random(model: torch.nn.Module, config: str | QuantConfig) -> PatchHand
     kind = method_class(resolve_config(config)).statistics_kind(resolve_config(config))
     if kind is None:
         return patch_model(model, config)
+    text_model = find_text_model(model)
+    geometry = first_geometry(text_model)
+    target = CalibrationTarget("", len(text_model.layers), geometry.num_key_value_heads, geometry.head_dim)
     with tempfile.TemporaryDirectory() as folder:
-        path = save_statistics(Path(folder) / "random.safetensors", kind, random_statistics(model, kind), {})
+        path = save_statistics(Path(folder) / "random.safetensors", kind, random_statistics(kind, target), {})
         return patch_model(model, config, path)
 
 
-def random_statistics(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """A kind's tensors for every layer: permutations, scales above zero and ascending levels."""
-    layers = find_text_model(model).layers
-    channels, generator = layer_geometry(layers[0].self_attn).channels, torch.Generator().manual_seed(0)
+def random_statistics(kind: str, target: CalibrationTarget, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A kind's tensors of all layers, as its file has them.
 
-    def draw(name: str, width: int) -> torch.Tensor:
-        x = torch.rand(len(layers), width, generator=generator, dtype=torch.float32, device="cpu")
-        if "ind" in name:  # indices, reorder_index
+    Permutations, maps that can be undone, scales and costs above zero, ascending levels. The costs differ so much that
+    a budget of 2 bits gives some groups none and some 5.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        x = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        if name == "indices":
             return x.argsort(dim=-1)
-        if name == "sink_threshold":
-            return x + 3
-        return (2 * x - 1).sort(dim=-1).values if "levels" in name else x + 0.5 * ("scale" in name)
+        if "map" in name:
+            return torch.linalg.qr(x - 0.5).Q * (0.7 + x[..., :1])
+        if "levels" in name:
+            return (2 * x - 1).sort(dim=-1).values
+        if "cost" in name:
+            return torch.exp(6 * x)
+        return {"sink_threshold": x + 3, "key_scale": 2 * x + 0.5}.get(name, x - 0.5)  # means and offsets
 
-    return {name: draw(name, width or channels) for name, (_, width) in KINDS[kind].tensors.items()}
+    return {name: draw(name, target.shape(sizes)).to(dtype) for name, (dtype, sizes) in KINDS[kind].tensors.items()}

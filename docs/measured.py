@@ -25,11 +25,11 @@ RESULTS = ROOT / "docs" / "results.json"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FRONTIER = "smollm2"  # the protocol that docs/frontier.png draws
 _TABLE = re.compile(r"(<!-- measured: ([^;\n]*); ([^\n]*) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)")
-_FORMATS = {"perplexity": "{:.2f}", "bits": "{:.3f}", "bytes": "{:.0f}", "agreement": "{:.1f}"}
+_FORMATS = {"perplexity": "{:.2f}", "bits": "{:.3f}", "bytes": "{:.0f}", "agreement": "{:.1f}", "divergence": "{:.4f}"}
 _SHARED_FLAGS = (  # do not change a method
     *("model", "method", "device", "dataset", "data_dir", "output_dir", "limit", "resume", "overwrite"),
-    *("PPL_seq_length", "chunk_size", "batch_size", "max_new_tokens", "agree_with"),
-    *("needle_type", "context_lengths", "depths", "introduction"),
+    *("PPL_seq_length", "chunk_size", "batch_size", "max_new_tokens", "agree_with", "divergence"),
+    *("needle_type", "needle_keys", "context_lengths", "depths", "introduction"),
 )
 
 
@@ -68,6 +68,7 @@ def row_of(protocol: str, metrics: dict) -> dict:
     metric, env = metrics["metric"], metrics["env"]
     numbers = {
         "perplexity": metric.get("ppl"),
+        "divergence": metric.get("kl"),
         "found": None if "recall" not in metric else round(metric["recall"] * metrics["n"] / 100),
         "agreement": metric.get("agreement"),
         "accuracy": metric.get("accuracy"),

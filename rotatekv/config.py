@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from rotatekv.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4)
+LEAST_BITS, MOST_BITS = 1.0, 4.5  # on average, of a budget
 SINK_SELECTIONS = ("detected", "first", "massive")
 
 
@@ -59,8 +60,10 @@ class QuantConfig:
     residual_length: int = _flag(
         0, "most recent tokens kept in 16 bits (KIVI: up to k_groupsize - 1 more; RotateKV+: up to 15 more)"
     )
-    extra_bit_share: float = _flag(
-        0.0, "share of all layers' keys and values, the most sensitive, that take one more bit (RotateKV+), in [0, 1]"
+    bits: float | None = _flag(
+        None,
+        "bits per packed number, tokens' scales included, of keys and values together, on average over the layers "
+        "(RotateKV+)",
     )
     quantize_prefill: bool = _flag(
         True,
@@ -87,14 +90,14 @@ class QuantConfig:
             raise UserError("num_sink_entries must be at least 1; --Attention_Sink_Aware False keeps no sinks")
         if self.sink_selection not in SINK_SELECTIONS:
             raise UserError(f"sink_selection must be one of {', '.join(SINK_SELECTIONS)}, not {self.sink_selection!r}")
-        if not 0.0 <= self.extra_bit_share <= 1.0:  # not NaN either
-            raise UserError(f"extra_bit_share must lie in [0, 1], not {self.extra_bit_share}")
+        if self.bits is not None and not LEAST_BITS <= self.bits <= MOST_BITS:  # not NaN either
+            raise UserError(f"bits must lie in [{LEAST_BITS}, {MOST_BITS}], not {self.bits}")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
 
     @staticmethod
     def _check_type(name: str, value: object, kind: str) -> None:
-        if name.endswith("groupsize") and value is None:
+        if value is None and (name.endswith("groupsize") or name == "bits"):
             return
         kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kind]
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
@@ -102,7 +105,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict:
         """By name; without what later versions added where it means nothing, so that earlier runs are found again."""
-        neutral = {"extra_bit_share": 0.0, "quantize_prefill": True}
+        neutral = {"quantize_prefill": True}
         return {name: value for name, value in asdict(self).items() if value != neutral.get(name)}
 
 

@@ -13,6 +13,7 @@ SUPPORTED_ATTENTION = ("eager", "sdpa")
 _LAYER_TYPES = ("full_attention", "sliding_attention")  # whose keys and values are cached
 _OWN_CACHE = ("linear_attention", "conv")  # keep transformers' own
 _ATTENTION_NAMES = ("self_attn", "attention")
+_PROJECTION_NAMES = ("o_proj", "out_proj", "dense")  # of what attention gives
 
 
 def find_text_model(model: nn.Module) -> nn.Module:
@@ -66,6 +67,14 @@ def layer_geometry(attention: nn.Module) -> LayerGeometry:
         raise UserError(f"{type(attention).__name__} has no {missing}: this model's cache cannot be quantized")
     heads = getattr(attention.config, "num_key_value_heads", None) or attention.config.num_attention_heads
     return LayerGeometry(attention.layer_idx, heads, head_dim)
+
+
+def output_projection(attention: nn.Module) -> torch.Tensor | None:
+    """The weight (hidden_size, H·D) that reads attention's output; None: it has none under the usual names."""
+    found = (getattr(attention, name, None) for name in _PROJECTION_NAMES)
+    module = next((module for module in found if isinstance(module, nn.Module)), None)
+    weight = None if module is None else getattr(module, "weight", None)
+    return weight.detach() if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
 
 def input_device(text_model: nn.Module) -> torch.device:

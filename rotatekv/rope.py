@@ -164,11 +164,50 @@ class LayerRope:
         return torch.allclose(room.turn(x, positions), expected, rtol=1e-3, atol=1e-3)
 
 
+@dataclass(frozen=True, eq=False)
+class KeyFrames:
+    """Keys relative to the frame of tokens that they are in: ``kernels/transform_coding.py`` has the formulas.
+
+    Args:
+        size: tokens of a frame, by their place in the cache.
+        mean: (H_kv, D) float32, of the keys before RoPE.
+    """
+
+    size: int
+    mean: torch.Tensor
+
+    def enter(self, keys: torch.Tensor, rope: LayerRope | None, positions: Positions, start: int) -> torch.Tensor:
+        """(B, H_kv, T, D) keys as attention sees them, from token ``start`` on → turned back, less the mean."""
+        if rope is None:
+            return keys.float() - self.mean.to(keys.device).unsqueeze(1)
+        (cos, sin), at = positions.frame_tables(rope, start, start + keys.shape[2], self.size, keys.device)
+        return rope.turn(keys.float(), (cos, -sin)) - self._mean_at(rope, at)
+
+    def leave(self, keys: torch.Tensor, rope: LayerRope | None, positions: Positions, start: int) -> torch.Tensor:
+        """The inverse of ``enter``, float32."""
+        if rope is None:
+            return keys + self.mean.to(keys.device).unsqueeze(1)
+        origin, at = positions.frame_tables(rope, start, start + keys.shape[2], self.size, keys.device)
+        return rope.turn(keys + self._mean_at(rope, at), origin)
+
+    def _mean_at(self, rope: LayerRope, tables: Tables) -> torch.Tensor:
+        """(B, H_kv, T, D)."""
+        batch, tokens = tables[0].shape[:2]
+        mean = self.mean.to(tables[0].device)[None, :, None].expand(batch, -1, tokens, -1)
+        return rope.turn(mean, tables)
+
+
 def inverse(tables: Tables) -> Tables:
     """cos and sin that undo others, float32."""
     cos, sin = (table.float() for table in tables)
     norm = cos.square() + sin.square()
     return cos / norm, -sin / norm
+
+
+def _without_factor(tables: Tables) -> Tables:
+    """cos and sin whose squares sum to 1."""
+    norm = (tables[0].square() + tables[1].square()).sqrt()
+    return tables[0] / norm, tables[1] / norm
 
 
 class Positions:
@@ -207,6 +246,34 @@ class Positions:
             return tuple(x[..., :half].expand(batch, -1, -1).contiguous() for x in (cos, -sin))
 
         return self._once((rope.kind, start, stop, dtype, device, "unrope"), make)
+
+    def frame_tables(
+        self, rope: LayerRope, start: int, stop: int, frame: int, device: torch.device
+    ) -> tuple[Tables, Tables]:
+        """Of the tokens from ``start`` to ``stop`` − 1, float32 and without RoPE's factor: at the position of the first
+        token of each one's frame, and at its own position counted from there."""
+
+        def make() -> tuple[Tables, Tables]:
+            index = torch.arange(start, stop, dtype=torch.int64, device=self._known.device)
+            origin = self._known[:, index // frame * frame].long()  # (B, T)
+            at = self._known[:, start:stop] - origin
+            first, second = (rope.model.tables(rope.kind, x.to(device), torch.float32) for x in (origin, at))
+            return _without_factor(first), _without_factor(second)
+
+        return self._once((rope.kind, start, stop, frame, device, "frames"), make)
+
+    def kernel_turns(
+        self, rope: LayerRope, start: int, stop: int, frame: int, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        """What a kernel turns keys to their frames with, see ``frame_tables``: cos and sin of the frame's position, and
+        of a token's own, (B, T, rotary_dim / 2) float32 each."""
+
+        def make() -> tuple[torch.Tensor, ...]:
+            half, batch = rope.rotary_dim // 2, len(self._known)
+            tables = (x for pair in self.frame_tables(rope, start, stop, frame, device) for x in pair)
+            return tuple(x[..., :half].expand(batch, -1, -1).contiguous() for x in tables)
+
+        return self._once((rope.kind, start, stop, frame, device, "turns"), make)
 
     @property
     def _known(self) -> torch.Tensor:

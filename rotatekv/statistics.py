@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,11 +21,12 @@ from safetensors.torch import save
 from rotatekv.config import SUPPORTED_BITS, QuantConfig
 from rotatekv.errors import UserError
 from rotatekv.files import write_output
+from rotatekv.kernels.transform_coding import GROUP
 
 _ROOT = Path(__file__).resolve().parent.parent
 # The working folder, a checkout (or editable install), an installed wheel.
 INDEX_FOLDERS = (Path("reorder_indices"), _ROOT / "reorder_indices", Path(__file__).parent / "reorder_indices")
-_CHANNELS = None  # a width: H_kv·D
+_CHANNELS = ("channels",)  # H_kv·D
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Kind:
     Args:
         title: for messages. suffix: of the file's name, behind the model's. flags: of calibrate_reorder.py to make it.
         without: how to do without, for messages.
-        tensors: name → dtype and width of each layer's row; the first dimension is the layer.
+        tensors: name → dtype and shape of each layer's part, in numbers and sizes of ``CalibrationTarget``; the first
+            dimension is the layer.
         version: the ``format`` that is written and read.
     """
 
@@ -43,7 +45,7 @@ class Kind:
     suffix: str
     flags: str
     without: str
-    tensors: Mapping[str, tuple[torch.dtype, int | None]]
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]]
     version: str = "1"
 
     @property
@@ -67,7 +69,7 @@ KINDS = {
         {
             "key_offset": (torch.float32, _CHANNELS),
             "key_scale": (torch.float32, _CHANNELS),
-            **{f"{x}_levels{bits}": (torch.float32, 2**bits) for x in ("key", "value") for bits in SUPPORTED_BITS},
+            **{f"{x}_levels{bits}": (torch.float32, (2**bits,)) for x in ("key", "value") for bits in SUPPORTED_BITS},
         },
     ),
     "plus": Kind(
@@ -76,12 +78,15 @@ KINDS = {
         " --statistics plus",
         "",
         {
-            "key_mean": (torch.float32, _CHANNELS),
-            "key_scale": (torch.float32, _CHANNELS),
-            "reorder_index": (torch.int64, _CHANNELS),
-            "extra_bit_rank": (torch.float32, 2),
-            "sink_threshold": (torch.float32, 1),
+            "key_map": (torch.float16, ("heads", "head_dim", "head_dim")),
+            "key_mean": (torch.float32, ("heads", "head_dim")),
+            "key_cost": (torch.float32, ("heads", "groups")),
+            "value_map": (torch.float16, ("heads", "head_dim", "head_dim")),
+            "value_mean": (torch.float32, ("heads", "head_dim")),
+            "value_cost": (torch.float32, ("heads",)),
+            "sink_threshold": (torch.float32, (1,)),
         },
+        version="2",
     ),
 }
 
@@ -91,15 +96,28 @@ class CalibrationTarget:
     """The model that statistics are wanted for.
 
     Args:
-        channels: H_kv·D. head_group_num: G as used, the heads rotated together.
+        heads: H_kv. head_dim: D. head_group_num: G as used, the heads rotated together.
         weights: as ``calibration_digests`` tells them; empty: unknown.
     """
 
     model_id: str
     num_layers: int
-    channels: int
+    heads: int
+    head_dim: int
     head_group_num: int = 1
     weights: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def groups(self) -> int:
+        return self.head_dim // GROUP
+
+    def shape(self, sizes: Sequence[int | str]) -> tuple[int, ...]:
+        """Of a tensor of all layers."""
+        return self.num_layers, *(size if isinstance(size, int) else getattr(self, size) for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -158,8 +176,8 @@ def load_statistics(kind: str, target: CalibrationTarget, path: str | Path | Non
     _check_model(kind, path, metadata, target.model_id, target.head_group_num)
     _check_weights(kind, path, metadata, target)
     _check_group(kind, path, metadata, target.model_id, target.head_group_num)
-    for name, (_, width) in KINDS[kind].tensors.items():
-        _check_numbers(kind, path, name, tensors[name], (target.num_layers, width or target.channels))
+    for name, (_, sizes) in KINDS[kind].tensors.items():
+        _check_numbers(kind, path, name, tensors[name], target.shape(sizes))
     return tensors
 
 
@@ -193,7 +211,7 @@ def file_name(kind: str, model_id: str) -> str:
 
 def _command(kind: str, model_id: str, group: int) -> str:
     """What makes statistics that fit the model as it is configured."""
-    needs_group = kind != "kvquant" and group != QuantConfig.head_group_num
+    needs_group = kind == "reorder" and group != QuantConfig.head_group_num
     group_flag = f" --head_group_num {group}" if needs_group else ""
     return f"calibrate_reorder.py{KINDS[kind].flags} --model {model_id or 'MODEL'}{group_flag}"
 
@@ -321,20 +339,27 @@ def _check_weights(kind: str, path: Path, metadata: Mapping[str, str], target: C
         )
 
 
-def _check_numbers(kind: str, path: Path, name: str, rows: torch.Tensor, shape: tuple[int, int]) -> None:
-    """Numbers of the right dtype and shape: finite, scales above zero, levels ascending, indices permutations."""
+def _check_numbers(kind: str, path: Path, name: str, rows: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Numbers of the right dtype and shape: finite, scales above zero, costs not below, levels ascending, maps that can
+    be undone."""
     made_by, dtype = KINDS[kind].remake, KINDS[kind].tensors[name][0]
     if rows.dtype != dtype:
         raise UserError(f"{path} holds {name} as {rows.dtype}, not {dtype}: {made_by}")
     if tuple(rows.shape) != shape:
         raise UserError(f"{path} holds {name} of shape {tuple(rows.shape)}, the model needs {shape}: {made_by}")
     damaged = not rows.isfinite().all()
-    counted = torch.arange(shape[1], dtype=torch.int64, device="cpu").expand(shape)
-    damaged |= "index" in name and not torch.equal(rows.sort(dim=-1).values, counted)
+    damaged |= "cost" in name and bool((rows < 0).any())
+    damaged |= "map" in name and not damaged and _is_singular(rows)
     damaged |= "scale" in name and not bool(((rows > 0) & rows.reciprocal().isfinite()).all())
     damaged |= "levels" in name and bool((rows.diff(dim=-1) < 0).any())
     if damaged:
-        raise UserError(f"{path}: {name} is not finite, positive, ascending or a permutation as it must be: {made_by}")
+        raise UserError(f"{path}: {name} is not finite, positive, ascending or undoable as it must be: {made_by}")
+
+
+def _is_singular(maps: torch.Tensor) -> bool:
+    """Whether a map of (L, ..., D, D) cannot be undone; layers without attention have zeros."""
+    of_attention = maps[maps.flatten(1).any(1)]
+    return bool(torch.linalg.inv_ex(of_attention.float()).info.any())
 
 
 def _same_model(one: str, other: str) -> bool:

@@ -13,17 +13,20 @@ import torch
 from rotatekv.methods import KVMethod
 from rotatekv.rope import LayerRope
 
-BLOCK, RECORDED = 16, 64  # tokens of a block; of a recording layer's last call that a crop gives up without a trace
+BLOCK, FRAME = 16, 128  # tokens
+RECORDED = 64  # tokens of a recording layer's last call that a crop gives up without a trace
 MASSIVE = 2.0  # threshold of the hidden states
 
 
 @dataclass(frozen=True)
 class Token:
-    """key, value: (H_kv, D) in 16 bits, as float32. decoded: both, once the token is packed."""
+    """key, value: (H_kv, D) in 16 bits, as float32. decoded: both, once the token is packed. frame: the position of the
+    first token of its frame."""
 
     key: torch.Tensor
     value: torch.Tensor
     position: int
+    frame: int = 0
     is_sink: bool = False
     decoded: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -71,6 +74,10 @@ class TokenList:
             [*row, *(replace(token, is_sink=token_index in chosen) for token_index, token in enumerate(new))]
             for row, new, chosen in zip(old, call.tokens, sinks, strict=True)
         ]
+        for row, start in zip(self.rows, map(len, old), strict=True):
+            for index in range(start, len(row)):
+                is_first = (self.dropped + index) % FRAME == 0
+                row[index] = replace(row[index], frame=row[index].position if is_first else row[index - 1].frame)
         start, end = self.packed, self.packed_with(0)
         for row in self.rows if end > start else []:
             row[start:end] = self.packed_tokens(row[start:end])
@@ -100,12 +107,36 @@ class TokenList:
         tables = self.rope.model.tables(None, positions, torch.float32)
         if method.keys_before_rope:
             keys = self.rope.unturn(keys, tables)
+        if method.key_frames is not None:
+            keys = self.in_frames(keys, tokens)
         keys = method.keys_out(method.decode_keys(method.encode_keys(method.keys_in(keys)))).float()
         values = method.values_out(method.decode_values(method.encode_values(method.values_in(values)))).float()
         if method.keys_before_rope:
             keys = self.rope.turn(keys, tables)
+        if method.key_frames is not None:
+            keys = self.out_of_frames(keys, tokens)
         pairs = zip(keys[0].unbind(1), values[0].unbind(1), strict=True)  # (H_kv, D) each
         return [replace(token, decoded=pair) for token, pair in zip(tokens, pairs, strict=True)]
+
+    def in_frames(self, keys: torch.Tensor, tokens: list[Token]) -> torch.Tensor:
+        """(1, H_kv, T, D) turned back by their frame's position, less the mean turned to their own place in it."""
+        (cos, sin), mean = self.frame_of(tokens)
+        return self.rope.turn(keys, (cos, -sin)) - mean
+
+    def out_of_frames(self, keys: torch.Tensor, tokens: list[Token]) -> torch.Tensor:
+        origin, mean = self.frame_of(tokens)
+        return self.rope.turn(keys + mean, origin)
+
+    def frame_of(self, tokens: list[Token]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """cos and sin of the position of each token's frame, and the keys' mean turned to the token's place in it."""
+        frames, own = (torch.tensor([[getattr(x, name) for x in tokens]]) for name in ("frame", "position"))
+        tables = (self.rope.model.tables(None, x, torch.float32) for x in (frames, own - frames))
+        origin, there = (
+            (cos / (cos.square() + sin.square()).sqrt(), sin / (cos.square() + sin.square()).sqrt())
+            for cos, sin in tables
+        )
+        mean = self.method.key_transform.mean[None, :, None].expand(-1, -1, len(tokens), -1)
+        return origin, self.rope.turn(mean, there)
 
     def crop(self, length: int) -> None:
         """What is packed stays packed, but for the first tokens of a group that is cut."""

@@ -34,7 +34,9 @@ PROMPTS, BATCHES, NEW_TOKENS, DECODE_STEPS = (1, 17, 239, 240, 4097), (1, 3, 160
 FUSED = [name for name in PRESETS if name.startswith(("RTN", "QuaRot", "RotateKV"))]  # the others are read by torch
 MOST_SPILLS = 200  # bytes a thread
 _MOST_NUMBERS = 52_000_000  # of one layer's keys
-_KERNELS = {"quantize_kernel", "dequantize_kernel", "split_kernel", "merge_kernel"}  # and exact_kernel, with sinks
+# and exact_kernel, with sinks
+_KERNELS = {"quantize_kernel", "dequantize_kernel", "split_kernel", "merge_kernel"}
+_CODED_KERNELS = {f"coded_{name}_kernel" for name in ("map", "quantize", "read", "queries", "split", "merge")}
 
 
 def run_case(heads: str, preset: str) -> None:
@@ -59,13 +61,14 @@ def _run(model: torch.nn.Module, batch: int, calls: list[int]) -> None:
         model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
 
 
-def failures(dry: DryRun) -> list[str]:
+def failures(dry: DryRun, preset: str) -> list[str]:
     """What a GPU would have refused, what was compiled twice or spills much, what was not launched."""
     refused = [f"{kernel}: {reason}" for kernel, reason in dry.refused.items()]
     spilled = [
         f"{kernel.kernel} spills {kernel.spills} bytes" for kernel in dry.compiled if kernel.spills > MOST_SPILLS
     ]
-    return [*refused, *dry.needless(), *spilled, *(f"no {name}" for name in _KERNELS - set(dry.launches))]
+    needed = _CODED_KERNELS if preset.endswith("+") else _KERNELS
+    return [*refused, *dry.needless(), *spilled, *(f"no {name}" for name in needed - set(dry.launches))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
                 with DryRun(capability, resources=True) as dry:
                     try:
                         run_case(heads, method)
-                        wrong = failures(dry)
+                        wrong = failures(dry, method)
                     except Exception as error:
                         wrong = [f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
                 shared, spills = (

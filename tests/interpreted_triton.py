@@ -11,30 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).parent))
+import triton_interpreter  # noqa: F401  the interpreter as these cases need it
 from conftest import tiny_model
 from kernel_cases import Shape, Write, assert_written, error, random_step, random_write, with_options
 
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
 from rotatekv.kernels import triton as kernels
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.blocks import dequantize_blocks_reference, quantize_into_blocks_reference
 from rotatekv.kernels.decode_attention import decode_attention_reference
 from rotatekv.kernels.layout import allocate_blocks
 from rotatekv.kernels.triton.start import unusable
 
-_patch_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_tensor_for_numpy(tensor, *scope) -> None:
-    """Up to 3.6, triton's interpreter takes int() of an array of one number, which numpy 2.4 refuses."""
-    _patch_tensor(tensor, *scope)
-    tensor.__index__ = lambda self: int(self.handle.data.item())
-
-
-interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 HALVES = 2.0**-21  # what dots of two halves lose, see attention.py
 ATTENTION = {
     "one_token": Shape(tokens=1),
@@ -74,18 +63,6 @@ ATTENTION = {
     "heads_of_16": Shape(kv_heads=3, head_dim=16, heads_per_group=3, tokens=50, rotary_dim=8, value_group=16),
     "sixteen_queries": Shape(tokens=45, query_tokens=16, rotary_dim=64, repeat=4, value_group=32, padding=(2,)),
     "not_rotated": Shape(kv_heads=2, head_dim=112, heads_per_group=0, tokens=33, rotary_dim=56, repeat=1),
-    "plus": Shape(batch=2, tokens=60, rotary_dim=64, sinks=4, window=11, plus=True, padding=(0, 9), key_bits=3),
-    "plus_four_heads_of_128": Shape(
-        kv_heads=8,
-        head_dim=128,
-        heads_per_group=4,
-        tokens=33,
-        rotary_dim=128,
-        repeat=4,
-        plus=True,
-        unrotate_values=True,
-    ),
-    "plus_head_dim_80": Shape(kv_heads=4, head_dim=80, heads_per_group=4, tokens=50, plus=True, value_bits=3),
     "not_rotated_after_rope": Shape(batch=2, kv_heads=2, head_dim=64, heads_per_group=0, tokens=20, padding=(17, 3)),
     "sinks_beside_rotated_values": Shape(batch=2, tokens=40, sinks=5, unrotate_values=True, exact_dtype=torch.bfloat16),
     "sliding": Shape(
@@ -183,9 +160,7 @@ PLAIN = {
     ),
     "nothing": Write(tokens=0, start=3, bits=4),
     "unrope": Write(batch=2, tokens=20, start=5, rotary_dim=32, dtype=torch.float16, layout="tokens"),
-    "unrope_and_affine": Write(
-        batch=2, head_dim=80, tokens=18, group_size=80, rotary_dim=80, affine=True, reorder=True
-    ),
+    "unrope_of_80": Write(batch=2, head_dim=80, tokens=18, group_size=80, rotary_dim=80, reorder=True),
 }
 ROTATED = {
     "three_heads": Write(batch=2, tokens=21, start=7, heads_per_group=3, reorder=True, clip_ratio=0.9),
@@ -212,13 +187,13 @@ ROTATED = {
         dtype=torch.float16,
     ),
     "paley_12_alone": Write(batch=2, kv_heads=2, head_dim=96, tokens=33, bits=3, group_size=96, heads_per_group=1),
-    "plus": Write(batch=2, tokens=37, start=3, bits=3, heads_per_group=3, affine=True, rotary_dim=64, reorder=True),
+    "unrope_and_reorder": Write(batch=2, tokens=37, start=3, bits=3, heads_per_group=3, rotary_dim=64, reorder=True),
 }
 
 
-def _written(write: Write, compact: bool, damage=lambda heads: None) -> tuple[dict, dict, dict]:
+def _written(write: Write, damage=lambda heads: None) -> tuple[dict, dict, dict]:
     """The blocks of the kernel and of the reference, and the call's arguments."""
-    arguments = random_write(replace(write, compact=compact))
+    arguments = random_write(write)
     damage(arguments["heads"])
     expected, made = ({name: x.clone() for name, x in arguments["packed"].items()} for _ in range(2))
     quantize_into_blocks_reference(**{**arguments, "packed": expected})
@@ -226,23 +201,21 @@ def _written(write: Write, compact: bool, damage=lambda heads: None) -> tuple[di
     return made, expected, arguments
 
 
-@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", PLAIN)
-def test_quantize(name, compact):
+def test_quantize(name):
     def add_extremes(heads: torch.Tensor) -> None:
-        if heads.dtype != torch.float32 or heads.shape[2] < 5 or PLAIN[name].affine:
+        if heads.dtype != torch.float32 or heads.shape[2] < 5:
             return
         heads[:, :, 0], heads[:, :, 1], heads[0, :, 2] = 0.0, 5.0, 1e6
         heads[:, :, 3] = torch.arange(heads.shape[3]) * 0.5 * PLAIN[name].magnitude
         heads[-1, :, 4] += 3e38  # the scale ends at the largest float16
 
-    assert_written(*_written(PLAIN[name], compact, add_extremes), exactly=True)
+    assert_written(*_written(PLAIN[name], add_extremes), exactly=True)
 
 
-@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ROTATED)
-def test_quantize_rotated(name, compact):
-    assert_written(*_written(ROTATED[name], compact), exactly=False)
+def test_quantize_rotated(name):
+    assert_written(*_written(ROTATED[name]), exactly=False)
 
 
 def test_quantize_rotated_costs_a_large_token_nothing_to_its_neighbours():
@@ -251,7 +224,7 @@ def test_quantize_rotated_costs_a_large_token_nothing_to_its_neighbours():
     def enlarge(heads: torch.Tensor) -> None:
         heads[:, :, 3] *= 1e4
 
-    assert_written(*_written(replace(ROTATED["three_heads"], tokens=16, bits=4), False, enlarge), exactly=False)
+    assert_written(*_written(replace(ROTATED["three_heads"], tokens=16, bits=4), enlarge), exactly=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -267,9 +240,6 @@ def test_quantize_rotated_costs_a_large_token_nothing_to_its_neighbours():
         "heads_of_16",
         "not_rotated",
         "one_token",
-        "plus",
-        "plus_four_heads_of_128",
-        "plus_head_dim_80",
     ],
 )
 def test_dequantize(name, dtype):
@@ -277,12 +247,12 @@ def test_dequantize(name, dtype):
     options, tokens = step["options"], step["packed_tokens"]
     form = (step["keys"], tokens, options.key_bits, step["group_of_channel"], options.head_dim, options.rotation_width)
     out = torch.full((shape.batch, shape.kv_heads, tokens + 3, shape.head_dim), 7.0, dtype=dtype)
-    assert kernels.dequantize_blocks(*form, out, affine=options.key_affine) is out
+    assert kernels.dequantize_blocks(*form, out) is out
     assert (out[:, :, tokens:] == 7).all()
-    truth = dequantize_blocks_reference(*form, options.key_affine, torch.float64)
-    eager = dequantize_blocks_reference(*form, options.key_affine).to(dtype)
+    truth = dequantize_blocks_reference(*form, dtype=torch.float64)
+    eager = dequantize_blocks_reference(*form).to(dtype)
     assert error(out[:, :, :tokens], truth) <= 2 * error(eager, truth) + 1e-7
-    new = kernels.dequantize_blocks(*form, affine=options.key_affine)
+    new = kernels.dequantize_blocks(*form)
     assert new.dtype == torch.float32 and torch.equal(new.to(dtype), out[:, :, :tokens])
 
 
@@ -342,7 +312,6 @@ def test_damaged_arguments_are_refused():
         {"heads": torch.ones(2, 3, 5, 16).double()},
         {"rotation_width": 24},
         {"rotation_width": -16},
-        {"affine": Affine(*torch.ones(2, 47))},
         *(
             {"unrope": pair}
             for pair in ((cos, cos[:1]), (cos.half(),) * 2, (cos, cos.mT.contiguous().mT), (torch.ones(2, 5, 9),) * 2)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import (
     BLOCK,
@@ -17,7 +16,7 @@ from rotatekv.kernels.layout import (
     write_blocks,
     write_codes,
 )
-from rotatekv.kernels.quantize import COMPACT_SCALE, dequantize_groups, scale_to_float32
+from rotatekv.kernels.quantize import dequantize_groups
 from rotatekv.kernels.rope_tables import RopeTables
 
 
@@ -38,7 +37,6 @@ class Shape:
     value_bits: int = 2
     value_group: int = 0  # channels; 0: head_dim
     tokens_per_scale: int = 0  # of keys, per channel; 0: per token and group of channels
-    plus: bool = False  # compact scales, and keys with factors and offsets
     rotary_dim: int = 0  # 0: keys are stored after RoPE
     unrotate_values: bool = False
     padding: tuple[int, ...] = ()
@@ -65,7 +63,6 @@ def random_step(shape: Shape) -> dict:
         rope,
         shape.unrotate_values,
         shape.tokens_per_scale,
-        random_affine(channels, generator) if shape.plus else None,
         shape.sliding_window,
     )
     heads = shape.repeat * shape.kv_heads
@@ -78,9 +75,9 @@ def random_step(shape: Shape) -> dict:
         keys = random_planes(shape.batch, packed_tokens, channels, shape.key_bits, shape.tokens_per_scale, generator)
         group_of_channel = None
     else:
-        keys = _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator, shape.plus)
+        keys = _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator)
         group_of_channel = torch.randint(0, 3, (channels,), generator=generator, dtype=torch.int32)
-    values = _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator, shape.plus)
+    values = _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator)
     return {
         "queries": torch.randn(shape.batch, heads, shape.query_tokens, shape.head_dim, generator=generator),
         "keys": keys,
@@ -99,27 +96,19 @@ def with_options(step: dict, **changes) -> dict:
     return {**step, "options": replace(step["options"], **changes)}
 
 
-def random_affine(channels: int, generator: torch.Generator) -> Affine:
-    factor, offset = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
-    return Affine(factor, offset)
-
-
 def pack_blocks(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> Packed:
-    """Codes (B, T, C) uint8, scale and zero (B, T, groups) of either format → the layout, N = ceil(T / 16)."""
+    """Codes (B, T, C) uint8, scale and zero (B, T, groups) → the layout, N = ceil(T / 16)."""
     batch, tokens, channels = codes.shape
     blocks = -(-tokens // BLOCK)
-    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device, scale.dtype == COMPACT_SCALE)
+    packed = allocate_blocks(batch, blocks, channels, scale.shape[-1], bits, codes.device)
     write_blocks(packed, 0, codes, scale, zero, bits)
     return packed
 
 
-def _random_blocks(batch, tokens, channels, groups, bits, generator, compact=False) -> dict[str, torch.Tensor]:
+def _random_blocks(batch, tokens, channels, groups, bits, generator) -> dict[str, torch.Tensor]:
     codes = torch.randint(0, 2**bits, (batch, tokens, channels), generator=generator, dtype=torch.uint8)
     scale = torch.rand(batch, tokens, groups, generator=generator).add(0.2).half()
     zero = torch.randint(-2, 2**bits + 2, (batch, tokens, groups), generator=generator, dtype=torch.int8)
-    if compact:
-        scale = (scale.view(torch.int16) >> 7).byte()
-        zero = torch.randint(-9, 99, (batch, tokens, groups), generator=generator, dtype=torch.int8)
     return pack_blocks(codes, scale, zero, bits)
 
 
@@ -161,10 +150,8 @@ class Write:
     bits: int = 2
     group_size: int = 64
     clip_ratio: float = 1.0
-    compact: bool = False
     reorder: bool = False
     heads_per_group: int = 0
-    affine: bool = False
     rotary_dim: int = 0
     dtype: torch.dtype = torch.float32
     layout: str = "heads"  # as they lie in memory; "tokens": (B, T, H_kv, D), "slice": a part of wider tokens
@@ -182,12 +169,7 @@ def random_write(write: Write) -> dict:
         heads = torch.nn.functional.pad(heads, (0, 0, 1, 2))[:, :, 1:-2]
     heads = heads.transpose(1, 2)
     packed = allocate_blocks(
-        write.batch,
-        -(-(write.start + write.tokens) // BLOCK) + 1,
-        channels,
-        channels // write.group_size,
-        write.bits,
-        compact=write.compact,
+        write.batch, -(-(write.start + write.tokens) // BLOCK) + 1, channels, channels // write.group_size, write.bits
     )
     for plane in packed.values():
         plane.copy_(torch.randint(-100, 100, plane.shape, generator=generator))
@@ -204,7 +186,6 @@ def random_write(write: Write) -> dict:
         "clip_ratio": write.clip_ratio,
         "order": torch.randperm(channels, generator=generator).int() if write.reorder else None,
         "rotation_width": write.heads_per_group * write.head_dim,
-        "affine": random_affine(channels, generator) if write.affine else None,
         "unrope": unrope,
     }
 
@@ -229,10 +210,8 @@ def assert_written(made, expected, arguments: dict, exactly: bool) -> None:
     off = (codes.int() - true_codes.int()).abs()
     assert off.count_nonzero() <= 2 + off.numel() / 1000 and (off <= 1).all()
     assert ((zero.int() - true_zero.int()).abs() <= 1).all()
-    step = scale_to_float32(true_scale)  # (B, T, groups)
-    torch.testing.assert_close(
-        scale_to_float32(scale), step, rtol=0.13 if scale.dtype == torch.uint8 else 1e-3, atol=6e-8
-    )
+    step = true_scale.float()  # (B, T, groups)
+    torch.testing.assert_close(scale.float(), step, rtol=1e-3, atol=6e-8)
     difference = dequantize_groups(codes, scale, zero) - dequantize_groups(true_codes, true_scale, true_zero)
     assert (difference.abs().unflatten(-1, (step.shape[-1], -1)) <= 1.02 * step.unsqueeze(-1)).all()
 

@@ -16,12 +16,14 @@ from cache_model import BLOCK, MASSIVE, RECORDED, Call, Token, TokenList
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from benchmarks.random_models import random_statistics
 from rotatekv import PRESETS, QuantConfig
 from rotatekv.cache.cache import RotateKVCache
 from rotatekv.cache.fused_call import exact_tokens
 from rotatekv.cache.spec import CacheSpec
-from rotatekv.methods import LayerGeometry, build_method
+from rotatekv.methods import LayerGeometry, build_method, method_class
 from rotatekv.rope import LayerRope, ModelRope
+from rotatekv.statistics import CalibrationTarget
 
 HEADS, DIM, HIDDEN = 2, 16, 8
 OPERATIONS = 22
@@ -42,17 +44,12 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 def new_cache(config: QuantConfig, sliding_window: int | None) -> RotateKVCache:
     """An empty cache of one layer."""
-    generator = torch.Generator().manual_seed(0)
-    channels, statistics = HEADS * DIM, None
+    geometry, statistics = LayerGeometry(0, HEADS, DIM), None
     if config.method == "rotatekv_plus":
-        statistics = {
-            "key_mean": torch.randn(channels, generator=generator),
-            "key_scale": torch.rand(channels, generator=generator) + 0.5,
-            "reorder_index": torch.randperm(channels, generator=generator),
-            "extra_bit_rank": torch.tensor([0.1, 0.9]),
-            "sink_threshold": torch.tensor([MASSIVE]),
-        }
-    method = build_method(config, LayerGeometry(0, HEADS, DIM), statistics)
+        found = random_statistics("plus", CalibrationTarget("", 1, HEADS, DIM))
+        found = method_class(config).plan(config, found, [geometry]) | {"sink_threshold": torch.tensor([[MASSIVE]])}
+        statistics = {name: x[0] for name, x in found.items()}
+    method = build_method(config, geometry, statistics)
     text_config = LlamaConfig(num_hidden_layers=1, head_dim=DIM, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
     if sliding_window is not None:
         text_config.layer_types, text_config.sliding_window = ["sliding_attention"], sliding_window

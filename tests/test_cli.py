@@ -118,7 +118,7 @@ def test_two_methods_at_once_are_refused_by_name(flags, names):
         ("quantize_prefill", "False", False),
         ("num_sink_entries", "5", 5),
         ("residual_length", "32", 32),
-        ("extra_bit_share", "0.3", 0.3),
+        ("bits", "2.5", 2.5),
         ("sink_selection", "first", "first"),
     ],
 )

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from kernel_cases import Shape, Write, assert_written, error, pack_blocks, random_step, random_write, with_options
 
 from rotatekv.kernels import cpu
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.blocks import quantize_into_blocks_reference
 from rotatekv.kernels.cpu import build
 from rotatekv.kernels.decode_attention import decode_attention_reference
@@ -77,7 +76,6 @@ def shapes(draw) -> Shape:
         value_bits=draw(st.integers(2, 4)),
         value_group=draw(st.sampled_from(groups)),
         tokens_per_scale=tokens_per_scale,
-        plus=not tokens_per_scale and draw(st.booleans()),
         rotary_dim=draw(st.sampled_from([0, head_dim, head_dim // 2, 8])),
         unrotate_values=has_hadamard(head_dim) and draw(st.booleans()),
         padding=tuple(draw(st.integers(0, tokens)) for _ in range(batch)),
@@ -181,10 +179,8 @@ def written(step: dict, write, **options):
     geometry=st.sampled_from(WRITES),
     magnitude=st.sampled_from([1e-3, 1, 3e4]),
     clip=st.sampled_from([0.8, 1.0]),
-    compact=st.booleans(),
     reorder=st.booleans(),
     rotate=st.booleans(),
-    affine=st.booleans(),
     rotary=st.sampled_from([0, 1, 2]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     layout=st.sampled_from(["heads", "tokens", "slice"]),
@@ -200,10 +196,8 @@ def test_writes_are_those_of_torch(
     geometry,
     magnitude,
     clip,
-    compact,
     reorder,
     rotate,
-    affine,
     rotary,
     dtype,
     layout,
@@ -223,10 +217,8 @@ def test_writes_are_those_of_torch(
             bits=bits,
             group_size=group_size,
             clip_ratio=clip,
-            compact=compact,
             reorder=reorder,
             heads_per_group=heads_per_group * rotate,
-            affine=affine,
             rotary_dim=head_dim // 4 * 2 * rotary,
             dtype=dtype,
             layout=layout,
@@ -238,13 +230,10 @@ def test_writes_are_those_of_torch(
     assert_written(made, written(step, quantize_into_blocks_reference), step, exactly=not step["rotation_width"])
 
 
-@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("magnitude", [1e-7, 1, 3e4])
-def test_odd_numbers_are_quantized_bit_for_bit_as_by_torch(magnitude, instruction_set, compact):
-    step = random_write(
-        Write(batch=2, tokens=20, bits=3, compact=compact, clip_ratio=0.8, magnitude=magnitude, reorder=True)
-    )
+def test_odd_numbers_are_quantized_bit_for_bit_as_by_torch(magnitude, instruction_set):
+    step = random_write(Write(batch=2, tokens=20, bits=3, clip_ratio=0.8, magnitude=magnitude, reorder=True))
     heads = step["heads"]
     heads[:, :, 0], heads[:, :, 1], heads[0, :, 2], heads[:, 1, 3] = 0.0, 5.0, 1e6, torch.arange(64) * 0.5 * magnitude
     made = written(step, cpu.quantize_into_blocks, instruction_set=instruction_set)
@@ -412,8 +401,6 @@ def _exact(step: dict, **last):
         {"rotation_width": -48},
         {"rotation_width": 32},
         {"rotation_width": 2**40},
-        {"affine": Affine(torch.ones(48), torch.ones(47))},
-        {"affine": Affine(torch.ones(48).double(), torch.ones(48))},
         {"unrope": (torch.ones(2, 5, 9),) * 2},
         {"unrope": (torch.ones(2, 5, 8).double(),) * 2},
         {"unrope": (torch.ones(2, 5, 8), torch.ones(2, 5, 4))},
@@ -502,10 +489,9 @@ def test_a_cache_whose_memory_moved_is_found_where_it_lies():
 
 
 def test_a_call_with_other_arguments_forgets_what_blocks_remember_of_the_last_one():
-    shape = Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4, window=5, sinks=3, plus=True)
+    shape = Shape(batch=2, tokens=70, rotary_dim=64, key_bits=3, value_bits=4, window=5, sinks=3)
     step, other = random_step(shape), random_step(replace(shape, seed=1))
     kept = step | {name: Blocks(step[name]) for name in ("keys", "values")}
-    affine = Affine(step["options"].key_affine.factor, other["options"].key_affine.offset)
     for change in (
         {"exact": None},
         {"values": other["values"]},
@@ -517,8 +503,6 @@ def test_a_call_with_other_arguments_forgets_what_blocks_remember_of_the_last_on
             {"options": replace(step["options"], **options)}
             for options in (
                 {"rope": None},
-                {"key_affine": None},
-                {"key_affine": affine},
                 {"sliding_window": 9},
                 {"unrotate_values": True},
                 {"softmax_scale": 0.5},
@@ -545,14 +529,12 @@ def test_keys_with_scales_per_channel_are_remembered_by_their_values():
 
 
 def test_a_write_with_other_arguments_forgets_what_blocks_remember_of_the_last_one():
-    write = Write(batch=2, tokens=3, start=17, bits=3, rotary_dim=64, affine=True, reorder=True, heads_per_group=3)
+    write = Write(batch=2, tokens=3, start=17, bits=3, rotary_dim=64, reorder=True, heads_per_group=3)
     step, other = random_write(write), random_write(replace(write, seed=1))
     kept = step["packed"]
     for change in (
         {"order": None},
         {"order": other["order"]},
-        {"affine": None},
-        {"affine": other["affine"]},
         {"unrope": None},
         {"rotation_width": 64},
         {"clip_ratio": 0.8},

@@ -66,7 +66,8 @@ def test_kernels_decode_as_the_reference_path(case, device, monkeypatch):
         fused = decoded(model, device)
         monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
         expected = decoded(model, device)
-    assert (fused - expected).norm() < 1e-2 * expected.norm()
+    # RotateKV+'s kernel rounds queries: here by a sixtieth of what it rounds random keys by, which is all they say.
+    assert (fused - expected).norm() < (3e-2 if case.endswith("+") else 1e-2) * expected.norm()
 
 
 @on_both(SHAPES, SHAPES[:1])

@@ -25,10 +25,12 @@ from rotatekv.kernels.triton.dry_run import DryRun
 from rotatekv.kernels.triton.start import Unusable, start, unusable
 
 # capability, heads, preset: kernels compiled. transform (with a rotation), quantize and dequantize, for keys and
-# for values where these differ, split, merge, and exact where there are sinks or a window: once each. The first
-# capability is the smallest GPU's.
+# for values where these differ, split, merge, and exact where there are sinks or a window: once each. RotateKV+: map,
+# quantize and read for keys and for values, queries, split, merge and exact. The first capability is the least one's.
 MODELS = {
-    (86, "14/2x64", "RotateKV3+"): 9,
+    (86, "14/2x64", "RotateKV3+"): 10,
+    (90, "32/8x128", "RotateKV2+"): 10,
+    (80, "8/1x256", "RotateKV4+"): 10,
     (90, "32/8x128", "RotateKV2"): 9,
     (86, "9/3x64", "RotateKV2"): 9,
     (86, "32/8x128", "QuaRot4"): 5,
@@ -55,7 +57,7 @@ def test_a_models_launches_compile_and_fit(capability, heads, preset):
     """Prompts of 1 to 4097 tokens, batches of 1 to 160, 1 to 16 new tokens, 300 decode steps."""
     with DryRun(capability, resources=True) as dry:
         run_case(heads, preset)
-    assert failures(dry) == []
+    assert failures(dry, preset) == []
     assert len(dry.compiled) == MODELS[capability, heads, preset]
     assert max(kernel.shared for kernel in dry.compiled) <= 99 * 1024  # sm_86 and sm_89, whatever this one is
 
@@ -149,23 +151,26 @@ def test_a_refused_kernel_is_named_once_and_never_tried_again():
     assert dry.refused == {"some_kernel": "ValueError: a dot too small"}
 
 
-@pytest.mark.parametrize("preset", ["RotateKV3+"])
-def test_torch_does_what_a_gpu_too_small_cannot(preset, monkeypatch):
+@pytest.mark.parametrize(
+    ("preset", "refused"),
+    [("RotateKV3", ("transform", "dequantize", "split")), ("RotateKV3+", ("coded_map", "coded_read", "coded_queries"))],
+)
+def test_torch_does_what_a_gpu_too_small_cannot(preset, refused, monkeypatch):
     """Every kernel refused for its shared memory, in the middle of a forward: the numbers of the reference path."""
     monkeypatch.setitem(dry_run.SHARED_MEMORY, 86, -1)
     model, results = tiny_model(), {}
-    ids = torch.randint(8, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(8, 128, (2, 60), generator=torch.Generator().manual_seed(1))
 
     def logits() -> torch.Tensor:
         with patch_random(model, preset), torch.no_grad():
             cache = RotateKVCache.for_model(model)
-            calls = (ids[:, :36], ids[:, 36:37], ids[:, 37:38], ids[:, 38:])
+            calls = (ids[:, :56], ids[:, 56:57], ids[:, 57:58], ids[:, 58:])
             return torch.cat([model(call, past_key_values=cache).logits for call in calls], dim=1)
 
     with DryRun(86) as dry, pytest.warns(RuntimeWarning, match="OutOfResources") as said:
         results["triton"] = logits()
         shapes = len(unusable)
-    assert {"transform_kernel", "dequantize_kernel", "split_kernel"} == set(dry.refused) and not dry.launches
+    assert {f"{name}_kernel" for name in refused} == set(dry.refused) and not dry.launches
     assert sum("Triton kernel" in str(warning.message) for warning in said) == shapes
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
     results["reference"] = logits()

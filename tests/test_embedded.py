@@ -53,8 +53,8 @@ def test_the_fused_kernel_costs_less_than_attention_in_bfloat16(embedded, method
         monkeypatch.setenv("ROTATEKV_BACKEND", "cpu")
         fused = decode(model, start, tokens)
     error, allowed = ((x - reference).abs().mean(-1) for x in (fused, rounded))  # (STEPS,)
-    assert 0 < error[0] < allowed[0]  # no code is another one yet
-    assert error.mean() < 1.5 * allowed.mean()
+    assert error[0] > 0  # it is another path
+    assert error.median() < allowed.median() and error.mean() < 1.5 * allowed.mean()
 
 
 def test_rotatekv2_beats_plain_rounding(embedded):

@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import left_padding, logits
-from families import FAMILIES, find_decoder, random_orders, token_ids
+from families import FAMILIES, find_decoder, token_ids
 from oracle import OracleCache, watching
 from torch import nn
 from transformers import DynamicCache
 
+from benchmarks.random_models import random_statistics
 from rotatekv import PRESETS, RotateKVCache, patch_model
 from rotatekv.cache.layer import RotateKVLayer
-from rotatekv.statistics import save_statistics
+from rotatekv.methods import rotatekv_plus
+from rotatekv.patching.patch import first_geometry
+from rotatekv.statistics import CalibrationTarget, save_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KIVI = {"k_groupsize": 16, "v_groupsize": 16, "residual_length": 8}
@@ -24,7 +27,7 @@ CONFIGS = {
     "TurboQuant2": PRESETS["TurboQuant2"],
     "KVQuant2": PRESETS["KVQuant2"],
     "KIVI2": replace(PRESETS["KIVI2"], **KIVI),
-    "RotateKV2+": PRESETS["RotateKV2+"],
+    "RotateKV2+": replace(PRESETS["RotateKV2+"], residual_length=16),
 }
 NAMES = ("llama, yarn", "mistral, sliding", "gemma3, one head of 256", "smollm3", "glm", "gpt_neox")
 TOKENS = 56
@@ -66,14 +69,35 @@ class CodecCache(OracleCache):
         if not keys.shape[2]:
             return keys, values
         now, self.position_ids = self.position_ids, positions
-        plain = self.before_rope(keys.double(), layer) if method.keys_before_rope else keys
-        fake = method.keys_out(method.decode_keys(method.encode_keys(method.keys_in(plain.float())))).double()
+        back, forth, mean = None, None, 0.0
         if method.keys_before_rope:
             angles, scaling = self.angles(layer)
-            fake = self.turned(fake, angles.cos() * scaling, angles.sin() * scaling)
+            back, forth = (
+                (angles.cos() / scaling, -angles.sin() / scaling),
+                (angles.cos() * scaling, angles.sin() * scaling),
+            )
+        elif method.key_frames is not None:
+            back, forth, mean = self.frames(method, layer, positions)
+        plain = keys.double() if back is None else self.turned(keys.double(), *back)
+        plain = plain - mean
+        fake = method.keys_out(method.decode_keys(method.encode_keys(method.keys_in(plain.float())))).double() + mean
+        fake = fake if forth is None else self.turned(fake, *forth)
         self.position_ids = now
         of_values = method.values_out(method.decode_values(method.encode_values(method.values_in(values.float()))))
         return fake.to(keys.dtype), of_values.to(values.dtype)
+
+    def frames(self, method, layer: int, positions: torch.Tensor):
+        """cos and sin to turn keys back by the position of their frame's first token, and forth, and the keys' mean
+        turned to the place of each in the frame."""
+        size, mean = method.key_frames.size, method.key_frames.mean.double()[None, :, None]
+        first = positions[:, torch.arange(positions.shape[1]) // size * size]
+        self.position_ids = first
+        of_frame, _ = self.angles(layer)
+        self.position_ids = positions - first
+        angles, _ = self.angles(layer)
+        mean = mean.expand(len(positions), -1, positions.shape[1], -1)
+        forth = of_frame.cos(), of_frame.sin()
+        return (forth[0], -forth[1]), forth, self.turned(mean, angles.cos(), angles.sin())
 
     def exact_of(self, method, layer: int) -> torch.Tensor:
         """(B, T) bool of the call's tokens: those that stay in float16."""
@@ -85,13 +109,16 @@ class CodecCache(OracleCache):
 
 
 def statistics_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    orders, generator = random_orders(model), torch.Generator().manual_seed(2)
-    draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
-    shape = orders.shape
-    if kind == "kvquant":
-        names = [(f"{x}_levels{bits}", bits) for x in ("key", "value") for bits in (2, 3, 4)]
-        levels = {name: (2 * draw(shape[0], 2**bits) - 1).sort(-1).values for name, bits in names}
-        return {"key_offset": draw(*shape) - 0.5, "key_scale": 0.5 + 2 * draw(*shape), **levels}
+    geometry = first_geometry(find_decoder(model))
+    target = CalibrationTarget("", len(find_decoder(model).layers), geometry.num_key_value_heads, geometry.head_dim)
+    found = random_statistics(kind, target)
+    if kind == "plus":
+        found["sink_threshold"] = massive_thresholds(model)
+    return found
+
+
+def massive_thresholds(model: nn.Module) -> torch.Tensor:
+    """(L, 1), of which one token in ten lies above."""
     thresholds = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: thresholds.append(args[0].abs().amax(-1).quantile(0.9)))
@@ -100,18 +127,13 @@ def statistics_of(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     logits(model, DynamicCache(config=model.config), token_ids(2, TOKENS), (TOKENS,))
     for hook in hooks:
         hook.remove()
-    return {
-        "key_mean": draw(*shape) - 0.5,
-        "key_scale": draw(*shape) + 0.5,
-        "reorder_index": orders,
-        "extra_bit_rank": torch.linspace(0, 1, 2 * shape[0]).view(-1, 2),
-        "sink_threshold": torch.stack(thresholds).float()[:, None],
-    }
+    return torch.stack(thresholds).float()[:, None]
 
 
 @pytest.fixture
 def patched(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
+    monkeypatch.setattr(rotatekv_plus, "FRAME", 24)  # several frames in a text
 
     def patch(model: nn.Module, config):
         kind = {"kvquant": "kvquant", "rotatekv_plus": "plus"}.get(config.method)

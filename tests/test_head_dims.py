@@ -9,9 +9,14 @@ import torch
 from conftest import tiny_model
 from kernel_cases import pack_blocks
 
+from benchmarks.random_models import random_statistics
 from rotatekv import PRESETS, RotateKVCache, UserError, patch_model
+from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
 from rotatekv.kernels.hadamard import base_matrix, hadamard_base, hadamard_matrix, has_hadamard, rotate_channels
+from rotatekv.methods import method_class
+from rotatekv.patching.patch import resolved_head_group
+from rotatekv.statistics import CalibrationTarget, save_statistics
 
 HEAD_DIMS = (56, 72, 88, 100, 104, 112, 120, 144)
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler: the kernels are not built")
@@ -64,24 +69,15 @@ def shaped(head_dim: int, heads: int) -> torch.nn.Module:
 
 
 def calibrated(model, preset: str, folder):
-    """The preset, and a file of made-up statistics where it needs one."""
-    from rotatekv.families import find_text_model
-    from rotatekv.methods import method_class
-    from rotatekv.patching.patch import resolved_head_group
-    from rotatekv.statistics import KINDS, save_statistics
-
-    kind, text_model = method_class(PRESETS[preset]).statistics_kind(PRESETS[preset]), find_text_model(model)
+    """A file of random statistics, where the preset needs one."""
+    kind = method_class(PRESETS[preset]).statistics_kind(PRESETS[preset])
     if kind is None:
         return None
-    channels = model.config.num_key_value_heads * model.config.head_dim
-    rows = {name: (dtype, width or channels) for name, (dtype, width) in KINDS[kind].tensors.items()}
-    tensors = {name: torch.linspace(-1, 1, width).repeat(1, 1) for name, (_, width) in rows.items()}
-    tensors |= {name: torch.full((1, rows[name][1]), 1.5) for name in rows if "scale" in name or "threshold" in name}
-    tensors |= {name: torch.randperm(channels)[None] for name in rows if name in ("indices", "reorder_index")}
-    if "extra_bit_rank" in rows:
-        tensors["extra_bit_rank"] = torch.tensor([[0.1, 0.9]])
-    group = resolved_head_group(text_model, PRESETS[preset])
+    group = resolved_head_group(find_text_model(model), PRESETS[preset])
     model.name_or_path = "tiny"
+    tensors = random_statistics(
+        kind, CalibrationTarget("tiny", 1, model.config.num_key_value_heads, model.config.head_dim)
+    )
     return save_statistics(folder / "s.safetensors", kind, tensors, {"model": "tiny", "head_group_num": group})
 
 
@@ -109,6 +105,10 @@ def test_every_preset_gives_what_torch_gives(head_dim, heads, tmp_path, monkeypa
             "RotateKV3",
             "RotateKV2+",
         ):
+            continue
+        if config.method == "rotatekv_plus" and head_dim % 16:
+            with pytest.raises(UserError, match=f"head_dim {head_dim} has others"):
+                patch_model(model, config)
             continue
         if config.method == "kivi":  # the preset's groups of 32 values divide none of these heads
             config = told(model, config)

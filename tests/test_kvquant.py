@@ -12,6 +12,7 @@ from conftest import save_reorder_indices, save_tiny_folder, tiny_model, tiny_te
 from safetensors.torch import load_file
 
 import calibrate_reorder
+from benchmarks.random_models import random_statistics as random_kind
 from rotatekv import PRESETS, RotateKVCache, UserError, load_model, patch_model
 from rotatekv import statistics as statistics_module
 from rotatekv.cache.sinks import first_tokens
@@ -23,18 +24,12 @@ from rotatekv.statistics import CalibrationTarget, load_statistics, save_statist
 
 LAYERS, HEADS, DIM = 2, 3, 16
 CHANNELS = HEADS * DIM
-TARGET = CalibrationTarget("tiny", LAYERS, CHANNELS)
+TARGET = CalibrationTarget("tiny", LAYERS, HEADS, DIM)
 
 
-def random_statistics(channels: int = CHANNELS, layers: int = LAYERS, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_statistics(heads: int = HEADS) -> dict[str, torch.Tensor]:
     """Ranges and uneven levels; the ranges are too narrow for some numbers, so that outliers are clipped."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
-    tensors = {"key_offset": draw(layers, channels) - 0.5, "key_scale": 0.5 + 2 * draw(layers, channels)}
-    for bits in (2, 3, 4):
-        for kind in ("key", "value"):
-            tensors[f"{kind}_levels{bits}"] = (2 * draw(layers, 2**bits) - 1).sort(dim=-1).values
-    return tensors
+    return random_kind("kvquant", replace(TARGET, heads=heads))
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def statistics_file(tmp_path):
 
 
 def codec_of(preset: str, channels: int = CHANNELS):
-    statistics = {name: x[0] for name, x in random_statistics(channels).items()}
+    statistics = {name: x[0] for name, x in random_statistics(channels // DIM).items()}
     codec = build_method(PRESETS[preset], LayerGeometry(0, channels // DIM, DIM), statistics)
     return codec, {name: x.double().numpy() for name, x in statistics.items()}
 
@@ -308,7 +303,7 @@ def test_a_file_of_another_model_shape_or_kind_is_refused(statistics_file, tmp_p
     assert all(torch.equal(loaded[name], x) for name, x in random_statistics().items())
     assert "made for tiny, not for org/other" in refused(statistics_file, model_id="org/other")
     assert "(2, 48), the model needs (3, 48)" in refused(statistics_file, num_layers=3)
-    assert "(2, 48), the model needs (2, 64)" in refused(statistics_file, channels=64)
+    assert "(2, 48), the model needs (2, 64)" in refused(statistics_file, heads=4)
     order = torch.arange(CHANNELS).expand(LAYERS, -1)
     indices = save_reorder_indices(tmp_path / "order.safetensors", order, {"head_group_num": 3})
     assert "not a KVQuant-statistics file" in refused(indices)
@@ -365,7 +360,7 @@ def test_the_calibrate_command_makes_what_patch_model_finds(tmp_path, monkeypatc
 
 def test_shipped_statistics_fit_the_embedded_model():
     path = statistics_module._ROOT / "reorder_indices" / "smollm2-135m.kvquant.safetensors"
-    tensors = load_statistics("kvquant", CalibrationTarget("smollm2-135m", 30, 192), path)
+    tensors = load_statistics("kvquant", CalibrationTarget("smollm2-135m", 30, 3, 64), path)
     assert path.stat().st_size < 100_000
     for name in ("key_levels2", "value_levels4"):
         assert (tensors[name].diff(dim=-1) > 0).all() and tensors[name].abs().max() <= 1

@@ -15,6 +15,7 @@ from rotatekv import PRESETS, RotateKVCache
 from rotatekv.calibration import kvquant as calibration_kvquant
 from rotatekv.calibration import plus as calibration_plus
 from rotatekv.calibration import reorder as calibration_reorder
+from rotatekv.calibration import transform as calibration_transform
 from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
 from rotatekv.kernels import hadamard as transforms
@@ -112,14 +113,9 @@ def calibrated(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {"indices": calibration_reorder.indices_from_key_sums(sums, 96)}
     offset, scale = calibration_kvquant.collect_key_ranges(model, text_model, windows, 78)
     found |= {"offset": offset, **calibration_kvquant.collect_levels(model, text_model, windows, offset, scale)}
-    mean, scale = calibration_plus.collect_key_factors(model, text_model, windows)
-    statistics = {
-        "key_mean": mean,
-        "key_scale": scale,
-        "reorder_index": calibration_plus.order_channels(model, text_model, windows, mean, scale, 96),
-        "sink_threshold": calibration_plus.collect_sink_thresholds(model, text_model, windows),
-    }
-    return found | statistics | {"rank": calibration_plus.rank_sensitivity(model, windows, statistics)}
+    threshold = calibration_plus.collect_sink_thresholds(model, text_model, windows)
+    plus = calibration_transform.collect_transforms(model, windows, threshold) | {"sink_threshold": threshold}
+    return found | plus | calibration_plus.in_predictions(model, windows, plus)
 
 
 def test_default_dtype_and_device_change_no_calibration():

@@ -137,16 +137,15 @@ def test_one_token_and_a_batch_of_one_token_rows(shape, dtype):
         assert torch.equal(rounded(x[row : row + 1]), whole[row : row + 1])
 
 
-@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_a_permutation_decides_only_which_channels_share_a_scale(bits, compact):
+def test_a_permutation_decides_only_which_channels_share_a_scale(bits):
     """The paper's words, permute and quantize and permute back, against groups that are gathered where they lie."""
     x, order = random(2, 5, 48), torch.randperm(48, generator=torch.Generator().manual_seed(bits))
     group_of_channel = torch.empty(48, dtype=torch.int64)
     for place, channel in enumerate(order.tolist()):
         group_of_channel[channel] = place // 16
-    found = quantize(x, bits, 16, group_of_channel, 0.8, compact)
-    codes, scale, zero = quantize_groups(x[..., order], bits, 16, 0.8, compact)
+    found = quantize(x, bits, 16, group_of_channel, 0.8)
+    codes, scale, zero = quantize_groups(x[..., order], bits, 16, 0.8)
     assert torch.equal(found["codes"][..., order], codes)
     assert torch.equal(found["scale"], scale) and torch.equal(found["zero"], zero)
     back = dequantize(**found, group_of_channel=group_of_channel)

@@ -58,9 +58,11 @@ def test_the_group_size_named_where_one_does_not_fit(config):
 @pytest.mark.parametrize(
     ("preset", "changes", "kept"),
     [
-        ("RotateKV2+", {"Grouped_Head_Key_Rotation": False}, {"Grouped_Head_Key_Rotation": True}),
+        ("RotateKV2+", {"Grouped_Head_Key_Rotation": True}, {"Grouped_Head_Key_Rotation": False}),
+        ("RotateKV2+", {"v_bits": 4}, {"bits": 3.0, "v_bits": 2}),
+        ("RotateKV3+", {"bits": None}, {"bits": 2.0}),
         ("RotateKV2", {"Grouped_Head_Key_Rotation": False}, {"Outlier_Aware_Key_Rotation": False}),
-        ("RotateKV4+", {"extra_bit_share": 1.0}, {"extra_bit_share": 0.0}),
+        ("RTN2", {"bits": 2.0}, {"bits": None}),
         ("RTN2", {"sink_selection": "massive"}, {"sink_selection": "detected"}),
         ("TurboQuant2", {"k_groupsize": 8}, {"k_groupsize": None}),
     ],
@@ -98,12 +100,12 @@ def test_the_command_that_makes_a_missing_or_foreign_file(where, preset, heads, 
     kind = {"RotateKV2": "reorder", "RotateKV2+": "plus", "KVQuant2": "kvquant"}[preset]
     file = {"a path": "some/file.safetensors", "the authors' path": "some/file.pt"}.get(where)
     if where.startswith("of"):
-        if where == "of other groups" and preset == "KVQuant2":
-            return
         file = calibrated(model, ["--statistics", kind, "--head_group_num", "6"], tmp_path, monkeypatch)
         model.name_or_path = "other" if where == "of another model" else "tiny"
         (tmp_path / file).rename("of-the-first.safetensors")
         file = "of-the-first.safetensors"
+        if where == "of other groups" and preset != "RotateKV2":
+            return works(model, config, file)  # they rotate no groups
     line = refusal(model, config, file)
     told = shlex.split(re.search(r"calibrate_reorder\.py([^,:]*?)(?:,| and |$)", line)[1])
     assert told[told.index("--model") + 1] == model.name_or_path

@@ -17,7 +17,8 @@ from rotatekv.calibration.score_errors import LARGE_ERROR, describe, presets_for
 from rotatekv.patching.patch import build_methods
 
 PER_TOKEN = [f"{name}{bits}" for name in ("RTN", "QuaRot", "TurboQuant", "RotateKV") for bits in (2, 3, 4)]
-BY_CHANNEL = ["KIVI2", "KIVI4", *(f"{name}" for bits in (2, 3, 4) for name in (f"KVQuant{bits}", f"RotateKV{bits}+"))]
+# RotateKV2+ is neither: with heads of 16 channels a quarter of its bits are scales.
+BY_CHANNEL = ["KIVI2", "KIVI4", "KVQuant2", "KVQuant3", "KVQuant4", "RotateKV3+", "RotateKV4+"]
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -105,6 +106,6 @@ def test_large_key_biases_are_warned_of_where_keys_are_rounded_per_token(biased,
     errors, out = calibrated(capsys, "kvquant")
     assert errors.keys() == PRESETS.keys() - {"FP16"} and "not checked" not in out
     warned = re.search("^warning: (.*): in some layers the error is above 50%", out, flags=re.MULTILINE)[1].split(", ")
-    assert set(warned) == set(PER_TOKEN)
+    assert set(warned) - {"RotateKV2+"} == set(PER_TOKEN)
     assert all(errors[name] > LARGE_ERROR for name in PER_TOKEN), errors
     assert all(errors[name] < LARGE_ERROR for name in BY_CHANNEL), errors

@@ -15,7 +15,15 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
 
 TESTS = Path(__file__).parent
-FEWEST_CASES = {"attention": 26, "quantize": 29, "dequantize": 24, "model": 5}
+FEWEST_CASES = {
+    "attention": 23,
+    "quantize": 15,
+    "dequantize": 18,
+    "coded_attention": 26,
+    "coded_write": 13,
+    "coded_read": 6,
+    "model": 6,
+}
 
 
 def _environment(**changes: str) -> dict[str, str]:
@@ -26,7 +34,7 @@ def _environment(**changes: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[str, str]:
-    """Every case of interpreted_triton.py, run in a process where triton interprets: name → what failed, or ""."""
+    """Every case of both files, run in a process where triton interprets: name → what failed, or ""."""
     report = tmp_path_factory.mktemp("triton") / "report.xml"
     command = [
         sys.executable,
@@ -39,7 +47,7 @@ def interpreted(tmp_path_factory) -> dict[str, str]:
         f"--junitxml={report}",
         "--rootdir",
         str(TESTS.parent),
-        str(TESTS / "interpreted_triton.py"),
+        *(str(TESTS / f"interpreted_{name}.py") for name in ("triton", "coded")),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, env=_environment(TRITON_INTERPRET="1"), timeout=900, cwd=report.parent
@@ -59,8 +67,9 @@ def test_triton_kernel_equals_torch(interpreted, kernel):
     assert not failed, "\n\n".join(failed)[-5000:]
 
 
-def test_triton_refuses_damaged_arguments(interpreted):
-    assert interpreted["test_damaged_arguments_are_refused"] == ""
+@pytest.mark.parametrize("arguments", ["arguments", "coded_arguments"])
+def test_triton_refuses_damaged_arguments(interpreted, arguments):
+    assert interpreted[f"test_damaged_{arguments}_are_refused"] == ""
 
 
 def test_triton_is_not_imported_with_the_package():

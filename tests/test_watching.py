@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 from rotatekv import PRESETS, patch_model
 from rotatekv.calibration.kvquant import collect_key_ranges, collect_levels
-from rotatekv.calibration.plus import collect_key_factors, collect_sink_thresholds, order_channels, rank_sensitivity
+from rotatekv.calibration.plus import collect_sink_thresholds, in_predictions
 from rotatekv.calibration.reorder import collect_key_sums, indices_from_key_sums
 from rotatekv.calibration.score_errors import describe, presets_for, score_errors
+from rotatekv.calibration.transform import collect_transforms
 from rotatekv.capture.hooks import CaptureRequest, capture_window
 from rotatekv.families import attention_modules
 from rotatekv.patching.watching import Attended, stream_attention, watching
@@ -103,15 +104,13 @@ def calibrated(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     decoder, windows = find_decoder(model), [token_ids(1, 60, seed) for seed in (1, 2)]
     sums = collect_key_sums(model, decoder, windows)
     width = sums.shape[1]
-    mean, scale = collect_key_factors(model, decoder, windows)
-    order = order_channels(model, decoder, windows, mean, scale, width)
     threshold = collect_sink_thresholds(model, decoder, windows)
-    plus = {"key_mean": mean, "key_scale": scale, "reorder_index": order, "sink_threshold": threshold}
+    plus = collect_transforms(model, windows, threshold) | {"sink_threshold": threshold}
     offset, half = collect_key_ranges(model, decoder, windows, 2 * 59)
     levels = collect_levels(model, decoder, windows, offset, half)
     return {
         "reorder": {"indices": indices_from_key_sums(sums, width)},
-        "plus": plus | {"extra_bit_rank": rank_sensitivity(model, windows[:1], plus)},
+        "plus": plus | in_predictions(model, windows[:1], plus),
         "kvquant": {"key_offset": offset, "key_scale": half, **levels},
     }
 
@@ -123,22 +122,25 @@ def test_a_layer_without_attention_has_a_row_that_says_nothing(name, tmp_path, m
     model.name_or_path = name
     found, channels = calibrated(model), torch.arange(32)
     plus, kvquant = found["plus"], found["kvquant"]
-    assert torch.equal(found["reorder"]["indices"][0], channels) and torch.equal(plus["reorder_index"][0], channels)
-    assert not plus["key_mean"][0].any() and (plus["key_scale"][0] == 1).all() and not kvquant["key_offset"][0].any()
-    assert plus["extra_bit_rank"][0].min() > 1 and sorted(plus["extra_bit_rank"][1].tolist()) == [0.25, 0.75]
+    assert torch.equal(found["reorder"]["indices"][0], channels) and not kvquant["key_offset"][0].any()
+    assert (
+        not any(x[0].any() for x in plus.values())
+        and (plus["key_cost"][1] > 0).all()
+        and plus["value_cost"][1].min() > 0
+    )
     even = (torch.arange(4) + 0.5) / 2 - 1
     torch.testing.assert_close(kvquant["key_levels2"][0], even, rtol=0, atol=1e-3)
     for tensor in (found["reorder"]["indices"], *plus.values(), *kvquant.values()):
         assert not torch.equal(tensor[0], tensor[1])
     for kind, preset in (("reorder", "RotateKV2"), ("plus", "RotateKV2+"), ("kvquant", "KVQuant2")):
         path = save_statistics(tmp_path / f"{kind}.safetensors", kind, found[kind], {})
-        load_statistics(kind, CalibrationTarget(name, 2, 32, 2), path)
+        load_statistics(kind, CalibrationTarget(name, 2, 2, 16), path)
         with patch_model(model, preset, path), torch.no_grad():
             assert model(ids).logits.isfinite().all()
     codecs, _ = presets_for(model, "plus", tmp_path / "plus.safetensors")
-    errors = score_errors(model, [ids], codecs)["RotateKV2+"]
+    errors = score_errors(model, [ids], codecs)["RotateKV3+"]
     assert errors[0] == 0 < errors[1] < 0.5
-    assert f"{errors[1]:>8.2f}  1: {errors[1]:.2f}, 0: 0.00" in describe({"RotateKV2+": errors})[-1]
+    assert f"{errors[1]:>8.2f}  1: {errors[1]:.2f}, 0: 0.00" in describe({"RotateKV3+": errors})[-1]
 
 
 def test_scores_outside_a_sliding_window_do_not_count():

@@ -224,7 +224,7 @@ class RotateKVCache(Cache):
         call = self.fused_call
         if call is None or self.first_call_is_exact or (torch.is_grad_enabled() and query.requires_grad):
             return False
-        return self.layers[layer_idx].can_attend(call.kernels(query.device))
+        return self.layers[layer_idx].can_attend(call.kernels(query.device), call)
 
     @outside_compiled_graphs
     def update(

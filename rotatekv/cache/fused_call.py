@@ -22,10 +22,12 @@ class FusedCall:
     Args:
         leftpad: (B,) int32, the first token of each sequence that is not padding; its position is 0.
         length: tokens of a sequence, the new ones included.
+        is_padded: some leftpad is not 0.
     """
 
     leftpad: torch.Tensor
     length: int
+    is_padded: bool = False
     _kernels: dict[torch.device, ModuleType | None] = field(default_factory=dict, repr=False)
     _rows: dict = field(default_factory=dict, repr=False)
 
@@ -68,7 +70,7 @@ def plan_fused_call(positions: torch.Tensor, new_tokens: int, attention_mask: to
         torch.where(expected < 0, expected, positions), expected
     ):
         return None
-    return FusedCall(leftpad, length)
+    return FusedCall(leftpad, length, is_padded=attention_mask is not None and bool(leftpad.any()))
 
 
 def exact_tokens(sinks: Sinks | None, window: Window | None, packed: int) -> ExactTokens | None:

@@ -69,13 +69,14 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
         self.dtype = key_states.dtype  # the model's, which may be another one by now
         self._write(key_states, value_states, kernels, sinks)
 
-    def can_attend(self, kernels: ModuleType | None) -> bool:
+    def can_attend(self, kernels: ModuleType | None, call: FusedCall) -> bool:
         """Whether ``attend`` is right for the tokens just written: the method has a kernel, codes are packed, all
-        queries have one window."""
-        turns = self.rope is None or self.rope.is_half_split
-        return (
-            self.flushed is None and turns and self.method.fused_decode is not None and self.packed.are_read_by(kernels)
-        )
+        queries have one window, and a frame of keys starts where the kernel thinks it does."""
+        if self.flushed is not None or self.method.fused_decode is None or not self.packed.are_read_by(kernels):
+            return False
+        if self.method.key_frames is not None and call.is_padded:  # a frame may start with padding, at any position
+            return False
+        return self.rope is None or self.rope.is_half_split
 
     @storing
     @without_autocast
@@ -97,12 +98,13 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
             query.float().contiguous(),
             self.packed.keys.tensors,
             self.packed.values.tensors,
-            fused.keys.groups_on(device),
+            fused.group_of_channel(device),
             *call.rows(self.dropped, device),
             self.packed.length,
             self._kept(),
             fused.options(scaling, rope, device, self.sliding_window or 0),
             exact_tokens(self.sinks, self.window, self.packed.length),
+            self.dropped,
         )
         return output.to(query.dtype)
 
@@ -142,11 +144,19 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
 
     def _pack(self, keys: torch.Tensor, values: torch.Tensor, kernels: ModuleType | None) -> None:
         """Quantize (B, H_kv, T, D) tokens that follow the packed ones."""
-        unrope = None
-        if self.rope is not None:
-            first = self.dropped + self.packed.length
-            span = self.rope, first, first + keys.shape[2], self.dtype, keys.device
-            if kernels is not None and self.packed.keys.is_written_by_kernels and self.rope.is_half_split:
+        unrope: tuple[torch.Tensor, ...] | None = None
+        first = self.dropped + self.packed.length
+        last, half_split = first + keys.shape[2], self.rope is None or self.rope.is_half_split
+        by_kernel = kernels is not None and self.packed.keys.is_written_by_kernels and half_split
+        if self.method.key_frames is not None:
+            kernels = kernels if by_kernel else None
+            if not by_kernel:
+                keys = self.method.key_frames.enter(keys, self.rope, self.positions, first)
+            elif self.rope is not None:
+                unrope = self.positions.kernel_turns(self.rope, first, last, self.method.key_frames.size, keys.device)
+        elif self.rope is not None:
+            span = self.rope, first, last, self.dtype, keys.device
+            if by_kernel:
                 unrope = self.positions.kernel_unrope(*span)
             else:
                 keys = self.rope.unturn(keys, self.positions.tables(*span))

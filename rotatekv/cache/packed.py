@@ -12,7 +12,7 @@ import torch
 
 from rotatekv.methods import KVMethod
 from rotatekv.methods.formats import BlockFormat
-from rotatekv.methods.stores import CodeStore, Encoded, Store
+from rotatekv.methods.stores import CodeStore, Encoded, Store, TransformStore
 
 
 @dataclass
@@ -40,7 +40,7 @@ class PackedTokens:
         keys: torch.Tensor,
         values: torch.Tensor,
         kernels: ModuleType | None,
-        unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        unrope: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         """Quantize (B, H_kv, T, D) tokens. ``unrope``: what a kernel undoes the keys' RoPE with; None: nothing is."""
         method = self.method
@@ -65,11 +65,17 @@ class PackedTokens:
 
         Args:
             views: they may be what the stores hold; else they can be written to.
+
+        Returns:
+            in ``dtype``, but keys of frames, which are not as attention sees them yet, in float32.
         """
         method, kernels = self.method, kernels if self.are_read_by(kernels) else None
-        read = partial(_heads, shape, dtype, device, kernels, views)
-        keys = read(self.keys, method.key_format, method.decode_keys, method.keys_out)
-        return keys, read(self.values, method.value_format, method.decode_values, method.values_out)
+        key_dtype = dtype if method.key_frames is None else torch.float32
+        read = partial(_heads, shape, device=device, kernels=kernels, views=views)
+        return (
+            read(key_dtype, self.keys, method.key_format, method.decode_keys, method.keys_out),
+            read(dtype, self.values, method.value_format, method.decode_values, method.values_out),
+        )
 
     def crop(self, length: int) -> None:
         self.keys.crop(length)
@@ -94,20 +100,27 @@ class PackedTokens:
 def _heads(
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    device: torch.device,
-    kernels: ModuleType | None,
-    views: bool,
     store: Store,
     form: BlockFormat | None,
     decode: Callable[[Encoded], torch.Tensor],
     to_heads: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    device: torch.device,
+    kernels: ModuleType | None,
+    views: bool,
 ) -> torch.Tensor:
     """One of the two of ``PackedTokens.heads``, by kernels that read the store or by the codec."""
     if kernels is not None and form is not None and isinstance(store, CodeStore):
         return store.heads(form, shape[2], kernels).to(dtype)
+
+    def decoded() -> torch.Tensor:
+        if kernels is not None and isinstance(store, TransformStore):
+            return to_heads(store.channels(kernels))
+        return to_heads(decode(store.tokens()))
+
     if views and store.length == shape[2]:
-        return to_heads(decode(store.tokens())).to(dtype)
+        return decoded().to(dtype)
     heads = torch.empty(shape, dtype=dtype, device=device)
     if store.length:
-        heads[:, :, : store.length] = to_heads(decode(store.tokens()))
+        heads[:, :, : store.length] = decoded()
     return heads

@@ -70,7 +70,8 @@ class StoredTokens:
         self._clear()
 
     def set_rope(self, rope: LayerRope | None) -> None:
-        self.rope = rope if self.method.keys_before_rope else None
+        needs_rope = self.method.keys_before_rope or self.method.key_frames is not None
+        self.rope = rope if needs_rope else None
 
     def _clear(self) -> None:
         self.packed = PackedTokens.none(self.method)
@@ -100,7 +101,9 @@ class StoredTokens:
         batch, heads, dim = self._shape
         shape = batch, heads, self._kept(), dim
         keys, values = self.packed.heads(shape, self.dtype, self.device, kernels, views=self.sinks is None)
-        if self.rope is not None:
+        if self.method.key_frames is not None:
+            keys = self.method.key_frames.leave(keys, self.rope, self.positions, self.dropped).to(self.dtype)
+        elif self.rope is not None:
             span = self.dropped, self.get_seq_length()
             keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
         if self.window is not None:

@@ -1,103 +1,30 @@
-"""RotateKV+'s statistics of a model: key means and factors, and which layers need one more bit. By forward passes."""
+"""RotateKV+'s statistics of a model: what makes an activation massive, and what noise costs. By forward passes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.functional import kl_div
 
 from rotatekv.cache.sinks import largest_magnitude
 from rotatekv.config import PRESETS, QuantConfig
-from rotatekv.errors import UserError
 from rotatekv.families import attention_modules, find_text_model, layer_geometry
-from rotatekv.kernels.hadamard import heads_to_channels, rotate_channels
+from rotatekv.kernels.transform_coding import NOISE, SCALE_BITS
 from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
-from rotatekv.methods.rotatekv_plus import RotateKVPlus
+from rotatekv.methods.rotatekv_plus import LEAST_VALUE_BITS, VALUE_NOISE, RotateKVPlus
 from rotatekv.methods.stores import TokenStore
 from rotatekv.models.head import TOKENS_AT_ONCE, head_logits, run_without_head
-from rotatekv.patching.patch import first_geometry, patch_with_methods
+from rotatekv.patching.patch import patch_with_methods
 from rotatekv.patching.watching import Attended, stream_attention
 
 SINK_SHARE = 1 / 512  # of the tokens, whose largest hidden-state entry lies above the threshold
-FIRST_TOKENS = 16  # of a window, that do not count: the sinks among them are kept in 16 bits and are unlike the rest
-_SMALLEST = 1e-8
-
-
-@dataclass
-class _Moments:
-    """Sums over tokens of one layer: keys and their squares (C,), squared queries (C,), and how many."""
-
-    keys: torch.Tensor
-    squares: torch.Tensor
-    queries: torch.Tensor
-    tokens: int = 0
-
-    def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
-        """(B, H, T, D) and (B, H_kv, T, D), both before RoPE."""
-        keys = heads_to_channels(key)[:, FIRST_TOKENS:].double().flatten(0, 1)  # (B·T, C)
-        groups = query[:, :, FIRST_TOKENS:].unflatten(1, (key.shape[1], -1)).double()  # (B, H_kv, H / H_kv, T, D)
-        self.keys += keys.sum(0)
-        self.squares += keys.square().sum(0)
-        self.queries += groups.square().sum(dim=(0, 2, 3)).flatten()
-        self.tokens += len(keys)
-
-
-def collect_key_factors(
-    model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of each pre-RoPE key channel, and its factor (E q² / Var k)^¼, of geometric mean 1 in a layer.
-
-    E q² is the mean square of the pre-RoPE queries that meet the channel, summed over the heads that share it.
-
-    Args:
-        model: not patched. windows: token ids, (1, T) each; the first 16 of each do not count.
-
-    Returns:
-        mean, scale: (num_hidden_layers, H_kv·D) float32; 0 and 1 for a layer without attention.
-    """
-    zeros = torch.zeros(first_geometry(text_model).channels, dtype=torch.float64, device="cpu")
-    sums = [_Moments(*(zeros.clone() for _ in range(3))) for _ in text_model.layers]
-
-    def take(attended: Attended) -> None:
-        query, key = (attended.before_rope(x).cpu() for x in (attended.query, attended.key))
-        sums[attended.layer].add(query, key)
-
-    stream_attention(model, text_model, windows, take)
-    if not any(moments.tokens for moments in sums):
-        raise UserError(f"the calibration text has no window of more than {FIRST_TOKENS} tokens")
-    means, scales = zip(*(_factors(moments) for moments in sums), strict=True)
-    return torch.stack(means).float(), torch.stack(scales).float()
-
-
-def order_channels(
-    model: nn.Module,
-    text_model: nn.Module,
-    windows: Iterable[torch.Tensor],
-    key_mean: torch.Tensor,
-    key_scale: torch.Tensor,
-    width: int,
-) -> torch.Tensor:
-    """argsort of the variances of the rotated, centred and balanced key channels (ties in channel order).
-
-    Args:
-        key_mean, key_scale: of ``collect_key_factors``. width: channels per rotation group, G·D.
-
-    Returns:
-        (num_hidden_layers, H_kv·D) int64; in channel order for a layer without attention.
-    """
-    squares = torch.zeros(key_mean.shape, dtype=torch.float64, device="cpu")
-
-    def add(attended: Attended) -> None:
-        keys, number = heads_to_channels(attended.before_rope(attended.key)), attended.layer  # (1, T, H_kv·D)
-        centred = (keys[:, FIRST_TOKENS:].double().cpu() - key_mean[number]) * key_scale[number]
-        squares[number] += rotate_channels(centred, width).square().sum(dim=(0, 1))
-
-    stream_attention(model, text_model, windows, add)
-    return squares.argsort(dim=-1, stable=True)
+_FEW_TOKENS = 16  # whose logits fit a cache, where the vocabulary is large
+MEASURED_BITS = 2  # of a layer's keys or values where their cost is measured
 
 
 def collect_sink_thresholds(model: nn.Module, text_model: nn.Module, windows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -123,64 +50,127 @@ def collect_sink_thresholds(model: nn.Module, text_model: nn.Module, windows: It
     return thresholds
 
 
-def _factors(moments: _Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = max(moments.tokens, 1)
-    mean = moments.keys / tokens
-    variance = (moments.squares / tokens - mean**2).clamp_min(_SMALLEST)
-    log_scale = ((moments.queries / tokens).clamp_min(_SMALLEST) / variance).log() / 4
-    return mean, (log_scale - log_scale.mean()).exp()
-
-
-def rank_sensitivity(
+def in_predictions(
     model: nn.Module,
     windows: Iterable[torch.Tensor],
     statistics: Mapping[str, torch.Tensor],
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> torch.Tensor:
-    """Which layers' keys and values it costs most to quantize: one at a time, everything else exact.
+) -> dict[str, torch.Tensor]:
+    """``key_cost`` and ``value_cost`` in terms of the predictions, which makes all layers' comparable.
 
-    The cost is the Kullback-Leibler divergence of the predictions from the unquantized model's, by the RotateKV2+
-    preset: 2·L forward passes a window.
+    Maps are calibrated for what noise does to the output of their layer's attention. What that does to the predictions
+    is measured: one layer's keys or values at a time take 2 bits a number, everything else is exact. The factor of that
+    layer's costs is the Kullback-Leibler divergence from the unquantized model's predictions, over the noise that
+    ``NOISE`` foretells. The errors of all layers together may do more than each alone: all keys at once are measured
+    too, and all values, and the costs of either grow by as much. 2·L + 2 forward passes a window.
 
     Args:
         model: not patched. windows: token ids, (1, T) each. statistics: the others of the kind ``plus``, of all layers.
         progress: wraps the numbers of the layers.
-
-    Returns:
-        (num_hidden_layers, 2) float32, keys and values: (place + ½) / (2·L), place 0 is the most sensitive of all.
-        L counts layers with attention; the others come last, above 1.
     """
     attentions = attention_modules(find_text_model(model))
-    windows = [(window.to(model.device), list(_log_probabilities(model, window))) for window in windows]
-    config = replace(PRESETS["RotateKV2+"], extra_bit_share=0.0)
-    exact = [
-        None if attention is None else _Exact(config, layer_geometry(attention), threshold.item())
-        for attention, threshold in zip(attentions, statistics["sink_threshold"], strict=True)
+    geometries = [None if attention is None else layer_geometry(attention) for attention in attentions]
+    windows = [(window.to(model.device), list(log_probabilities(model, window))) for window in windows]
+    config = replace(PRESETS["RotateKV2+"], bits=float(MEASURED_BITS))
+    methods = [
+        None if geometry is None else _Exact(config, geometry, threshold.item())
+        for geometry, threshold in zip(geometries, statistics["sink_threshold"], strict=True)
     ]
-    costs = torch.full((len(attentions), 2), -torch.inf, dtype=torch.float64, device="cpu")
-    measured = [number for number, codec in enumerate(exact) if codec is not None]
-    with patch_with_methods(model, config, exact) as handle:
-        for number in progress(measured):
-            of_layer = {name: rows[number] for name, rows in statistics.items()} | {"extra_bit_rank": costs.new_ones(2)}
-            for column, codec in enumerate((_KeysAlone, _ValuesAlone)):
-                methods: list[KVMethod | None] = list(exact)
-                methods[number] = codec(config, layer_geometry(attentions[number]), of_layer)
-                handle.held_spec = replace(handle.held_spec, methods=tuple(methods))  # of the caches to come
-                costs[number, column] = sum(
-                    (want.exp() * (want - got)).sum().item()
-                    for window, wanted in windows
-                    for want, got in zip(wanted, _log_probabilities(model, window), strict=True)
-                )
-    places = costs.flatten().argsort(descending=True, stable=True).argsort().float()
-    return ((places + 0.5) / (2 * len(measured))).view_as(costs)
+    kinds: dict[str, type[_KeysAlone | _ValuesAlone]] = {"key_cost": _KeysAlone, "value_cost": _ValuesAlone}
+    alone = {
+        name: [
+            None if geometry is None else kind(config, geometry, _of_layer(statistics, number, geometry, name))
+            for number, geometry in enumerate(geometries)
+        ]
+        for name, kind in kinds.items()
+    }
+    costs = {name: statistics[name].clone() for name in kinds}
+    total = dict.fromkeys(kinds, 0.0)
+    with patch_with_methods(model, config, methods) as handle:
+
+        def measure(changed: Sequence[KVMethod | None]) -> float:
+            handle.held_spec = replace(handle.held_spec, methods=tuple(changed))  # of the caches to come
+            return max(divergence(model, windows), 0.0)  # not below, by rounding
+
+        for number in progress([number for number, geometry in enumerate(geometries) if geometry is not None]):
+            for name, codecs in alone.items():
+                codec = codecs[number]
+                assert codec is not None
+                change = measure([codec if other == number else method for other, method in enumerate(methods)])
+                costs[name][number] *= change / codec.foretold(statistics[name][number])
+                total[name] += change
+        return {name: costs[name] * (measure(alone[name]) / total[name] if total[name] else 1.0) for name in kinds}
+
+
+def compare_foretold(
+    model: nn.Module, windows: Iterable[torch.Tensor], statistics: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """A line for each preset of RotateKV+: its divergence on these windows, as its costs foretell it and as it is."""
+    attentions = attention_modules(find_text_model(model))
+    geometries = [None if attention is None else layer_geometry(attention) for attention in attentions]
+    known = [(window.to(model.device), list(log_probabilities(model, window))) for window in windows]
+    lines = [f"divergence from the unquantized model's predictions, nats a token, on {_tokens(known)} held-out tokens"]
+    for name, config in PRESETS.items():
+        if config.method != "rotatekv_plus":
+            continue
+        planned = RotateKVPlus.plan(config, dict(statistics), geometries)
+        methods = [
+            None if geometry is None else RotateKVPlus(config, geometry, {key: x[number] for key, x in planned.items()})
+            for number, geometry in enumerate(geometries)
+        ]
+        with patch_with_methods(model, config, methods):
+            measured = divergence(model, known)
+        lines.append(f"{name:<12}foretold {_foretold(planned):.4f}, measured {measured:.4f}")
+    return lines
+
+
+def _tokens(known: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> int:
+    return sum(window.shape[1] for window, _ in known)
+
+
+def _foretold(planned: Mapping[str, torch.Tensor]) -> float:
+    """The noise of a plan, of all layers."""
+    key_noise, value_noise = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (NOISE, VALUE_NOISE))
+    keys = planned["key_cost"] * key_noise[planned["key_bits"]]
+    values = planned["value_cost"] * value_noise[(planned["value_bits"] - LEAST_VALUE_BITS).clamp_min(0)]
+    return (keys.sum() + values.sum()).item()
+
+
+def _of_layer(
+    statistics: Mapping[str, torch.Tensor], number: int, geometry: LayerGeometry, measured: str
+) -> dict[str, torch.Tensor]:
+    """One layer's statistics, with the bits of a plan that gives the measured ones 2 bits a number."""
+    one = {name: rows[number : number + 1] for name, rows in statistics.items()}
+    other = "value_cost" if measured == "key_cost" else "key_cost"
+    codes = MEASURED_BITS + (LEAST_VALUE_BITS if measured == "key_cost" else 0)  # of a key and a value number together
+    budget = codes / 2 + SCALE_BITS / geometry.head_dim
+    planned = RotateKVPlus.plan(
+        replace(PRESETS["RotateKV2+"], bits=budget), {**one, other: torch.zeros_like(one[other])}, [geometry]
+    )
+    return {name: rows[0] for name, rows in planned.items()}
+
+
+def divergence(model: nn.Module, windows: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> float:
+    """Of a model's predictions from the known ones of windows, nats a token."""
+    total, tokens = 0.0, 0
+    for window, wanted in windows:
+        for want, logits in zip(wanted, _logits(model, window), strict=True):
+            for known, got in zip(want.split(_FEW_TOKENS), logits.split(_FEW_TOKENS), strict=True):
+                total += kl_div(got.float().log_softmax(-1), known, reduction="sum", log_target=True).item()
+            tokens += len(want)
+    return total / tokens
+
+
+def log_probabilities(model: nn.Module, window: torch.Tensor) -> Iterator[torch.Tensor]:
+    """(≤ 512, V) float32, one part of the window after another."""
+    return (logits.float().log_softmax(-1) for logits in _logits(model, window))
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, window: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(≤ 512, V) float32, one part of the window after another."""
+def _logits(model: nn.Module, window: torch.Tensor) -> Iterator[torch.Tensor]:
     output = run_without_head(model, input_ids=window.to(model.device), use_cache=False)
     for hidden in output.last_hidden_state.split(TOKENS_AT_ONCE, dim=1):
-        yield torch.log_softmax(head_logits(model, output, hidden)[0].float(), -1)
+        yield head_logits(model, output, hidden)[0]
 
 
 class _Exact(KVMethod):
@@ -197,14 +187,24 @@ class _Exact(KVMethod):
 
 
 class _KeysAlone(RotateKVPlus):
-    """RotateKV+ with values as they are (rotated, which loses nothing)."""
+    """RotateKV+ with values as they are."""
 
-    value_format, value_store = None, TokenStore
+    values_in, values_out, value_store = KVMethod.values_in, KVMethod.values_out, lambda self: TokenStore()
     encode_values, decode_values = FP16.encode_values, FP16.decode_values
+
+    def foretold(self, cost: torch.Tensor) -> float:
+        """The noise of a layer's ``key_cost`` (H_kv, D / 16)."""
+        noise = torch.tensor(NOISE, dtype=torch.float64, device="cpu")
+        return (cost * noise[self.key_transform.bits]).sum().item()
 
 
 class _ValuesAlone(RotateKVPlus):
-    """RotateKV+ with keys as they are (transformed, which loses nothing)."""
+    """RotateKV+ with keys as they are."""
 
-    key_format, key_store = None, TokenStore
+    keys_in, keys_out, key_store = KVMethod.keys_in, KVMethod.keys_out, lambda self: TokenStore()
     encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys
+
+    def foretold(self, cost: torch.Tensor) -> float:
+        """The noise of a layer's ``value_cost`` (H_kv,)."""
+        noise = torch.tensor(VALUE_NOISE, dtype=torch.float64, device="cpu")
+        return (cost * noise[self.value_transform.bits[:, 0] - LEAST_VALUE_BITS]).sum().item()

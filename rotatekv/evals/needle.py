@@ -1,4 +1,4 @@
-"""Needle in a haystack: prompts of an exact length with one sentence hidden in them, and how answers are scored."""
+"""Needle in a haystack: prompts of an exact length with one or several sentences hidden in them, and their scores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from rotatekv.errors import UserError
 from rotatekv.evals.generation import complete_inputs
+from rotatekv.evals.needle_keys import NEEDLE_KEYS, named_keys
 from rotatekv.evals.texts import Text, load_text
 from rotatekv.evals.tokens import encode
 
@@ -21,10 +22,14 @@ NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dol
 RETRIEVAL_QUESTION = "What is the best thing to do in San Francisco?"
 KEY_PHRASE = "eat a sandwich and sit in Dolores Park"
 PASSKEY_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
-PASSKEY_QUESTION = "What is the pass key hidden in the text above?"
+PASSKEY_QUESTIONS = {
+    "passkey": "What is the pass key hidden in the text above?",
+    "multikey": "What is the pass key for the {name} mentioned in the provided text?",
+}
 CONTEXT_LENGTHS, DEPTHS = "1024,2048,4096", "0:100:10"  # by default
 
 _MARK = "<<haystack>>"  # where the haystack goes in a rendered chat template
+_NAME = "{name}"  # the asked key's, in what stands behind the haystack
 _FULL_STOPS = "。！？｡．؟۔।॥։።។။"  # beside the usual test's "."
 _REACH = 160, 0.05  # tokens, and share of the haystack: the farther one is how far back a sentence's end may lie
 _TAIL = 8  # tokens that surely hold the last character
@@ -36,7 +41,8 @@ class NeedleType:
 
     Args:
         before, after: what stands around the haystack; ``{question}`` in ``after``.
-        answer: the answer's beginning, given to the model; ``chat_answer``: the same behind a chat template.
+        answer: the answer's beginning, given to the model; ``chat_answer``: the same behind a chat template. Here and
+            in a question ``{name}`` is the asked key's.
         stop_strings: where an answer ends.
         measure: the measure its heat map shows.
     """
@@ -68,15 +74,26 @@ NEEDLE_TYPES = {
         stop_strings=(".", "\n"),
         measure="recall",
     ),
+    # RULER's multi-key task (arXiv 2404.06654), which asks for one of several keys by its name, and nearly its wording.
+    "multikey": NeedleType(
+        before="Some pass keys are hidden within the following text. Make sure to memorize them. I will quiz you about "
+        "them afterwards.\n\n",
+        after="\n\n{question}",
+        answer=" The pass key for the {name} mentioned in the provided text is",
+        chat_answer="The pass key for the {name} mentioned in the provided text is",
+        stop_strings=(".", "\n"),
+        measure="recall",
+    ),
 }
 
 
 class Placed(NamedTuple):
     """A prompt's tokens, and the needle's depth in percent of the haystack, which sentence ends make another one than
-    was asked for."""
+    was asked for; the same of the other needles, in their order."""
 
     ids: list[int]
     depth: float
+    other_depths: tuple[float, ...] = ()
 
 
 class Prompts:
@@ -98,19 +115,26 @@ class Prompts:
             before, after = kind.before, after + kind.answer
         self._tokenizer = tokenizer
         self._before = encode(tokenizer, before, special=not chat)
-        self._after = self._tokens(after)
+        self._after = after
         self._haystack = self._tokens(f"{haystack.content}\n\n")
         if not self._haystack:
             raise UserError(f"the haystack {haystack.name} has no tokens: pass another --haystack")
 
-    def build(self, length: int, depth: int, needle: str) -> Placed:
+    def build(
+        self, length: int, depth: int, needle: str, others: Sequence[tuple[int, str]] = (), name: str | None = None
+    ) -> Placed:
         """``length`` token ids, the needle about ``depth`` percent down the haystack.
 
+        Args:
+            others: depths and texts of more needles; where a depth's place is taken, the needle goes further down.
+            name: what the question and the answer's beginning have for ``{name}``.
+
         Raises:
-            UserError: no room for the needle in ``length`` tokens.
+            UserError: no room for the needles in ``length`` tokens, or no places of their own.
         """
-        hidden = self._tokens(f"\n{needle}\n")
-        room = length - len(self._before) - len(hidden) - len(self._after)
+        after = self._tokens(self._after if name is None else self._after.replace(_NAME, name))
+        hidden = [self._tokens(f"\n{text}\n") for text in (needle, *(text for _, text in others))]
+        room = length - len(self._before) - sum(map(len, hidden)) - len(after)
         if room < 0:
             raise UserError(
                 f"a context of {length} tokens has no room for the needle: question and needle take {length - room}, "
@@ -118,9 +142,32 @@ class Prompts:
             )
         repeats = -(-room // len(self._haystack))
         haystack = (self._haystack * repeats)[:room]
-        point = insertion_point(haystack, depth, self._tokenizer.decode)
-        ids = [*self._before, *haystack[:point], *hidden, *haystack[point:], *self._after]
-        return Placed(ids, round(100 * point / len(haystack), 1) if haystack else float(depth))
+        points = [insertion_point(haystack, depth, self._tokenizer.decode)]
+        for other, _ in others:
+            points.append(self._free_point(haystack, other, points, length))
+        ids, start = list(self._before), 0
+        for point, tokens in sorted(zip(points, hidden, strict=True)):
+            ids += [*haystack[start:point], *tokens]
+            start = point
+        ids += [*haystack[start:], *after]
+        reached = [round(100 * point / len(haystack), 1) if haystack else float(depth) for point in points]
+        return Placed(ids, reached[0], tuple(reached[1:]))
+
+    def build_cell(self, sample: dict) -> Placed:
+        """``build`` of one of ``cells``."""
+        needles = sample["needle"], sample.get("others", ()), sample.get("name")
+        return self.build(sample["length"], sample["depth"], *needles)
+
+    def _free_point(self, haystack: Sequence[int], depth: int, taken: Sequence[int], length: int) -> int:
+        """``insertion_point`` of ``depth`` percent, or of the next depth (after 99, 0) with a place not taken."""
+        for step in range(100):
+            point = insertion_point(haystack, (depth + step) % 100, self._tokenizer.decode)
+            if point not in taken:
+                return point
+        raise UserError(
+            f"a context of {length} tokens has no places for so many needles: "
+            "pass longer --context_lengths or fewer --needle_keys"
+        )
 
     def _tokens(self, text: str) -> list[int]:
         return encode(self._tokenizer, text, special=False)
@@ -189,9 +236,14 @@ def cells(
     needle_type: str,
     needle: str | None = None,
     key_phrase: str | None = None,
+    keys: int = NEEDLE_KEYS,
 ) -> list[dict]:
     """The samples of a grid: ``id`` ("1024/50"), ``length``, ``depth``, ``needle``, ``answer`` (for ROUGE-1) and
-    ``key_phrase`` (for recall); a pass key is a number of its own in each cell, decided by seed, length and depth."""
+    ``key_phrase`` (for recall); a pass key is a number of its own in each cell, decided by seed, length and depth.
+
+    Args:
+        keys: how many pass keys ``multikey`` hides; see ``named_keys``.
+    """
     samples = []
     for length in lengths:
         for depth in depths:
@@ -199,6 +251,8 @@ def cells(
             if needle_type == "passkey":
                 number = str(random.Random(f"{seed}/{length}/{depth}").randint(10000, 99999))
                 sample |= {"needle": PASSKEY_NEEDLE.format(number=number), "answer": number, "key_phrase": number}
+            elif needle_type == "multikey":
+                sample |= named_keys(random.Random(f"{seed}/{length}/{depth}"), depth, keys)
             else:
                 sample |= {"needle": needle, "answer": needle, "key_phrase": key_phrase}
             samples.append(sample)
@@ -211,12 +265,14 @@ def wording(
     """Needle, question and key phrase, None being the usual one; a pass key brings another needle in each cell.
 
     Raises:
-        UserError: a needle for a pass key, or one without the key phrase in it.
+        UserError: a needle for a pass key, one without the key phrase in it, or a question that names no key.
     """
-    if needle_type == "passkey":
+    if needle_type in PASSKEY_QUESTIONS:
         if needle is not None or key_phrase is not None:
-            raise UserError("--needle_type passkey hides its own needle: leave out --needle and --key_phrase")
-        return None, PASSKEY_QUESTION if question is None else question, None
+            raise UserError(f"--needle_type {needle_type} hides its own needle: leave out --needle and --key_phrase")
+        if question is not None and needle_type == "multikey" and _NAME not in question:
+            raise UserError(f"the question must say which key it asks for: put {_NAME} into --retrieval_question")
+        return None, PASSKEY_QUESTIONS[needle_type] if question is None else question, None
     needle = NEEDLE if needle is None else needle
     key_phrase = KEY_PHRASE if key_phrase is None else key_phrase
     if not key_phrase.strip() or not recall(needle, key_phrase):
@@ -251,13 +307,15 @@ def load_haystack(name: str, data_dir: str | None = None) -> Text:
 def answer_cell(model, tokenizer, prompts: Prompts, sample: dict, max_new_tokens: int) -> dict:
     """Ask the patched model about one cell → its record."""
     stop_strings = NEEDLE_TYPES[sample["needle_type"]].stop_strings
-    prompt, depth = prompts.build(sample["length"], sample["depth"], sample["needle"])
+    prompt, depth, other_depths = prompts.build_cell(sample)
     ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     (record,) = complete_inputs(model, tokenizer, inputs, max_new_tokens, stop_strings)
     digest = hashlib.sha256(tokenizer.decode(prompt).encode()).hexdigest()
     gold = {"answers": [sample["answer"]], "key_phrase": sample["key_phrase"], "prompt_sha256": digest}
     cell = {name: sample[name] for name in ("needle_type", "length", "depth")} | {"depth_reached": depth}
+    if other_depths:
+        cell |= {"name": sample["name"], "other_keys": sample["other_keys"], "other_depths": other_depths}
     return scored({**cell, **record, **gold})
 
 

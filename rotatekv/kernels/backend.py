@@ -1,7 +1,8 @@
 """Which package of fused kernels serves a device: ``kernels.cpu``, ``kernels.triton``, or none, where torch does it.
 
-Both packages offer ``quantize_into_blocks``, ``dequantize_blocks`` and ``decode_attention`` with the same arguments,
-and say in ``READS_TOKEN_GROUPS`` whether the last two read scales per channel over groups of tokens (``layout.py``).
+Both packages offer ``quantize_into_blocks``, ``dequantize_blocks`` and ``decode_attention``, and of transform-coded
+tokens ``quantize_into_frames`` and ``read_components``, with the same arguments. They say in ``READS_TOKEN_GROUPS``
+whether ``dequantize_blocks`` and ``decode_attention`` read scales per channel over groups of tokens (``layout.py``).
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels, rotate_channels
 from rotatekv.kernels.layout import Packed, unpack_blocks, write_blocks
-from rotatekv.kernels.quantize import COMPACT_SCALE, dequantize, quantize
+from rotatekv.kernels.quantize import dequantize, quantize
 
 
 def quantize_into_blocks_reference(
@@ -19,7 +18,6 @@ def quantize_into_blocks_reference(
     clip_ratio: float = 1.0,
     order: torch.Tensor | None = None,
     rotation_width: int = 0,
-    affine: Affine | None = None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Quantize (B, H_kv, T, D) heads and write them in place into blocks, from token ``start`` on.
@@ -28,9 +26,8 @@ def quantize_into_blocks_reference(
 
     1. ``unrope``: cos and sin (B, T, rotary_dim / 2) float32 that undo RoPE: channel i and i + rotary_dim / 2 of a head
        become ``low·cos + high·sin`` and ``high·cos − low·sin`` (YaRN's factor is divided out of them already).
-    2. ``affine``: ``(x − offset) / factor``, the inverse of what a read does.
-    3. ``rotation_width`` W: each W consecutive channels of a token times the Hadamard matrix of order W.
-    4. ``order`` (C,) int32, the channels group after group: each ``group_size`` of them share a scale and a zero point;
+    2. ``rotation_width`` W: each W consecutive channels of a token times the Hadamard matrix of order W.
+    3. ``order`` (C,) int32, the channels group after group: each ``group_size`` of them share a scale and a zero point;
        every channel is stored where it is. None: consecutive channels do.
     """
     heads = heads.float()
@@ -39,15 +36,12 @@ def quantize_into_blocks_reference(
         low, high, rest = heads.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
         heads = torch.cat([low * cos + high * sin, high * cos - low * sin, rest], dim=-1)
     x = heads_to_channels(heads)  # (B, T, C)
-    if affine is not None:
-        x = (x - affine.offset) / affine.factor
     if rotation_width:
         x = rotate_channels(x, rotation_width)
     group_of_channel = torch.arange(x.shape[-1], dtype=torch.int64, device=x.device) // group_size
     if order is not None:
         group_of_channel = group_of_channel[torch.argsort(order)]
-    compact = packed["scale"].dtype == COMPACT_SCALE
-    write_blocks(packed, start, **quantize(x, bits, group_size, group_of_channel, clip_ratio, compact), bits=bits)
+    write_blocks(packed, start, **quantize(x, bits, group_size, group_of_channel, clip_ratio), bits=bits)
 
 
 def dequantize_blocks_reference(
@@ -57,10 +51,9 @@ def dequantize_blocks_reference(
     group_of_channel: torch.Tensor,
     head_dim: int,
     rotation_width: int = 0,
-    affine: Affine | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens as heads of plain numbers, un-rotated: (B, H_kv, T, D), computed in ``dtype``."""
     x = dequantize(*unpack_blocks(packed, tokens, bits), group_of_channel, dtype)  # (B, T, C)
     x = rotate_channels(x, rotation_width, inverse=True) if rotation_width else x
-    return channels_to_heads(x if affine is None else affine(x), head_dim)
+    return channels_to_heads(x, head_dim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
-from rotatekv.kernels.quantize import COMPACT_SCALE
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
 
 
@@ -48,9 +47,7 @@ def packed_planes(
     else:
         groups = shape_of(packed["scale"], 4, f"{name}['scale']")[2]
         scales = (batch, blocks, groups, BLOCK)
-    is_compact = not tokens_per_scale and packed["scale"].dtype == COMPACT_SCALE
-    scale_dtype = COMPACT_SCALE if is_compact else torch.float16
-    shapes = {"low": (torch.int32, words), "scale": (scale_dtype, scales), "zero": (torch.int8, scales)}
+    shapes = {"low": (torch.int32, words), "scale": (torch.float16, scales), "zero": (torch.int8, scales)}
     if bits in HIGH_PLANE:
         shapes["high"] = (HIGH_PLANE[bits][0], words)
     return blocks, groups, shapes

@@ -9,8 +9,7 @@ for each channel, the codes of its 16 tokens in one word, so a kernel reads a wo
     scale  float16 (B, N, groups, 16)  one per token and quantization group
     zero   int8    (B, N, groups, 16)
 
-``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group. Compact scales are uint8, the
-float16's bits 7 to 14, and ``zero`` counts eighths then; the scale's dtype says which they are.
+``x̂[channel] = (code − zero)·scale`` with the scale and zero of the channel's group.
 
 Channels lie as the Hadamard matrix gives them. A group of values is consecutive channels. The group of key channel c is
 ``group_of_channel[c]``: the outlier-aware permutation decides which channels share a scale, and moves none of them. A
@@ -27,8 +26,6 @@ each; R ≥ ceil(T / g), and row r serves the tokens g·r … g·r + g − 1:
 from __future__ import annotations
 
 import torch
-
-from rotatekv.kernels.quantize import COMPACT_SCALE
 
 Packed = dict[str, torch.Tensor]  # the planes of one cache tensor, by name
 BLOCK = 16  # tokens
@@ -53,13 +50,10 @@ class Blocks(dict):
         return Blocks, (dict(self),)
 
 
-def allocate_blocks(
-    batch: int, blocks: int, channels: int, groups: int, bits: int, device=None, compact: bool = False
-) -> Blocks:
+def allocate_blocks(batch: int, blocks: int, channels: int, groups: int, bits: int, device=None) -> Blocks:
     """Zeroed storage for ``blocks`` blocks of 16 tokens a sequence, in the layout above."""
     packed = allocate_planes(batch, blocks, channels, bits, device)
-    scale_dtype = COMPACT_SCALE if compact else torch.float16
-    packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=scale_dtype, device=device)
+    packed["scale"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.float16, device=device)
     packed["zero"] = torch.zeros(batch, blocks, groups, BLOCK, dtype=torch.int8, device=device)
     return Blocks(packed)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rotatekv.kernels.transform_coding import FRAME
+
 COARSE_STEP = 16  # positions between two rows of the coarse table
 FINE_POSITIONS = 32  # a block of 16 tokens may start 0 … 15 positions after a coarse row
 
@@ -30,10 +32,11 @@ class RopeTables:
 
     @classmethod
     def build(cls, frequencies: torch.Tensor, positions: int, attention_scaling: float = 1.0) -> RopeTables:
-        """Tables for positions 0 … ``positions`` − 1; ``frequencies`` (rotary_dim / 2,) in radians per position."""
+        """Tables for positions 0 … ``positions`` − 1 and −FRAME … FRAME; ``frequencies`` (rotary_dim / 2,) in radians
+        per position."""
         frequencies = frequencies.double().cpu()
         counted = {"dtype": torch.float64, "device": "cpu"}
-        coarse = torch.arange(-(-max(positions, 1) // COARSE_STEP), **counted) * COARSE_STEP
+        coarse = torch.arange(-(-max(positions, FRAME + 1) // COARSE_STEP), **counted) * COARSE_STEP
         coarse_angles = coarse[:, None] * frequencies  # (n, rotary_dim / 2)
         fine_angles = frequencies[:, None] * torch.arange(FINE_POSITIONS, **counted)  # (rotary_dim / 2, 32)
         tables = [f(a).float() for a in (coarse_angles, fine_angles) for f in (torch.cos, torch.sin)]
@@ -54,16 +57,17 @@ class RopeTables:
         return self.coarse_cos.shape[0] * COARSE_STEP
 
     def at(self, positions: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, (..., rotary_dim / 2) of ``dtype``, times attention_scaling; ``positions`` (...) int64 ≥ 0."""
-        row, column = positions // COARSE_STEP, positions % COARSE_STEP
+        """cos and sin, (..., rotary_dim / 2) of ``dtype``, times attention_scaling; ``positions`` (...) int64, of
+        either sign."""
+        row, column = positions.abs() // COARSE_STEP, positions.abs() % COARSE_STEP
         coarse_cos, coarse_sin = self.coarse_cos.to(dtype)[row], self.coarse_sin.to(dtype)[row]
         fine_cos, fine_sin = self.fine_cos.T.to(dtype)[column], self.fine_sin.T.to(dtype)[column]
         cos = coarse_cos * fine_cos - coarse_sin * fine_sin
         sin = coarse_sin * fine_cos + coarse_cos * fine_sin
-        return cos * self.attention_scaling, sin * self.attention_scaling
+        return cos * self.attention_scaling, sin * positions.sign().unsqueeze(-1) * self.attention_scaling
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """RoPE of (B, heads, T, D) ``x`` at ``positions`` (B, T) int64 ≥ 0, on the first ``rotary_dim`` channels."""
+        """RoPE of (B, heads, T, D) ``x`` at ``positions`` (B, T) int64, on the first ``rotary_dim`` channels."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         tables = self.at(positions, torch.float64)
         cos, sin = (table.to(dtype).unsqueeze(1) for table in tables)  # (B, 1, T, rotary_dim / 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from rotatekv.errors import UserError
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels
 from rotatekv.methods.formats import BlockFormat, FusedDecode
 from rotatekv.methods.stores import Encoded, Store, TokenStore
+from rotatekv.rope import KeyFrames
 
 Statistics = Mapping[str, torch.Tensor]  # of one layer, by name, as statistics.py loads them
 
@@ -26,7 +27,7 @@ _UNUSED = {
     "v_clip_ratio": 1.0,
     "Grouped_Head_Key_Rotation": False,
     "Outlier_Aware_Key_Rotation": False,
-    "extra_bit_share": 0.0,
+    "bits": None,
 }
 
 
@@ -58,6 +59,7 @@ class KVMethod(ABC):
         sink_selections: the values of ``QuantConfig.sink_selection`` that it can serve.
         tokens_per_flush: tokens leave the recent window in multiples of it, so ``encode_*`` gets whole groups.
         keys_before_rope: keys come before RoPE is applied; otherwise after.
+        key_frames: how they come relative to their frame instead; None: they do not.
         key_format, value_format: how a kernel reads the stores' blocks, all that ``decode_*`` and ``*_out`` do. None:
             no kernel does, they do it.
         k_bits, v_bits: of this layer; the config's, unless the method says otherwise.
@@ -69,6 +71,7 @@ class KVMethod(ABC):
     sink_selections: tuple[str, ...] = ("detected", "first")
     tokens_per_flush = 1
     keys_before_rope = False
+    key_frames: KeyFrames | None = None
     sink_threshold: float
 
     def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
@@ -92,6 +95,14 @@ class KVMethod(ABC):
     def statistics_kind(cls, config: QuantConfig) -> str | None:
         """Which calibrated statistics the codec needs, a name in ``statistics.KINDS``; None: none."""
         return None
+
+    @classmethod
+    def plan(
+        cls, config: QuantConfig, statistics: dict[str, torch.Tensor], geometries: Sequence[LayerGeometry | None]
+    ) -> dict[str, torch.Tensor]:
+        """What the codecs of all layers decide together: their calibrated tensors, (num_hidden_layers, ...) each, and
+        others made of them."""
+        return statistics
 
     def use_statistics(self, statistics: Statistics | None, *names: str) -> list[torch.Tensor]:
         """Take what the codec needs of the layer's statistics.

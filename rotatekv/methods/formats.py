@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.decode_attention import DecodeOptions
 from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.kernels.transform_coding import Transform
 
 
 class PerDevice:
@@ -55,7 +56,6 @@ class BlockFormat:
         groups: the channels that share a scale; None: each has its own, see ``tokens_per_scale``.
         rotation_width: order of the Hadamard matrix to undo, whole heads; 0: none.
         tokens_per_scale: tokens that share a channel's scale, a multiple of 16; 0: scales are per token.
-        factor, offset: (C,) float32, ``x·factor + offset`` after the rotation is undone; None: nothing of it.
     """
 
     bits: int
@@ -63,24 +63,17 @@ class BlockFormat:
     groups: ChannelGroups | None
     rotation_width: int = 0
     tokens_per_scale: int = 0
-    factor: PerDevice | None = None
-    offset: PerDevice | None = None
 
     def groups_on(self, device: torch.device) -> torch.Tensor | None:
         return None if self.groups is None else self.groups.of_channel.on(device)
-
-    def affine_on(self, device: torch.device) -> Affine | None:
-        if self.factor is None or self.offset is None:
-            return None
-        return Affine(self.factor.on(device), self.offset.on(device))
 
 
 @dataclass(frozen=True, eq=False)
 class FusedDecode:
     """Attention of a few new tokens, by a kernel that reads keys and values of these formats."""
 
-    keys: BlockFormat
-    values: BlockFormat
+    keys: BlockFormat | Transform
+    values: BlockFormat | Transform
     _options: dict[tuple, DecodeOptions] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -89,6 +82,10 @@ class FusedDecode:
         if keys is None or values is None or values.groups is None:
             return None
         return cls(keys, values) if keys.head_dim % 16 == 0 and values.groups.size % 16 == 0 else None
+
+    def group_of_channel(self, device: torch.device) -> torch.Tensor | None:
+        """(C,) int32, the keys' quantization groups; None: there are none."""
+        return None if isinstance(self.keys, Transform) else self.keys.groups_on(device)
 
     def options(
         self, softmax_scale: float, rope: RopeTables | None, device: torch.device, sliding_window: int = 0
@@ -104,15 +101,20 @@ class FusedDecode:
     def _make_options(
         self, softmax_scale: float, rope: RopeTables | None, device: torch.device, sliding_window: int
     ) -> DecodeOptions:
-        return DecodeOptions(
-            head_dim=self.keys.head_dim,
-            key_bits=self.keys.bits,
-            value_bits=self.values.bits,
-            softmax_scale=softmax_scale,
-            rotation_width=self.keys.rotation_width,
-            rope=rope,
-            unrotate_values=self.values.rotation_width > 0,
-            key_tokens_per_scale=self.keys.tokens_per_scale,
-            key_affine=self.keys.affine_on(device),
-            sliding_window=sliding_window,
-        )
+        common: dict[str, Any] = {"softmax_scale": softmax_scale, "rope": rope, "sliding_window": sliding_window}
+        return DecodeOptions(**common, **self._of_keys(device), **self._of_values(device))
+
+    def _of_keys(self, device: torch.device) -> dict[str, Any]:
+        if isinstance(self.keys, Transform):
+            return {"head_dim": self.keys.maps.shape[-1], "key_bits": 0, "key_transform": self.keys.on(device)}
+        return {
+            "head_dim": self.keys.head_dim,
+            "key_bits": self.keys.bits,
+            "rotation_width": self.keys.rotation_width,
+            "key_tokens_per_scale": self.keys.tokens_per_scale,
+        }
+
+    def _of_values(self, device: torch.device) -> dict[str, Any]:
+        if isinstance(self.values, Transform):
+            return {"value_bits": 0, "value_transform": self.values.on(device)}
+        return {"value_bits": self.values.bits, "unrotate_values": self.values.rotation_width > 0}

@@ -22,7 +22,6 @@ class GroupedCodec(KVMethod):
     """
 
     flags: tuple[str, ...] = ("k_groupsize", "v_groupsize", "k_clip_ratio", "v_clip_ratio")
-    compact_scales = False  # of 8 bits: quantize.quantize_groups
 
     def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, geometry, statistics)
@@ -68,23 +67,23 @@ class GroupedCodec(KVMethod):
 
     def encode_keys(self, channels: torch.Tensor) -> Encoded:
         groups = self.key_groups.of_channel.on(channels.device)
-        return quantize(channels, self.k_bits, self.k_groupsize, groups, self.k_clip_ratio, self.compact_scales)
+        return quantize(channels, self.k_bits, self.k_groupsize, groups, self.k_clip_ratio)
 
     def decode_keys(self, tokens: Encoded) -> torch.Tensor:
         return dequantize(**tokens, group_of_channel=self.key_groups.of_channel.on(tokens["codes"].device))
 
     def encode_values(self, channels: torch.Tensor) -> Encoded:
         groups = self.value_groups.of_channel.on(channels.device)
-        return quantize(channels, self.v_bits, self.v_groupsize, groups, self.v_clip_ratio, self.compact_scales)
+        return quantize(channels, self.v_bits, self.v_groupsize, groups, self.v_clip_ratio)
 
     def decode_values(self, tokens: Encoded) -> torch.Tensor:
         return dequantize(**tokens, group_of_channel=self.value_groups.of_channel.on(tokens["codes"].device))
 
     def key_store(self) -> Store:
-        return BlockStore(self.k_bits, self.key_groups, self.k_clip_ratio, self.compact_scales)
+        return BlockStore(self.k_bits, self.key_groups, self.k_clip_ratio)
 
     def value_store(self) -> Store:
-        return BlockStore(self.v_bits, self.value_groups, self.v_clip_ratio, self.compact_scales)
+        return BlockStore(self.v_bits, self.value_groups, self.v_clip_ratio)
 
 
 def _largest_divisor(n: int, most: int) -> int:

@@ -1,103 +1,189 @@
-"""RotateKV+: centred, balanced, reordered keys, compact scales, a short recent window, one more bit where it counts.
+"""RotateKV+: transform-coded keys and values, bits where calibration finds that they count.
 
 Ours, not the paper's: docs/beyond.md says what was tried, and what each part is worth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
-from rotatekv.config import SUPPORTED_BITS, QuantConfig
+from rotatekv.config import QuantConfig, baseline
 from rotatekv.errors import UserError
+from rotatekv.kernels import transform_coding
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels
 from rotatekv.kernels.layout import BLOCK
-from rotatekv.methods.base import LayerGeometry, Statistics
-from rotatekv.methods.formats import BlockFormat, PerDevice
+from rotatekv.kernels.transform_coding import (
+    FRAME,
+    GROUP,
+    MOST_BITS,
+    NOISE,
+    SCALE_BITS,
+    STEPS,
+    Transform,
+    dequantize_components,
+    quantize_components,
+)
+from rotatekv.methods.base import KVMethod, LayerGeometry, Statistics
+from rotatekv.methods.bit_budget import Choice, allocate
+from rotatekv.methods.formats import FusedDecode
 from rotatekv.methods.registry import register
-from rotatekv.methods.rotatekv import RotateKV
+from rotatekv.methods.stores import Encoded, Store, TransformStore
+from rotatekv.rope import KeyFrames
+
+# How much of the length that rounding takes is given back, see kernels/transform_coding.py. All of it for values, which
+# attention averages; scores that are too small also make attention less sure of what is noise.
+KEYS_GIVEN_BACK, VALUES_GIVEN_BACK = 0.375, 1.0
+LEAST_VALUE_BITS = 1  # a value that reads as the mean is an error that no average takes away
+VALUE_NOISE = tuple(noise / (1 - noise) for noise in NOISE[LEAST_VALUE_BITS:])  # with all of it given back
 
 
 def _preset(bits: int) -> QuantConfig:
-    clip_ratio = {2: 0.8, 3: 0.9, 4: 0.95}[bits]  # docs/beyond.md: tuned on WikiText-2 validation
-    return QuantConfig(
-        "rotatekv_plus",
-        k_bits=bits,
-        v_bits=bits,
-        k_clip_ratio=clip_ratio,
-        v_clip_ratio=clip_ratio,
-        sink_selection="massive",
-        residual_length=16,
-        extra_bit_share=0.0 if bits == 4 else 0.2,
-    )
+    kept = {"Attention_Sink_Aware": True, "sink_selection": "massive", "residual_length": 32}
+    return replace(baseline("rotatekv_plus", 2, **kept), bits=float(bits))
 
 
-@register("rotatekv_plus", presets={f"RotateKV{bits}+": _preset(bits) for bits in SUPPORTED_BITS})
-class RotateKVPlus(RotateKV):
-    """Pre-RoPE Grouped-Head Rotation of keys that calibration has centred and balanced, then reordered by variance.
+@register("rotatekv_plus", presets={f"RotateKV{bits}+": _preset(bits) for bits in (2, 3, 4)})
+class RotateKVPlus(KVMethod):
+    """Keys and values by transform coding (``kernels/transform_coding.py``).
 
-    Per key channel c before RoPE, calibration gives the mean μ_c and a factor s_c = (E q_c² / Var k_c)^¼. What is
-    rotated and quantized is ``H·(s∘(k − μ))``; a read is ``k = (Hᵀ·x̂) / s + μ``, one multiply-add a channel.
-
-    *Centred*: a key's mean is the same for every token, so it needs no bits; it is most of what the paper's reordering
-    groups. *Balanced*: the rotation spreads rounding noise evenly over its channels, so channel c of a key gets noise
-    in proportion to Σ (s·σ)² / s_c², which costs q_c² of it in the scores; the s above makes the sum of that least.
-    *Reordered*: the rotated channels are still of unlike variance, since those of a key are correlated; like ones share
-    a scale. The paper's order is by the sum, which is the mean that is gone here.
-    *Compact scales*: the range is clipped about its middle, the zero point is kept in eighths and the scale in 8 bits
-    (``quantize.quantize_groups``). *One more bit*: of all layers' keys and values, the ``extra_bit_share`` that
-    calibration found most sensitive get one more bit than the others.
-    *Massive*: a token with a massive activation is kept in 16 bits whenever it comes, not just in the first call: in
-    each layer, one whose largest hidden-state entry is above a calibrated threshold.
+    *Keys.* RoPE, and all that a decode step would have to undo of it, moves to the query. So a head's keys can be
+    mapped by any matrix: the one that makes the rounding noise that queries see least. Strong directions get up to
+    5 bits, weak ones none.
+    *Values* likewise, for what the output projection sees. But their strength differs more from token to token than
+    from direction to direction, so a head's components are all mixed and have the same bits.
+    *Bits.* ``bits`` is what a number of a packed token takes on average, its share of a scale included, over keys and
+    values of all layers. One greedy allocation splits it: a bit goes where it saves most of the predictions' change, as
+    calibration has measured it.
+    *Massive.* A token with a massive activation is kept in 16 bits whenever it comes: in each layer, one whose largest
+    hidden-state entry is above a calibrated threshold.
     Tokens leave the recent window in blocks of 16, so it holds ``residual_length`` … ``residual_length + 15`` of them.
+
+    Attributes:
+        key_transform, value_transform: of this layer.
     """
 
-    flags = (*RotateKV.flags, "extra_bit_share")
-    sink_selections = (*RotateKV.sink_selections, "massive")
-    compact_scales = True
+    flags = ("bits",)
+    sink_selections = (*KVMethod.sink_selections, "massive")
     tokens_per_flush = BLOCK
 
     def __init__(self, config: QuantConfig, geometry: LayerGeometry, statistics: Statistics | None = None):
         super().__init__(config, geometry, statistics)
-        names = "key_mean", "key_scale", "reorder_index", "extra_bit_rank", "sink_threshold"
-        mean, scale, _, rank, threshold = self.use_statistics(statistics, *names)
+        kinds = "map", "mean", "cost", "bits"
+        names = [f"{of}_{kind}" for of in ("key", "value") for kind in kinds]
+        *found, threshold = self.use_statistics(statistics, *names, "sink_threshold")
         self.sink_threshold = threshold.item()
-        self.key_factor, self.key_offset = PerDevice(1 / scale), PerDevice(mean)
-        if rank[0] < config.extra_bit_share:
-            self.k_bits, self.k_clip_ratio = self.k_bits + 1, _clip_of_one_more(self.k_clip_ratio)
-        if rank[1] < config.extra_bit_share:
-            self.v_bits, self.v_clip_ratio = self.v_bits + 1, _clip_of_one_more(self.v_clip_ratio)
+        value_map, value_mean, value_cost, value_bits = found[4:]
+        per_group = value_map.shape[-1] // GROUP
+        of_groups = (x.unsqueeze(-1).expand(-1, per_group) for x in (value_cost, value_bits))
+        self.key_transform = _transform(*found[:4], given_back=KEYS_GIVEN_BACK)
+        self.value_transform = _transform(
+            value_map, value_mean, *of_groups, given_back=VALUES_GIVEN_BACK, words_of_tokens=False
+        )
+        self.key_frames = KeyFrames(FRAME, self.key_transform.mean)
+        self.k_bits, self.v_bits = (x.bits.double().mean().item() for x in (self.key_transform, self.value_transform))
 
     @classmethod
     def check(cls, config: QuantConfig, geometry: LayerGeometry) -> None:
-        if not config.Grouped_Head_Key_Rotation:
-            raise UserError("rotatekv_plus centres keys before RoPE: leave out --Grouped_Head_Key_Rotation False")
         super().check(config, geometry)
-        most = max(config.k_bits, config.v_bits) + 1
-        if config.extra_bit_share and most not in SUPPORTED_BITS:
-            raise UserError(f"extra_bit_share gives {most} bits where there are 4 at most: set it to 0")
+        if config.bits is None:
+            raise UserError("rotatekv_plus needs a number of bits: --bits 2.0")
+        if config.k_bits != 2 or config.v_bits != 2:
+            raise UserError(
+                "rotatekv_plus splits one budget over keys and values: set --bits, not --k_bits or --v_bits"
+            )
+        if geometry.head_dim % GROUP:
+            raise UserError(
+                f"rotatekv_plus codes {GROUP} components at a time, head_dim {geometry.head_dim} has others: "
+                "take a method that does not, --method RTN2, RTN3 or RTN4"
+            )
 
     @classmethod
     def statistics_kind(cls, config: QuantConfig) -> str:
         return "plus"
 
-    @cached_property
-    def key_format(self) -> BlockFormat | None:
-        affine: dict = {"factor": self.key_factor, "offset": self.key_offset}
-        return BlockFormat(self.k_bits, self.geometry.head_dim, self.key_groups, self.key_width, **affine)
+    @classmethod
+    def plan(
+        cls, config: QuantConfig, statistics: dict[str, torch.Tensor], geometries: Sequence[LayerGeometry | None]
+    ) -> dict[str, torch.Tensor]:
+        assert config.bits is not None
+        key_cost, value_cost = statistics["key_cost"], statistics["value_cost"]  # (L, H_kv, D / 16), (L, H_kv)
+        numbers, scales, choices = 0, 0, []
+        for geometry, keys, values in zip(geometries, key_cost, value_cost, strict=True):
+            if geometry is None:
+                continue
+            numbers += 2 * geometry.channels
+            scales += 2 * geometry.num_key_value_heads * SCALE_BITS
+            choices += [Choice(cost, GROUP, NOISE[: MOST_BITS + 1]) for cost in keys.flatten().tolist()]
+            choices += [Choice(cost, geometry.head_dim, VALUE_NOISE, LEAST_VALUE_BITS) for cost in values.tolist()]
+        allocated = iter(allocate(choices, config.bits * numbers - scales))
+        key_bits, value_bits = (torch.zeros(x.shape, dtype=torch.int64, device="cpu") for x in (key_cost, value_cost))
+        for number, geometry in enumerate(geometries):
+            for bits in (key_bits, value_bits) if geometry is not None else ():
+                of_layer = [next(allocated) for _ in range(bits[number].numel())]
+                bits[number] = torch.tensor(of_layer, dtype=torch.int64, device="cpu").view_as(bits[number])
+        return {**statistics, "key_bits": key_bits, "value_bits": value_bits}
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
-        channels = heads_to_channels(keys).float()
-        channels = (channels - self.key_offset.on(keys.device)) / self.key_factor.on(keys.device)
-        return self.rotate_key_channels(channels)  # (B, T, H_kv·D)
+        return self._components(keys, self.key_transform)  # centred already, in their frames
 
     def keys_out(self, channels: torch.Tensor) -> torch.Tensor:
-        unrotated = self.rotate_key_channels(channels.float(), inverse=True)
-        centred = unrotated * self.key_factor.on(channels.device) + self.key_offset.on(channels.device)
-        return channels_to_heads(centred, self.geometry.head_dim)  # (B, H_kv, T, D)
+        return self._heads(channels, self.key_transform)
+
+    def values_in(self, values: torch.Tensor) -> torch.Tensor:
+        mean = self.value_transform.on(values.device).mean
+        return self._components(values.float() - mean.unsqueeze(1), self.value_transform)
+
+    def values_out(self, channels: torch.Tensor) -> torch.Tensor:
+        return self._heads(channels, self.value_transform) + self.value_transform.on(channels.device).mean.unsqueeze(1)
+
+    def encode_keys(self, channels: torch.Tensor) -> Encoded:
+        return self._encode(channels, self.key_transform)
+
+    def decode_keys(self, tokens: Encoded) -> torch.Tensor:
+        return self._decode(tokens, self.key_transform)
+
+    def encode_values(self, channels: torch.Tensor) -> Encoded:
+        return self._encode(channels, self.value_transform)
+
+    def decode_values(self, tokens: Encoded) -> torch.Tensor:
+        return self._decode(tokens, self.value_transform)
+
+    def key_store(self) -> Store:
+        return TransformStore(self.key_transform)
+
+    def value_store(self) -> Store:
+        return TransformStore(self.value_transform)
+
+    @cached_property
+    def fused_decode(self) -> FusedDecode | None:
+        fits = self.key_frames is not None and self.key_frames.size == transform_coding.FRAME
+        return FusedDecode(self.key_transform, self.value_transform) if fits else None
+
+    def _components(self, heads: torch.Tensor, transform: Transform) -> torch.Tensor:
+        return heads_to_channels(heads.float() @ transform.on(heads.device).maps.transpose(1, 2))  # (B, T, H_kv·D)
+
+    def _heads(self, channels: torch.Tensor, transform: Transform) -> torch.Tensor:
+        inverse = transform.on(channels.device).inverse
+        return channels_to_heads(channels, self.geometry.head_dim) @ inverse.transpose(1, 2)  # (B, H_kv, T, D)
+
+    def _encode(self, channels: torch.Tensor, transform: Transform) -> Encoded:
+        components = channels.unflatten(-1, (-1, self.geometry.head_dim))  # (B, T, H_kv, D)
+        codes, scale = quantize_components(components, transform.on(channels.device))
+        return {"codes": codes, "scale": scale}
+
+    def _decode(self, tokens: Encoded, transform: Transform) -> torch.Tensor:
+        transform = transform.on(tokens["codes"].device)
+        return dequantize_components(tokens["codes"], tokens["scale"], transform).flatten(2)  # (B, T, H_kv·D)
 
 
-def _clip_of_one_more(clip_ratio: float) -> float:
-    """With one more bit, half as much is clipped."""
-    return (1 + clip_ratio) / 2
+def _transform(maps: torch.Tensor, mean: torch.Tensor, cost: torch.Tensor, bits: torch.Tensor, **options) -> Transform:
+    """The maps (H_kv, D, D) of calibration give components of variance 1; here a code's step is 1."""
+    steps = torch.tensor(STEPS, dtype=torch.float64, device="cpu")[bits]  # (H_kv, D / 16)
+    maps = maps.double() / steps.repeat_interleave(GROUP, 1).unsqueeze(-1)
+    weights = cost.double() * steps.square()
+    weights = weights / weights.amax().clamp_min(torch.finfo(torch.float64).tiny)
+    return Transform(maps.float(), mean.float(), bits, weights.float(), **options)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
+from torch.nn.functional import pad
 
+from rotatekv.kernels.hadamard import heads_to_channels
 from rotatekv.kernels.layout import (
     BLOCK,
     Blocks,
@@ -19,6 +21,8 @@ from rotatekv.kernels.layout import (
     write_blocks,
     write_codes,
 )
+from rotatekv.kernels.transform_coding import Transform, pack_components, unpack_components
+from rotatekv.kernels.transform_coding import allocate_planes as allocate_coded
 from rotatekv.methods.formats import BlockFormat, ChannelGroups
 
 Encoded = dict[str, torch.Tensor]  # what a codec makes of T tokens, by name: (B, T, ...) each, or (B, T / g, ...)
@@ -43,13 +47,14 @@ class Store(ABC):
         encode: Callable[[torch.Tensor], Encoded],
         kernels: ModuleType | None = None,
         form: BlockFormat | None = None,
-        unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        unrope: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         """Encode (B, H_kv, T, D) heads with the codec's ``encode`` and append them.
 
         Args:
             kernels, form: do all that ``encode`` does in one kernel, where the store is one it writes.
-            unrope: what the kernel undoes RoPE with first; see ``quantize_into_blocks_reference``.
+            unrope: what the kernel undoes RoPE with first; see ``quantize_into_blocks_reference``. Of transform-coded
+                keys, the ``turns`` of ``quantize_into_frames``.
         """
         self.append(encode(heads))
 
@@ -137,7 +142,6 @@ class CodeStore(Store):
             form.rotation_width,
             out=torch.empty(shape, dtype=torch.float32, device=low.device),
             tokens_per_scale=form.tokens_per_scale,
-            affine=form.affine_on(low.device),
         )
 
 
@@ -146,15 +150,15 @@ class BlockStore(CodeStore):
 
     Args:
         bits: per code.
-        groups: the channels that share a scale. clip_ratio, compact_scales: see ``quantize.quantize_groups``.
+        groups: the channels that share a scale. clip_ratio: see ``quantize.quantize_groups``.
     """
 
     is_written_by_kernels = True
 
-    def __init__(self, bits: int, groups: ChannelGroups, clip_ratio: float = 1.0, compact_scales: bool = False):
+    def __init__(self, bits: int, groups: ChannelGroups, clip_ratio: float = 1.0):
         super().__init__(bits)
         self.tensors = Blocks({})
-        self.groups, self.clip_ratio, self.compact_scales = groups, clip_ratio, compact_scales
+        self.groups, self.clip_ratio = groups, clip_ratio
 
     def append(self, new: Encoded) -> None:
         codes = new["codes"]  # (B, T, C)
@@ -169,7 +173,7 @@ class BlockStore(CodeStore):
         encode: Callable[[torch.Tensor], Encoded],
         kernels: ModuleType | None = None,
         form: BlockFormat | None = None,
-        unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        unrope: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         if kernels is None or form is None:
             return super().add(heads, encode)
@@ -186,7 +190,6 @@ class BlockStore(CodeStore):
             self.clip_ratio,
             None if order is None else order.on(heads.device),
             form.rotation_width,
-            form.affine_on(heads.device),
             unrope,
         )
         self.length += tokens
@@ -196,7 +199,7 @@ class BlockStore(CodeStore):
         missing = self.missing_blocks(tokens)
         if missing > 0:
             groups = channels // self.groups.size
-            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device, self.compact_scales)
+            fresh = allocate_blocks(batch, missing, channels, groups, self.bits, device)
             if self.tensors:
                 fresh = Blocks({name: torch.cat([self.tensors[name], x], dim=1) for name, x in fresh.items()})
             self.tensors = fresh
@@ -215,6 +218,86 @@ class BlockStore(CodeStore):
                 tensor[:, length % BLOCK :] = 0
             write_blocks(last, 0, codes, scale, zero, self.bits)
         self.length = length
+
+    def drop(self, count: int) -> None:
+        self.length -= count
+        self._each(lambda x: x[:, count // BLOCK :].clone())
+
+
+class TransformStore(Store):
+    """Codes and scales in the planes of ``kernels/transform_coding.py``, grown by one block at a time.
+
+    A kernel takes keys as attention sees them, and values as they are: it centres both, and turns keys to their frames.
+    """
+
+    is_written_by_kernels = True
+
+    def __init__(self, transform: Transform):
+        super().__init__()
+        self.transform = transform
+        self.tensors = Blocks({})
+
+    def add(
+        self,
+        heads: torch.Tensor,
+        encode: Callable[[torch.Tensor], Encoded],
+        kernels: ModuleType | None = None,
+        form: BlockFormat | None = None,
+        unrope: tuple[torch.Tensor, ...] | None = None,
+    ) -> None:
+        if kernels is None:
+            return super().add(heads, encode)
+        transform, tokens = self.transform.on(heads.device), heads.shape[2]
+        heads = heads.float() if heads.dtype == torch.float64 else heads  # which kernels do not read
+        self.reserve(heads.shape[0], tokens, heads.device)
+        kernels.quantize_into_frames(heads, self.tensors, self.length, transform, unrope)
+        self.length += tokens
+
+    def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Make room for ``tokens`` more tokens."""
+        held = self.tensors["scale"].shape[1] if self.tensors else 0
+        missing = -(-(self.length + tokens) // BLOCK) - held
+        if missing > 0:
+            fresh = allocate_coded(self.transform, batch, missing, device)
+            self.tensors = Blocks(
+                {name: torch.cat([self.tensors[name], x], 1) if held else x for name, x in fresh.items()}
+            )
+
+    def append(self, new: Encoded) -> None:
+        """Add tokens, codes (B, T, H_kv, D) and scale (B, T, H_kv)."""
+        whole = self.length // BLOCK
+        if self.length % BLOCK:
+            last = unpack_components(
+                {name: x[:, whole:] for name, x in self.tensors.items()}, self.length % BLOCK, self.transform
+            )
+            new = {name: torch.cat([old, new[name]], 1) for name, old in zip(("codes", "scale"), last, strict=True)}
+        self.length = whole * BLOCK + new["scale"].shape[1]
+        past = -new["scale"].shape[1] % BLOCK
+        codes, scale = pad(new["codes"], (0, 0, 0, 0, 0, past)), pad(new["scale"], (0, 0, 0, past))
+        fresh = pack_components(codes, scale, self.transform)
+        self.tensors = Blocks(
+            {name: torch.cat([self.tensors[name][:, :whole], x], 1) if whole else x for name, x in fresh.items()}
+        )
+
+    def tokens(self) -> Encoded:
+        codes, scale = unpack_components(self.tensors, self.length, self.transform)
+        return {"codes": codes, "scale": scale}
+
+    def channels(self, kernels: ModuleType) -> torch.Tensor:
+        """What the codec's ``decode`` makes of ``tokens``, (B, T, H_kv·D) float32, by a kernel."""
+        (heads, dim), scale = self.transform.maps.shape[:2], self.tensors["scale"]
+        out = torch.empty(len(scale), heads, self.length, dim, dtype=torch.float32, device=scale.device)
+        kernels.read_components(self.tensors, self.length, self.transform.on(scale.device), out)
+        return heads_to_channels(out)
+
+    def crop(self, length: int) -> None:
+        blocks, part = length // BLOCK, length % BLOCK
+        last = {name: x[:, blocks : blocks + 1] for name, x in self.tensors.items()}
+        self._each(lambda x: x[:, :blocks].clone())
+        self.length = blocks * BLOCK
+        if part:
+            codes, scale = unpack_components(last, part, self.transform)
+            self.append({"codes": codes, "scale": scale})
 
     def drop(self, count: int) -> None:
         self.length -= count

@@ -141,8 +141,11 @@ def build_methods(
         method_class(config).check(config, first)  # a bad config before a missing file
         group = resolved_head_group(text_model, config)
         weights = calibration_digests(text_model)
-        target = CalibrationTarget(model.name_or_path, len(attentions), first.channels, group, weights)
+        heads, dim = first.num_key_value_heads, first.head_dim
+        target = CalibrationTarget(model.name_or_path, len(attentions), heads, dim, group, weights)
         statistics = load_statistics(kind, target, calibration_file)
+        geometries = [None if attention is None else layer_geometry(attention) for attention in attentions]
+        statistics = method_class(config).plan(config, statistics, geometries)
     return tuple(
         None
         if attention is None

@@ -10,6 +10,7 @@ from rotatekv.cli import METHOD_NAMES
 from rotatekv.errors import UserError
 from rotatekv.evals.generation import MAX_NEW_TOKENS
 from rotatekv.evals.needle import CONTEXT_LENGTHS, DEPTHS, NEEDLE_TYPES, parse_grid
+from rotatekv.evals.needle_keys import NEEDLE_KEYS
 from rotatekv.models.text import ALIASES, EMBEDDED_MODEL
 from rotatekv.models.vision import RANDOM_LLAVA
 from rotatekv.reproduce.paper_figures import PaperFigure
@@ -152,6 +153,9 @@ def _generation_cell(table: str, model: str, method: str, options: Options) -> C
         metric = NEEDLE_TYPES[options.needle_type].measure
         flags = ["--needle_type", options.needle_type, "--context_lengths", options.context_lengths]
         flags += ["--depths", options.depths]
+        if options.needle_type == "multikey":
+            protocol["needle_keys"] = NEEDLE_KEYS
+            flags += ["--needle_keys", str(NEEDLE_KEYS)]
     if options.max_new_tokens is not None:
         flags += ["--max_new_tokens", str(options.max_new_tokens)]
     protocol["max_new_tokens"] = options.max_new_tokens or MAX_NEW_TOKENS[table]

@@ -1,7 +1,8 @@
 """Fused CPU kernels in C++: decode attention over the packed cache, quantize-and-pack into it, and reading it back.
 
 ``decode_attention`` equals ``rotatekv.kernels.decode_attention``; ``quantize_into_blocks`` equals
-``rotatekv.kernels.blocks``, bit for bit where nothing is rotated; ``dequantize_blocks`` equals
+``rotatekv.kernels.blocks``, bit for bit where nothing is rotated; ``quantize_into_frames`` equals
+``rotatekv.kernels.transform_coding`` but for ties; ``dequantize_blocks`` equals
 ``rotatekv.kernels.layout.unpack_blocks``, ``x̂ = (code − zero)·scale`` and
 ``rotatekv.kernels.hadamard.rotate_channels`` with ``inverse``.
 """
@@ -9,14 +10,17 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
+from rotatekv.kernels.cpu.calls import NUMBERS, call_library
 from rotatekv.kernels.cpu.checks import (
+    coded_pointers,
+    frame_pointers,
     hadamard_base_pointer,
     packed_pointers,
     pointer,
@@ -24,8 +28,11 @@ from rotatekv.kernels.cpu.checks import (
     rope_pointers,
     strided_pointer,
 )
+from rotatekv.kernels.cpu.coded_tables import FrameTables, ValueTables, frame_tables_of, value_tables_of
+from rotatekv.kernels.cpu.frames import quantize_into_frames, read_components
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import Blocks, Packed
+from rotatekv.kernels.transform_coding import Transform
 
 __all__ = [
     "READS_TOKEN_GROUPS",
@@ -34,11 +41,12 @@ __all__ = [
     "decode_attention",
     "dequantize_blocks",
     "quantize_into_blocks",
+    "quantize_into_frames",
+    "read_components",
 ]
 
 READS_TOKEN_GROUPS = True
-_LIBRARIES = ("attention", "quantize", "dequantize")
-_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what C++ calls them
+_LIBRARIES = ("attention", "quantize", "dequantize", "frames", "components")
 
 
 def available(instruction_set: str | None = None) -> bool:
@@ -58,6 +66,7 @@ def decode_attention(
     total_tokens: int,
     options: DecodeOptions,
     exact: ExactTokens | None = None,
+    dropped: int = 0,
     threads: int | None = None,
     instruction_set: str | None = None,
 ) -> torch.Tensor:
@@ -69,12 +78,16 @@ def decode_attention(
     Args:
         queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values
-            rotated per head, quantization groups of consecutive channels, a multiple of 16 of them.
+            rotated per head, quantization groups of consecutive channels, a multiple of 16 of them. With
+            ``options.key_transform``, ``options.value_transform``: planes (B, N, …, 16) in the layout of
+            ``rotatekv.kernels.transform_coding``.
         group_of_channel: (C,) int32, the quantization group of each key channel; None where keys have scales per
-            channel, ``options.key_tokens_per_scale``.
+            channel, ``options.key_tokens_per_scale``, or are transform-coded.
         first_seen: (B,) int32, the first token of each sequence that any query sees.
         origin: (B,) int32, the position of token 0 for RoPE; below 0, tokens at positions below 0 must not be seen.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
+        dropped: tokens before token 0 that are not kept any more, a multiple of 16: token c of transform-coded keys has
+            the place c + dropped, which decides its frame.
         threads: default ``torch.get_num_threads()``.
 
     Returns:
@@ -87,7 +100,7 @@ def decode_attention(
     shape = shape_of(queries, 4, "queries")
     arguments = _prepared_decode(shape, keys, values, group_of_channel, options)
     batch, kv_heads = shape[0], arguments.kv_heads
-    arguments.packed_tokens, arguments.total_tokens = packed_tokens, total_tokens
+    arguments.packed_tokens, arguments.total_tokens, arguments.dropped = packed_tokens, total_tokens, dropped
     arguments.threads = threads or torch.get_num_threads()
     arguments.queries = pointer(queries, torch.float32, shape, "queries")
     arguments.first_seen = pointer(first_seen, torch.int32, (batch,), "first_seen")
@@ -96,7 +109,7 @@ def decode_attention(
         _set_exact(arguments, exact, (kv_heads, shape[3]))
     output = torch.empty(shape, dtype=torch.float32, device="cpu")
     arguments.output = output.data_ptr()
-    _call("attention", arguments, instruction_set)
+    call_library("attention", arguments, instruction_set)
     return output
 
 
@@ -109,7 +122,6 @@ def quantize_into_blocks(
     clip_ratio: float = 1.0,
     order: torch.Tensor | None = None,
     rotation_width: int = 0,
-    affine: Affine | None = None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
     threads: int | None = None,
     instruction_set: str | None = None,
@@ -121,7 +133,6 @@ def quantize_into_blocks(
         packed: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``; start + T ≤ 16·N. C = H_kv·D.
         group_size: channels that share a scale: consecutive ones once they are in ``order``.
         unrope: cos and sin (B, T, rotary_dim / 2) float32 that undo RoPE; views alike, whose last dimension is dense.
-        affine: keys are stored as ``(x − offset) / factor``.
         rotation_width: order of the Hadamard matrix that each run of so many channels, whole heads, is multiplied by;
             0: none.
         order: (C,) int32, a permutation: channel ``order[j]`` is quantized as the j-th. None: the j-th.
@@ -131,14 +142,14 @@ def quantize_into_blocks(
         RuntimeError: the kernel is not available, see ``available``.
     """
     shape = shape_of(heads, 4, "heads")
-    strides, address = strided_pointer(heads, tuple(_NUMBERS), "heads")
-    arguments = _prepared_write(shape, packed, bits, group_size, clip_ratio, order, rotation_width, affine)
+    strides, address = strided_pointer(heads, tuple(NUMBERS), "heads")
+    arguments = _prepared_write(shape, packed, bits, group_size, clip_ratio, order, rotation_width)
     arguments.batch_stride, arguments.head_stride, arguments.token_stride, _ = strides
-    arguments.heads, arguments.number, arguments.start = address, _NUMBERS[heads.dtype], start
+    arguments.heads, arguments.number, arguments.start = address, NUMBERS[heads.dtype], start
     arguments.threads = threads or torch.get_num_threads()
     if unrope is not None:
         _set_unrope(arguments, *unrope)
-    _call("quantize", arguments, instruction_set)
+    call_library("quantize", arguments, instruction_set)
 
 
 def dequantize_blocks(
@@ -152,7 +163,6 @@ def dequantize_blocks(
     instruction_set: str | None = None,
     out: torch.Tensor | None = None,
     tokens_per_scale: int = 0,
-    affine: Affine | None = None,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens of blocks as heads: unpacked, dequantized, and back from the Hadamard space.
 
@@ -164,7 +174,6 @@ def dequantize_blocks(
         out: (B, H_kv, T, D) float32, contiguous, with room for T ≥ ``tokens`` tokens; later ones stay as they are.
             None: a new one of just ``tokens``.
         tokens_per_scale: a multiple of 16: scales are per channel over so many tokens. 0: per token.
-        affine: applied to the channels after the inverse Hadamard.
 
     Returns:
         (B, H_kv, T, D) float32, ``out`` where that is given.
@@ -193,10 +202,9 @@ def dequantize_blocks(
         blocks=blocks,
         base=hadamard_base_pointer(rotation_width),
         group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
-        **_affine_pointers(affine, channels),
         output=pointer(out, torch.float32, (batch, heads, room, head_dim), "out"),
     )
-    _call("dequantize", arguments, instruction_set)
+    call_library("dequantize", arguments, instruction_set)
     return out
 
 
@@ -204,42 +212,36 @@ def _optional_indices(indices: torch.Tensor | None, count: int, name: str) -> in
     return None if indices is None else pointer(indices, torch.int32, (count,), name)
 
 
-def _affine_pointers(affine: Affine | None, channels: int, prefix: str = "") -> dict[str, int]:
-    if affine is None:
-        return {}
-    names = ("factor", "offset")
-    return {f"{prefix}{name}": pointer(getattr(affine, name), torch.float32, (channels,), name) for name in names}
-
-
 def _prepared_decode(
     shape: tuple[int, ...], keys: Packed, values: Packed, group_of_channel: torch.Tensor | None, options: DecodeOptions
 ) -> DecodeArguments:
     """Arguments with all that stays the same from one decode step to the next; ``shape`` of the queries."""
     o, rope = options, options.rope
+    frames = None if o.key_transform is None else frame_tables_of(o.key_transform, rope)
+    mapped = None if o.value_transform is None else value_tables_of(o.value_transform)
 
     def make() -> DecodeArguments:
         batch, heads, query_tokens, dim = shape
-        channels = shape_of(keys.get("low"), 3, "keys' plane of low bits")[2]
-        if dim != o.head_dim or channels % dim:
-            raise ValueError(f"queries of {dim} channels and keys of {channels} do not fit head_dim {o.head_dim}")
+        kv_heads = _kv_heads(values, o)
+        if dim != o.head_dim:
+            raise ValueError(f"queries of {dim} channels do not fit head_dim {o.head_dim}")
         return DecodeArguments(
             structure_bytes=ctypes.sizeof(DecodeArguments),
             batch=batch,
             query_heads=heads,
-            kv_heads=channels // dim,
+            kv_heads=kv_heads,
             head_dim=dim,
             query_tokens=query_tokens,
             rotation_width=o.rotation_width,
-            unrotate_values=o.unrotate_values,
+            unrotate_values=o.unrotate_values and mapped is None,
             sliding_window=o.sliding_window,
             softmax_scale=o.softmax_scale,
-            attention_scaling=1.0 if rope is None else rope.attention_scaling,
-            keys=packed_pointers(keys, o.key_bits, batch, channels, "keys", o.key_tokens_per_scale),
-            values=packed_pointers(values, o.value_bits, batch, channels, "values"),
+            attention_scaling=1.0 if rope is None or frames else rope.attention_scaling,
+            **_key_fields(keys, kv_heads, batch, o, frames),
+            **_value_fields(values, kv_heads, batch, o, mapped),
             key_base=hadamard_base_pointer(o.rotation_width),
             value_base=hadamard_base_pointer(dim if o.unrotate_values else 0),
-            group_of_channel=_optional_indices(group_of_channel, channels, "group_of_channel"),
-            **_affine_pointers(o.key_affine, channels, "key_"),
+            group_of_channel=_optional_indices(group_of_channel, kv_heads * dim, "group_of_channel"),
             **({} if rope is None else rope_pointers(rope)),
         )
 
@@ -256,10 +258,51 @@ def _prepared_decode(
         rope is None or rope.attention_scaling,
     )
     tables = () if rope is None else (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin)
-    factors = () if o.key_affine is None else (o.key_affine.factor, o.key_affine.offset)
-    tensors = (*keys.values(), *values.values(), group_of_channel, *tables, *factors)
+    made = tuple(x for of in (frames, mapped) if of is not None for x in vars(of).values())
+    tensors = (*keys.values(), *values.values(), group_of_channel, *tables, *made)
     blocks = keys if isinstance(keys, Blocks) else values  # keys with scales per channel are a plain dict
-    return remembered(blocks, "decode", tensors, (len(keys), len(values), len(tables), *numbers), make)
+    sizes = len(keys), len(values), len(tables), len(made), frames is None
+    return remembered(blocks, "decode", tensors, (*sizes, *numbers), make)
+
+
+def _kv_heads(values: Packed, options: DecodeOptions) -> int:
+    if options.value_transform is not None:
+        return shape_of(values.get("scale"), 4, "values' scale")[2]
+    channels = shape_of(values.get("low"), 3, "values' plane of low bits")[2]
+    if channels % options.head_dim:
+        raise ValueError(f"values of {channels} channels do not fit head_dim {options.head_dim}")
+    return channels // options.head_dim
+
+
+def _key_fields(
+    keys: Packed, kv_heads: int, batch: int, options: DecodeOptions, frames: FrameTables | None
+) -> dict[str, Any]:
+    transform = options.key_transform
+    if transform is None or frames is None:
+        bits, channels = options.key_bits, kv_heads * options.head_dim
+        return {"keys": packed_pointers(keys, bits, batch, channels, "keys", options.key_tokens_per_scale)}
+    _check_maps(transform, kv_heads, options.head_dim, "keys")
+    return {"coded_keys": coded_pointers(keys, transform, batch, "keys"), "frames": frame_pointers(frames)}
+
+
+def _value_fields(
+    values: Packed, kv_heads: int, batch: int, options: DecodeOptions, mapped: ValueTables | None
+) -> dict:
+    transform = options.value_transform
+    if transform is None or mapped is None:
+        channels = kv_heads * options.head_dim
+        return {"values": packed_pointers(values, options.value_bits, batch, channels, "values")}
+    _check_maps(transform, kv_heads, options.head_dim, "values")
+    return {
+        "coded_values": coded_pointers(values, transform, batch, "values"),
+        "value_map": mapped.map.data_ptr(),
+        "value_mean": mapped.mean.data_ptr(),
+    }
+
+
+def _check_maps(transform: Transform, kv_heads: int, head_dim: int, name: str) -> None:
+    if transform.maps.shape != (kv_heads, head_dim, head_dim):
+        raise ValueError(f"{name}: {kv_heads} heads of {head_dim} do not fit maps of {tuple(transform.maps.shape)}")
 
 
 def _prepared_write(
@@ -270,7 +313,6 @@ def _prepared_write(
     clip_ratio: float,
     order: torch.Tensor | None,
     rotation_width: int,
-    affine: Affine | None,
 ) -> QuantizeArguments:
     """Arguments with all that stays the same from one write to the next; ``shape`` of the heads."""
 
@@ -291,12 +333,10 @@ def _prepared_write(
             blocks=blocks,
             base=hadamard_base_pointer(rotation_width),
             order=_optional_indices(order, channels, "order"),
-            **_affine_pointers(affine, channels),
         )
 
-    factors = () if affine is None else (affine.factor, affine.offset)
     numbers = len(packed), shape, bits, group_size, clip_ratio, rotation_width
-    return remembered(packed, "write", (*packed.values(), order, *factors), numbers, make)
+    return remembered(packed, "write", (*packed.values(), order), numbers, make)
 
 
 def _set_unrope(arguments: QuantizeArguments, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -318,11 +358,3 @@ def _set_exact(arguments: DecodeArguments, exact: ExactTokens, heads: tuple[int,
     arguments.exact_token_index = pointer(exact.token_index, torch.int32, (count,), "exact token_index")
     arguments.exact_keys = pointer(exact.keys, dtype, (count, *heads), "exact keys")
     arguments.exact_values = pointer(exact.values, dtype, (count, *heads), "exact values")
-
-
-def _call(library: str, arguments: ctypes.Structure, instruction_set: str | None) -> None:
-    loaded = load_library(library, instruction_set)
-    if loaded is None:
-        raise RuntimeError("RotateKV's CPU kernel is not available")
-    if message := loaded.entry(ctypes.byref(arguments)):
-        raise ValueError(message.decode())

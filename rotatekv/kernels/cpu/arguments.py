@@ -7,7 +7,22 @@ import ctypes
 
 class PackedPointers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("low", "high", "scale", "zero")] + [
-        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows", "compact")
+        (name, ctypes.c_int64) for name in ("blocks", "groups", "bits", "tokens_per_scale", "scale_rows")
+    ]
+
+
+class CodedPointers(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pairs", "singles", "scale", "bits")),
+        *((name, ctypes.c_int64) for name in ("blocks", "pair_planes", "single_planes")),
+        ("noise", ctypes.c_float * 6),
+    ]
+
+
+class FramePointers(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("channel_factor", "matrix", "units", "positions", "position_units")),
+        *((name, ctypes.c_int64) for name in ("size", "outputs", "rank")),
     ]
 
 
@@ -31,12 +46,13 @@ _DECODE_SIZES = [
     "exact_is_bfloat16",
     "unrotate_values",
     "sliding_window",
+    "dropped",
     "threads",
 ]
 _DECODE_POINTERS = [
     "group_of_channel",
-    "key_factor",
-    "key_offset",
+    "value_map",
+    "value_mean",
     "queries",
     "first_seen",
     "origin",
@@ -67,6 +83,33 @@ _QUANTIZE_SIZES = [
     "rotary_dim",
     "threads",
 ]
+_FRAME_WRITE_SIZES = [
+    "structure_bytes",
+    "batch",
+    "kv_heads",
+    "tokens",
+    "head_dim",
+    "batch_stride",
+    "head_stride",
+    "token_stride",
+    "turn_batch_stride",
+    "turn_token_stride",
+    "number",
+    "start",
+    "rotary_dim",
+    "threads",
+    "words_of_tokens",
+]
+_COMPONENT_SIZES = [
+    "structure_bytes",
+    "batch",
+    "kv_heads",
+    "head_dim",
+    "tokens",
+    "output_tokens",
+    "words_of_tokens",
+    "threads",
+]
 _DEQUANTIZE_SIZES = [
     "structure_bytes",
     "batch",
@@ -86,6 +129,9 @@ class DecodeArguments(ctypes.Structure):
         ("attention_scaling", ctypes.c_float),
         ("keys", PackedPointers),
         ("values", PackedPointers),
+        ("coded_keys", CodedPointers),
+        ("coded_values", CodedPointers),
+        ("frames", FramePointers),
         ("key_base", HadamardBase),
         ("value_base", HadamardBase),
         *((name, ctypes.c_void_p) for name in _DECODE_POINTERS),
@@ -98,7 +144,7 @@ class QuantizeArguments(ctypes.Structure):
         ("clip_ratio", ctypes.c_float),
         ("blocks", PackedPointers),
         ("base", HadamardBase),
-        *((name, ctypes.c_void_p) for name in ("heads", "order", "factor", "offset", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("heads", "order", "cos", "sin")),
     ]
 
 
@@ -107,5 +153,22 @@ class DequantizeArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _DEQUANTIZE_SIZES),
         ("blocks", PackedPointers),
         ("base", HadamardBase),
-        *((name, ctypes.c_void_p) for name in ("group_of_channel", "factor", "offset", "output")),
+        *((name, ctypes.c_void_p) for name in ("group_of_channel", "output")),
+    ]
+
+
+class FrameWriteArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _FRAME_WRITE_SIZES),
+        ("coded", CodedPointers),
+        *((name, ctypes.c_void_p) for name in ("heads", "map", "weights", "steps", "mean")),
+        *((name, ctypes.c_void_p) for name in ("origin_cos", "origin_sin", "place_cos", "place_sin")),
+    ]
+
+
+class ComponentArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _COMPONENT_SIZES),
+        ("coded", CodedPointers),
+        ("output", ctypes.c_void_p),
     ]

@@ -20,6 +20,10 @@ static void prepare_queries(const DecodeArguments& a, float* out) {
         const float* query = a.queries + row * a.head_dim;
         for (int64_t i = 0; i < a.head_dim; ++i)
             out[row * a.head_dim + i] = query[i] * (i < a.rotary_dim ? factor * a.attention_scaling : factor);
+        if (!a.coded_keys.scale) continue;
+        const int64_t head = row / a.query_tokens % a.query_heads / (a.query_heads / a.kv_heads);
+        for (int64_t i = 0; i < a.head_dim; ++i)
+            out[row * a.head_dim + i] *= a.frames.channel_factor[head * a.head_dim + i];
     }
 }
 
@@ -36,15 +40,15 @@ static void weigh_parts(float* partials, int64_t parts, int64_t step) {
     for (int64_t i = 0; i < parts && total > 0.0f; ++i) partials[i * step] /= total;
 }
 
+constexpr int kMappedRows = 4;  // of a head, mapped side by side
+
 class Decode {
   public:
     explicit Decode(const DecodeArguments& a)
         : a_(a), g_(a), queries_(a.batch * a.query_heads * a.query_tokens * a.head_dim),
-          partials_(a.batch * g_.groups * g_.parts() * part_floats()), key_offset_(a.key_factor ? size_t(g_.channels) : 0),
+          partials_(a.batch * g_.groups * g_.parts() * part_floats()),
           group_at_(a.group_of_channel ? size_t(g_.channels) : 0) {
         prepare_queries(a, queries_.data());
-        const float norm = a.rotation_width ? std::sqrt(float(a.rotation_width)) : 1.0f;
-        for (size_t i = 0; i < key_offset_.size(); ++i) key_offset_.data()[i] = a.key_offset[i] * norm;
         for (size_t i = 0; i < group_at_.size(); ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
         for (int64_t i = 0; i < threads(); ++i) memory_.emplace_back(a, g_);
     }
@@ -78,31 +82,70 @@ class Decode {
         const int64_t row = pair / g_.groups, group = pair % g_.groups;
         const int32_t *begin = a_.exact_batch_index, *end = begin + a_.exact_tokens;
         const bool exact = split == g_.splits;
+        const int64_t from = exact ? 0 : g_.chunks * split / g_.splits;
+        const int64_t to = exact ? 0 : g_.chunks * (split + 1) / g_.splits;
         const Part part{a_, g_, memory,
                         (exact ? a_.queries : queries_.data()) + pair * g_.group_rows * a_.head_dim,
-                        ChannelAffine{a_.key_factor, key_offset_.data()}.from(group * g_.group_channels),
                         group_at_.data(),
                         partials_.data() + (pair * g_.parts() + split) * part_floats(), row, group,
                         g_.exact ? std::lower_bound(begin, end, int32_t(row)) - begin : 0,
-                        g_.exact ? std::upper_bound(begin, end, int32_t(row)) - begin : 0};
+                        g_.exact ? std::upper_bound(begin, end, int32_t(row)) - begin : 0,
+                        std::min(g_.begin + to * kChunk, a_.packed_tokens)};
         for (int64_t i = 0; i < g_.group_rows; ++i) {
             part.partial(i).top() = kNever;
             part.partial(i).total() = 0.0f;
             std::fill(part.partial(i).sums(), part.partial(i).sums() + a_.head_dim, 0.0f);
         }
         if (exact) return attend_exact(part);
-        const int64_t from = g_.chunks * split / g_.splits, to = g_.chunks * (split + 1) / g_.splits;
+        memory.frames.begin(row);
         for (int64_t chunk = from; chunk < to; ++chunk) attend_packed_chunk(part, chunk);
     }
 
-    // The packed tokens' sums are in the values' rotated space, those of the exact tokens are not.
+    // The packed tokens' sums are in the space that values are stored in, those of the exact tokens are not.
     void join() {
         const int64_t dim = a_.head_dim;
         std::fill(a_.output, a_.output + rows() * dim, 0.0f);
         for (int64_t row = 0; row < rows(); ++row) weigh_parts(partials_of(row), g_.parts(), part_floats());
         add_parts(0, g_.splits);
+        if (a_.coded_values.scale) map_values();
         if (a_.unrotate_values) RowRotation(dim, a_.value_base).apply<false>(a_.output, rows());
         add_parts(g_.splits, g_.parts());
+    }
+
+    // Components become channels of the output's heads, and the mean is added as often as the packed tokens have weight.
+    void map_values() {
+        const int64_t heads = a_.batch * a_.kv_heads, rows = g_.head_rows, dim = a_.head_dim;
+        const bool parallel = threads() > 1 && heads * rows * dim * dim > (1 << 18);
+#pragma omp parallel for schedule(static) num_threads(int(threads())) if (parallel)
+        for (int64_t head = 0; head < heads; ++head) {
+            Floats mapped(kMappedRows * dim);
+            for (int64_t row = 0; row < rows; row += kMappedRows)
+                map_rows(head, head * rows + row, std::min<int64_t>(rows - row, kMappedRows), mapped.data());
+        }
+    }
+
+    // At most kMappedRows query rows of a head of a sequence.
+    void map_rows(int64_t head, int64_t row, int64_t rows, float* mapped) {
+        const int64_t dim = a_.head_dim, kv_head = head % a_.kv_heads;
+        const float *map = a_.value_map + kv_head * dim * dim, *mean = a_.value_mean + kv_head * dim;
+        float* out = a_.output + row * dim;
+        float weights[kMappedRows] = {};
+        for (int64_t k = 0; k < rows; ++k)
+            for (int64_t i = 0; i < g_.splits; ++i) {
+                const float* part = partials_of(row + k) + i * part_floats();
+                weights[k] += part[0] * part[1];
+            }
+        for (int64_t at = 0; at < dim; at += kLanes) {
+            Vec sums[kMappedRows];
+            for (int k = 0; k < kMappedRows; ++k) sums[k] = load(mean + at) * weights[k];
+            for (int64_t i = 0; i < dim; ++i) {
+                const Vec column = load(map + i * dim + at);
+#pragma GCC unroll 4
+                for (int k = 0; k < kMappedRows; ++k) sums[k] += column * out[(k < rows ? k : 0) * dim + i];
+            }
+            for (int64_t k = 0; k < rows; ++k) store(mapped + k * dim + at, sums[k]);
+        }
+        std::copy(mapped, mapped + rows * dim, out);
     }
 
     int64_t rows() const { return a_.batch * g_.groups * g_.group_rows; }
@@ -125,7 +168,6 @@ class Decode {
     const DecodeArguments& a_;
     const Geometry g_;
     Floats queries_, partials_;
-    std::vector<float> key_offset_;
     std::vector<int32_t> group_at_;
     std::vector<ThreadMemory> memory_;
 };

@@ -1,8 +1,8 @@
 """Compiles the CPU kernels with a C++ compiler at their first use and loads them.
 
 ``CXX`` names the compiler and, after it, its flags or a launcher before it (``ccache g++``); by default g++.
-``ROTATEKV_CPU_KERNEL`` names the instruction set (``avx512``, ``avx2``, ``portable``), or switches the kernels off
-(``off``); by default the widest that the CPU has.
+``ROTATEKV_CPU_KERNEL`` names the instruction set (``avx512``, ``avx512bw`` without VNNI, ``avx2``, ``portable``), or
+switches the kernels off (``off``); by default the widest that the CPU has.
 
 A library is kept in ``ROTATEKV_CACHE_DIR`` or ``$XDG_CACHE_HOME/rotatekv`` or ``~/.cache/rotatekv``, as
 ``<name>-<instruction set>-<key>.<digest>.so``: the key is a hash of its sources, flags, compiler and CPU, the digest
@@ -32,11 +32,14 @@ _BASE_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", _OPENMP, "-fvisibility=h
 _EXTRA_FLAGS = {
     "attention": [],
     "dequantize": [],
+    "frames": [],
+    "components": [],
     "quantize": ["-ffp-contract=off"],  # bit-equal to torch: no product may merge with a sum
 }
 # Widest first: the flags of the compiler, which are what /proc/cpuinfo must list, see _needed.
 _INSTRUCTION_SETS = {
     "avx512": "avx512f avx512bw avx512vl avx512dq avx512vnni fma f16c",
+    "avx512bw": "avx512f avx512bw avx512vl avx512dq fma f16c",
     "avx2": "avx2 fma f16c",
     "portable": "",
 }

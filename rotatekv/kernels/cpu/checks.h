@@ -24,7 +24,6 @@ static const char* check_scales(const PackedPointers& packed, int64_t tokens, in
         return nullptr;
     }
     ROTATEKV_REQUIRE(packed.groups == 0, "scales per channel have no groups of channels");
-    ROTATEKV_REQUIRE(!packed.compact, "scales per channel are float16");
     ROTATEKV_REQUIRE(channels % 16 == 0, "scales per channel need a multiple of 16 channels");
     ROTATEKV_REQUIRE(packed.scale_rows * per_scale >= tokens, "the packed tokens have no scales");
     return nullptr;
@@ -98,19 +97,64 @@ static const char* check_exact(const DecodeArguments& a) {
     return check_indices(token_index, a.exact_tokens, a.total_tokens, "an exact token index is past the last token");
 }
 
-static const char* check_decode(const DecodeArguments& a) {
-    if (const char* wrong = check_sizes(a)) return wrong;
-    const int64_t channels = a.kv_heads * a.head_dim;
-    ROTATEKV_REQUIRE(channels <= (1 << 20), "too many channels");
+// The planes that the bits of so many groups need.
+static const char* check_coded(const CodedPointers& coded, int64_t groups, int64_t tokens) {
+    ROTATEKV_REQUIRE(coded.blocks * kBlock >= tokens, "the packed tokens do not fit in the blocks");
+    ROTATEKV_REQUIRE(coded.bits && (coded.pairs || !coded.pair_planes) && (coded.singles || !coded.single_planes),
+                     "a plane is missing");
+    int64_t pairs = 0, singles = 0;
+    for (int64_t i = 0; i < groups; ++i) {
+        ROTATEKV_REQUIRE(coded.bits[i] >= 0 && coded.bits[i] <= 5, "a group of components must have 0 … 5 bits");
+        pairs += coded.bits[i] / 2;
+        singles += coded.bits[i] % 2;
+    }
+    ROTATEKV_REQUIRE(pairs == coded.pair_planes && singles == coded.single_planes, "the bits need other planes");
+    return nullptr;
+}
+
+// Transform-coded keys: their tables, and whole blocks before the first token.
+static const char* check_frames(const DecodeArguments& a) {
+    const FramePointers& f = a.frames;
+    if (const char* wrong = check_coded(a.coded_keys, a.kv_heads * a.head_dim / 16, a.packed_tokens)) return wrong;
+    ROTATEKV_REQUIRE(f.channel_factor && f.matrix && f.units && f.position_units && (f.positions || !f.rank),
+                     "a table of the transform-coded keys is missing");
+    ROTATEKV_REQUIRE(f.rank >= 0 && f.rank % 2 == 0 && f.rank <= a.head_dim, "rank must be even and at most head_dim");
+    ROTATEKV_REQUIRE(f.outputs % 16 == 0 && f.outputs >= a.head_dim + f.rank && f.outputs <= 2 * a.head_dim,
+                     "the matrix has a wrong width");
+    ROTATEKV_REQUIRE(a.rotation_width == 0 && !a.group_of_channel, "transform-coded keys are not rotated");
+    ROTATEKV_REQUIRE(f.size >= kBlock && f.size % kBlock == 0, "a frame must be a multiple of 16 tokens");
+    ROTATEKV_REQUIRE(a.dropped >= 0 && a.dropped % kBlock == 0, "dropped must be a multiple of 16");
+    ROTATEKV_REQUIRE(!a.rotary_dim || a.coarse_rows > f.size / kCoarseStep, "the tables of cos and sin are too short");
+    return nullptr;
+}
+
+static const char* check_keys(const DecodeArguments& a, int64_t channels) {
+    if (a.coded_keys.scale) return check_frames(a);
     if (const char* wrong = check_packed(a.keys, a.packed_tokens, channels)) return wrong;
+    return check_groups(a.keys, a.group_of_channel, channels);
+}
+
+static const char* check_values(const DecodeArguments& a, int64_t channels) {
+    if (a.coded_values.scale) {
+        ROTATEKV_REQUIRE(a.value_map && a.value_mean, "a table of the transform-coded values is missing");
+        ROTATEKV_REQUIRE(!a.unrotate_values, "transform-coded values are not rotated");
+        return check_coded(a.coded_values, channels / 16, a.packed_tokens);
+    }
     if (const char* wrong = check_packed(a.values, a.packed_tokens, channels)) return wrong;
     ROTATEKV_REQUIRE(a.values.tokens_per_scale == 0, "values must have scales per token");
     ROTATEKV_REQUIRE(channels % a.values.groups == 0 && a.head_dim % (channels / a.values.groups) == 0 &&
                          channels / a.values.groups % 16 == 0,
                      "a values' group must be a multiple of 16 channels that divides head_dim");
+    return nullptr;
+}
+
+static const char* check_decode(const DecodeArguments& a) {
+    if (const char* wrong = check_sizes(a)) return wrong;
+    const int64_t channels = a.kv_heads * a.head_dim;
+    ROTATEKV_REQUIRE(channels <= (1 << 20), "too many channels");
     ROTATEKV_REQUIRE(a.queries && a.first_seen && a.origin && a.output, "a tensor is missing");
-    ROTATEKV_REQUIRE(!a.key_factor == !a.key_offset, "key_factor and key_offset come together");
-    if (const char* wrong = check_groups(a.keys, a.group_of_channel, channels)) return wrong;
+    if (const char* wrong = check_keys(a, channels)) return wrong;
+    if (const char* wrong = check_values(a, channels)) return wrong;
     const char* wrong = check_indices(a.first_seen, a.batch, a.total_tokens + 1, "first_seen must be 0 … total_tokens");
     if (wrong || (wrong = check_transforms(a))) return wrong;
     return check_exact(a);

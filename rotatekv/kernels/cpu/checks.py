@@ -10,12 +10,13 @@ from typing import TypeVar
 
 import torch
 
-from rotatekv.kernels.checks import packed_planes, rope_planes
-from rotatekv.kernels.cpu.arguments import HadamardBase, PackedPointers
+from rotatekv.kernels.checks import packed_planes, rope_planes, shape_of
+from rotatekv.kernels.cpu.arguments import CodedPointers, FramePointers, HadamardBase, PackedPointers
+from rotatekv.kernels.cpu.coded_tables import FrameTables, bits_of
 from rotatekv.kernels.hadamard import base_matrix, hadamard_base
-from rotatekv.kernels.layout import Blocks, Packed
-from rotatekv.kernels.quantize import COMPACT_SCALE
+from rotatekv.kernels.layout import BLOCK, Blocks, Packed
 from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.kernels.transform_coding import NOISE, STEPS, Transform
 
 _Arguments = TypeVar("_Arguments", bound=ctypes.Structure)
 
@@ -95,13 +96,35 @@ def packed_pointers(
     blocks, groups, shapes = packed_planes(packed, bits, batch, channels, name, tokens_per_scale)
     rows = shapes["scale"][1][1] if tokens_per_scale else 0
     pointers = PackedPointers(
-        blocks=blocks,
-        groups=groups,
-        bits=bits,
-        tokens_per_scale=tokens_per_scale,
-        scale_rows=rows,
-        compact=shapes["scale"][0] == COMPACT_SCALE,
+        blocks=blocks, groups=groups, bits=bits, tokens_per_scale=tokens_per_scale, scale_rows=rows
     )
     for plane, (dtype, shape) in shapes.items():
         setattr(pointers, plane, pointer(packed[plane], dtype, shape, f"{name}[{plane!r}]"))
     return pointers
+
+
+def coded_pointers(packed: Packed, transform: Transform, batch: int, name: str) -> CodedPointers:
+    """The addresses of the planes, (B, ...) each, of transform-coded keys or values."""
+    if set(packed) != {"pairs", "singles", "scale"}:
+        raise ValueError(f"{name}: a transform needs pairs, scale and singles, not {sorted(packed)}")
+    blocks = shape_of(packed["scale"], 4, f"{name}['scale']")[1]
+    pairs, singles = map(len, transform.planes)
+    noise = [n / s**2 for n, s in zip(NOISE, STEPS, strict=True)] if transform.words_of_tokens else NOISE
+    pointers = CodedPointers(
+        bits=bits_of(transform).data_ptr(), blocks=blocks, pair_planes=pairs, single_planes=singles
+    )
+    pointers.noise = type(pointers.noise)(*noise)
+    for plane, dtype, count in (
+        ("pairs", torch.int32, pairs),
+        ("singles", torch.int16, singles),
+        ("scale", torch.uint8, len(transform.bits)),
+    ):
+        address = pointer(packed[plane], dtype, (batch, blocks, count, BLOCK), f"{name}[{plane!r}]")
+        setattr(pointers, plane, address)
+    return pointers
+
+
+def frame_pointers(tables: FrameTables) -> FramePointers:
+    addresses = {name: x.data_ptr() for name, x in vars(tables).items()}
+    size, outputs, rank = tables.position_units.shape[1], tables.matrix.shape[2], 2 * tables.positions.shape[1]
+    return FramePointers(**addresses, size=size, outputs=outputs, rank=rank)

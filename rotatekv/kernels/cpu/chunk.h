@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "dequantize.h"
+#include "frame_scores.h"
 #include "fused.h"
 #include "workspace.h"
 
@@ -16,11 +17,11 @@ struct Part {
     const Geometry& g;
     ThreadMemory& memory;
     const float* queries;      // (group rows, D), for packed tokens times all constant factors of a score
-    ChannelAffine affine;      // of the rotation group's keys, times sqrt(W) as they are
     const int32_t* group_at;   // (C,) offset of each key channel's group in the table of scales; null: see read_lanes
     float* partials;           // (group rows, D + 2)
     int64_t row, group;        // sequence and rotation group
     int64_t exact_from, exact_to;  // the sequence's exact tokens
+    int64_t end;                   // packed tokens of the part lie before it
 
     Partial partial(int64_t query_row) const { return {partials + query_row * g.row_floats(a)}; }
     RopeAngles angles(int plane) const {
@@ -68,17 +69,86 @@ static void score_packed_tile(const Part& part, int64_t token, int64_t column) {
         read_keys(part, token + plane * kLanes, keys, part.angles(plane));
         if (g.fused == Fused::none) {
             last_passes(g.plan, int(g.group_channels), keys);
-            part.affine.apply(keys, g.group_channels);
         } else {
-            score_fused(g.fused, int(g.head_rows), keys, part.affine, part.angles(plane), part.queries,
-                        int(part.a.head_dim), part.memory.scores.data() + column + plane * kLanes, kChunk);
+            score_fused(g.fused, int(g.head_rows), keys, part.angles(plane), part.queries, int(part.a.head_dim),
+                        part.memory.scores.data() + column + plane * kLanes, kChunk);
         }
     }
     if (g.fused == Fused::none) score_tile(part, column);
 }
 
-// Scores → weights, in place, of `count` tokens (a multiple of kLanes); the factor on the row's former sums.
-static float softmax_row(float* scores, int count, const Partial& partial) {
+constexpr int kBlocksAhead = 4;  // of the first cache's sets, blocks of 8 × 128 channels share a few
+
+// Starts to fetch a block's values, which come after the chunk's scores, and the keys of a later one. Inlined always:
+// GCC drops calls of a function that does nothing but prefetch.
+static ROTATEKV_INLINE void fetch_ahead(const Part& part, int64_t block) {
+    const DecodeArguments& a = part.a;
+    const Geometry& g = part.g;
+    for (int64_t i = block; i < block + std::max(2 * kLanes / kBlock, 1); ++i) {
+        if (a.coded_values.scale)
+            fetch_planes<2>(a.coded_values, part.row * a.coded_values.blocks + i, a.kv_heads, part.group,
+                            g.value_planes[part.group]);
+        else
+            prefetch<2>(a.values.low + (part.row * a.values.blocks + i) * g.channels + part.group * g.group_channels,
+                        g.group_channels * 4);
+        fetch_planes<1>(a.coded_keys, part.row * a.coded_keys.blocks + i + kBlocksAhead, a.kv_heads, part.group,
+                        g.key_planes[part.group]);
+    }
+}
+
+// Scores of all rows for `blocks` blocks of one frame, from block `place` of it on.
+static void score_frame(const Part& part, int64_t block, int blocks, int64_t frame, int64_t place, float* scores) {
+    const CodedPointers& f = part.a.coded_keys;
+    const int64_t in_rows = part.row * f.blocks + block;
+    const int64_t pair_step = f.pair_planes * kBlock, single_step = f.single_planes * kBlock;
+    const int64_t scale_step = part.a.kv_heads * kBlock;
+    const int32_t* pairs = f.pairs + in_rows * pair_step;
+    const int16_t* singles = f.singles + in_rows * single_step;
+    const uint8_t* scale = f.scale + in_rows * scale_step + part.group * kBlock;
+    const int count = blocks * kBlock / kLanes;  // vectors of tokens
+    for (int64_t first = 0; first < part.g.head_rows; first += kMostFrameRows) {
+        const int some = int(std::min<int64_t>(part.g.head_rows - first, kMostFrameRows));
+        FrameRow rows[kMostFrameRows];
+        bool exact = false;
+        for (int i = 0; i < some; ++i) {
+            rows[i] = part.memory.frames.row(frame, first + i);
+            exact |= rows[i].exact;
+        }
+        const auto pair_of_vectors = exact ? score_frame_rows<2, true> : score_frame_rows<2, false>;
+        const auto one_vector = exact ? score_frame_rows<1, true> : score_frame_rows<1, false>;
+        for (int at = 0; at < count; at += 2) {
+            if (first == 0) fetch_ahead(part, block + at * kLanes / kBlock);
+            FrameTokens tokens[2];
+            for (int v = 0; v < 2 && at + v < count; ++v) {
+                const int token = (at + v) * kLanes, lane = token % kBlock;
+                const int64_t later = token / kBlock;
+                tokens[v] = {pairs + later * pair_step + lane, singles + later * single_step + lane,
+                             scale + later * scale_step + lane, place * kBlock + token};
+            }
+            const auto score = at + 1 < count ? pair_of_vectors : one_vector;
+            score(some, part.g.coded[part.group], tokens, rows, scores + first * kChunk + at * kLanes, kChunk);
+        }
+    }
+}
+
+// Scores of a chunk of transform-coded tokens from `token` on. Without RoPE all frames are one.
+static void score_frames(const Part& part, int64_t token, int blocks) {
+    const int64_t dropped = part.a.dropped, frame = part.a.frames.size;
+    const auto frame_of = [&](int64_t at) { return part.a.rotary_dim ? (at + dropped) / frame : 0; };
+    part.memory.frames.hold(part.queries, part.group, part.g.coded[part.group], frame_of(token),
+                            frame_of(token + blocks * kBlock - 1) + 1, frame_of(part.end - 1) + 1);
+    for (int block = 0; block < blocks;) {
+        const int64_t at = token + block * kBlock, place = (at + dropped) % frame / kBlock;
+        const int run = int(std::min<int64_t>(frame / kBlock - place, blocks - block));
+        score_frame(part, at / kBlock, run, frame_of(at), place, part.memory.scores.data() + block * kBlock);
+        block += run;
+    }
+}
+
+// Scores → weights, in place, of `count` tokens (a multiple of kLanes), times the tokens' scales where Scaled; the factor
+// on the row's former sums.
+template <bool Scaled>
+static float softmax_row(float* scores, int count, const Partial& partial, const float* scales = nullptr) {
     Vec highest = load(scores);
     for (int i = kLanes; i < count; i += kLanes) highest = max(highest, load(scores + i));
     const float top = std::fmax(partial.top(), max_lanes(highest));
@@ -89,7 +159,7 @@ static float softmax_row(float* scores, int count, const Partial& partial) {
     Vec total = {};
     for (int i = 0; i < count; i += kLanes) {
         const Vec weight = exp2_nonpositive(load(scores + i) - top);
-        store(scores + i, weight);
+        store(scores + i, Scaled ? weight * load(scales + i) : weight);
         total += weight;
     }
     const float decay = std::exp2(partial.top() - top);
@@ -108,15 +178,16 @@ static void scale_sums(const Partial& partial, int64_t head_dim, float factor) {
 // lowest, and packed tokens that an exact one replaces. `tokens` starts the chunk, `count` is its padded length.
 static void mask_packed(const Part& part, int64_t token, int count) {
     const DecodeArguments& a = part.a;
+    float* scores = part.memory.scores.data();
     for (int64_t row = 0; row < part.g.group_rows; ++row) {
-        float* scores = part.memory.scores.data() + row * kChunk;
         const int64_t limit = part.limit(row) < a.packed_tokens ? part.limit(row) : a.packed_tokens;
-        for (int64_t i = 0; i < part.lowest(row) - token && i < count; ++i) scores[i] = kNever;
-        for (int64_t i = limit > token ? limit - token : 0; i < count; ++i) scores[i] = kNever;
-        for (int64_t e = part.exact_from; e < part.exact_to; ++e) {
-            const int64_t column = a.exact_token_index[e] - token;
-            if (column >= 0 && column < count) scores[column] = kNever;
-        }
+        for (int64_t i = 0; i < part.lowest(row) - token && i < count; ++i) scores[row * kChunk + i] = kNever;
+        for (int64_t i = limit > token ? limit - token : 0; i < count; ++i) scores[row * kChunk + i] = kNever;
+    }
+    for (int64_t e = part.exact_from; e < part.exact_to; ++e) {
+        const int64_t column = a.exact_token_index[e] - token;
+        if (column < 0 || column >= count) continue;
+        for (int64_t row = 0; row < part.g.group_rows; ++row) scores[row * kChunk + column] = kNever;
     }
 }
 
@@ -150,20 +221,54 @@ static void add_head_values(const Part& part, int64_t head, int64_t first_block,
     }
 }
 
+static void read_value_scales(const Part& part, int64_t block, int blocks) {
+    const CodedPointers& coded = part.a.coded_values;
+    const int64_t heads = part.g.group_heads, step = part.a.kv_heads * kBlock;
+    const uint8_t* stored = coded.scale + (part.row * coded.blocks + block) * step + part.group * heads * kBlock;
+    for (int64_t head = 0; head < heads; ++head)
+        read_scales(stored + head * kBlock, step, blocks, part.memory.value_scales.data() + head * kChunk);
+}
+
+// Transform-coded values of one head of the rotation group.
+static void add_coded_head(const Part& part, int64_t head, int64_t block, int blocks) {
+    const Geometry& g = part.g;
+    const CodedPointers& coded = part.a.coded_values;
+    const int64_t kv_head = part.group * g.group_heads + head, at = part.row * coded.blocks + block;
+    const int64_t pair_step = coded.pair_planes * kBlock, single_step = coded.single_planes * kBlock;
+    const int64_t stride = g.row_floats(part.a);
+    const CodedValues& of_head = g.coded_values[kv_head];
+    const ValueChunk chunk{coded.pairs + at * pair_step, coded.singles + at * single_step, pair_step, single_step, blocks};
+    CodedWeights* weights = part.memory.coded_weights.data();
+    for (int64_t i = 0; i < g.head_rows; i += 4) {
+        const int64_t row = head * g.head_rows + i, rows = std::min<int64_t>(g.head_rows - i, 4);
+        for (int64_t k = 0; k < rows; ++k)
+            round_coded_weights(part.memory.scores.data() + (row + k) * kChunk, blocks, of_head.noise, weights + k);
+        add_coded_rows(rows, chunk, of_head.vectors, weights, part.partial(row).sums(), stride);
+    }
+}
+
 static void attend_packed_chunk(const Part& part, int64_t chunk) {
     const DecodeArguments& a = part.a;
     const int64_t token = part.g.begin + chunk * kChunk;
     const int tokens = int(a.packed_tokens - token < kChunk ? a.packed_tokens - token : kChunk);
     if (token + tokens <= a.first_seen[part.row]) return;
     const int blocks = (tokens + kBlock - 1) / kBlock, count = blocks * kBlock;
-    for (int column = 0; column < count; column += kTile) score_packed_tile(part, token + column, column);
+    if (a.coded_keys.scale) score_frames(part, token, blocks);
+    for (int column = 0; column < count && !a.coded_keys.scale; column += kTile)
+        score_packed_tile(part, token + column, column);
     mask_packed(part, token, count);
+    if (a.coded_values.scale) read_value_scales(part, token / kBlock, blocks);
     for (int64_t row = 0; row < part.g.group_rows; ++row) {
         const Partial partial = part.partial(row);
-        scale_sums(partial, a.head_dim, softmax_row(part.memory.scores.data() + row * kChunk, count, partial));
+        float* scores = part.memory.scores.data() + row * kChunk;
+        const float* scales = part.memory.value_scales.data() + row / part.g.head_rows * kChunk;
+        const float decay = a.coded_values.scale ? softmax_row<true>(scores, count, partial, scales)
+                                                 : softmax_row<false>(scores, count, partial);
+        scale_sums(partial, a.head_dim, decay);
     }
     const int64_t first_block = part.row * a.values.blocks + token / kBlock;
     for (int64_t head = 0; head < part.g.group_heads; ++head) {
+        if (a.coded_values.scale) add_coded_head(part, head, token / kBlock, blocks);
         if (a.values.bits == 2) add_head_values<2>(part, head, first_block, blocks);
         if (a.values.bits == 3) add_head_values<3>(part, head, first_block, blocks);
         if (a.values.bits == 4) add_head_values<4>(part, head, first_block, blocks);

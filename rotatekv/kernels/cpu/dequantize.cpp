@@ -22,10 +22,9 @@ class Dequantize {
     explicit Dequantize(const DequantizeArguments& a)
         : a_(a), channels_(a.kv_heads * a.head_dim), width_(a.rotation_width ? a.rotation_width : a.head_dim),
           norm_(a.rotation_width ? 1.0f / std::sqrt(float(a.rotation_width)) : 1.0f),
-          offset_(a.factor ? size_t(channels_) : 0), group_at_(a.group_of_channel ? size_t(channels_) : 0) {
+          group_at_(a.group_of_channel ? size_t(channels_) : 0) {
         plan_hadamard(a.rotation_width, a.base, &plan_);
         for (size_t i = 0; i < group_at_.size(); ++i) group_at_[i] = a.group_of_channel[i] * 2 * kLanes;
-        for (size_t i = 0; i < offset_.size(); ++i) offset_[i] = a.offset[i] / norm_;
     }
 
     // Threads take whole blocks, so that a block's scales are read once.
@@ -56,7 +55,6 @@ class Dequantize {
     void write_lanes(const Place& place, const Read& read, float* x) const {
         for (int64_t from = 0; from < channels_; from += width_) {
             hadamard<false>(plan_, int(width_), x, [&](int channel) { return read(int(from) + channel); });
-            ChannelAffine{a_.factor, offset_.data()}.from(from).apply(x, width_);
             for (int64_t head = 0; head < width_ / a_.head_dim; ++head)
                 write_head(x + head * a_.head_dim * kLanes, place.row * a_.kv_heads + from / a_.head_dim + head,
                            place.block * kBlock + place.first_lane);
@@ -74,7 +72,6 @@ class Dequantize {
     const int64_t channels_, width_;  // C, and the channels that are rotated together
     const float norm_;
     HadamardPlan plan_;
-    std::vector<float> offset_;  // (C,) before the norm
     std::vector<int32_t> group_at_;  // (C,) offset of each channel's group in the table of scales
 };
 
@@ -89,7 +86,6 @@ static const char* check_dequantize(const DequantizeArguments& a) {
     const int64_t channels = a.kv_heads * a.head_dim;
     if (const char* wrong = check_packed(a.blocks, a.tokens, channels)) return wrong;
     ROTATEKV_REQUIRE(a.output, "a tensor is missing");
-    ROTATEKV_REQUIRE(!a.factor == !a.offset, "factor and offset come together");
     return check_groups(a.blocks, a.group_of_channel, channels);
 }
 

@@ -42,7 +42,7 @@ static void attend_exact_chunk(const Part& part, int64_t from, int64_t to) {
         });
     }
     for (int64_t row = 0; row < part.g.group_rows; ++row)
-        scale_sums(part.partial(row), a.head_dim, softmax_row(scores + row * kChunk, count, part.partial(row)));
+        scale_sums(part.partial(row), a.head_dim, softmax_row<false>(scores + row * kChunk, count, part.partial(row)));
     for (int64_t e = from; e < to; ++e) {
         for_exact_rows(part, a.exact_values, e, [&](int64_t row, const float* value) {
             const float weight = scores[row * kChunk + e - from];

@@ -62,20 +62,14 @@ struct HalfSylvesterColumn {
     ROTATEKV_INLINE Vec get() const { return held[Output]; }
 };
 
-// Adds the pair of channels at step First of head Head, turned, to the scores of the head's rows. Affine: with the
-// channels' factors and offsets, of the first head on.
-template <int Steps, int Rows, bool Affine, int Pair_, class Column>
-static ROTATEKV_INLINE void add_pair(const Column& column, int at, const ChannelAffine& affine, const float* angles,
-                                     const float* queries, Vec (*sums)[Rows]) {
+// Adds the pair of channels at step First of head Head, turned, to the scores of the head's rows.
+template <int Steps, int Rows, int Pair_, class Column>
+static ROTATEKV_INLINE void add_pair(const Column& column, int at, const float* angles, const float* queries,
+                                     Vec (*sums)[Rows]) {
     constexpr int kHeadDim = Steps * kStride;
     constexpr int kHead = Pair_ % (Column::kOutputs / Steps), kFirst = Pair_ / (Column::kOutputs / Steps);
-    Vec low = column.template get<kHead * Steps + kFirst>();
-    Vec high = column.template get<kHead * Steps + kFirst + Steps / 2>();
-    if constexpr (Affine) {
-        const int channel = kHead * kHeadDim + kFirst * kStride + at, other = channel + kHeadDim / 2;
-        low = low * broadcast(affine.factor[channel]) + broadcast(affine.offset[channel]);
-        high = high * broadcast(affine.factor[other]) + broadcast(affine.offset[other]);
-    }
+    const Vec low = column.template get<kHead * Steps + kFirst>();
+    const Vec high = column.template get<kHead * Steps + kFirst + Steps / 2>();
     const float* angle = angles + (kFirst * kStride + at) * 2 * kLanes;
     const Vec cos = load(angle), sin = load(angle + kLanes);
     const Vec turned_low = low * cos - high * sin, turned_high = high * cos + low * sin;
@@ -87,45 +81,37 @@ static ROTATEKV_INLINE void add_pair(const Column& column, int at, const Channel
     }
 }
 
-template <int Steps, int Rows, bool Affine, class Column, int... Pairs>
-static ROTATEKV_INLINE void add_pairs(const Column& column, int at, const ChannelAffine& affine, const float* angles,
-                                      const float* queries, Vec (*sums)[Rows],
-                                      std::integer_sequence<int, Pairs...>) {
-    (add_pair<Steps, Rows, Affine, Pairs>(column, at, affine, angles, queries, sums), ...);
+template <int Steps, int Rows, class Column, int... Pairs>
+static ROTATEKV_INLINE void add_pairs(const Column& column, int at, const float* angles, const float* queries,
+                                      Vec (*sums)[Rows], std::integer_sequence<int, Pairs...>) {
+    (add_pair<Steps, Rows, Pairs>(column, at, angles, queries, sums), ...);
 }
 
 // x (16·kOutputs or twice as many, kLanes) before the last pass; scores of the kLanes tokens of `Rows` rows of
 // each head that the column type gives, `half` of the outputs if it gives half.
-template <class Column, int Steps, int Rows, bool Affine>
-static void score_columns(const float* x, int half, const ChannelAffine& affine, const float* angles,
-                          const float* queries, float* scores, int64_t score_stride) {
+template <class Column, int Steps, int Rows>
+static void score_columns(const float* x, int half, const float* angles, const float* queries, float* scores,
+                          int64_t score_stride) {
     constexpr int kHeads = Column::kOutputs / Steps;
     Vec sums[kHeads][Rows] = {};
     for (int at = 0; at < kStride; ++at) {
         const Column column(x + at * kLanes, half);
-        add_pairs<Steps, Rows, Affine>(column, at, affine, angles, queries, sums,
-                                       std::make_integer_sequence<int, Column::kOutputs / 2>{});
+        add_pairs<Steps, Rows>(column, at, angles, queries, sums,
+                               std::make_integer_sequence<int, Column::kOutputs / 2>{});
     }
     for (int head = 0; head < kHeads; ++head)
         for (int row = 0; row < Rows; ++row) store(scores + (head * Rows + row) * score_stride, sums[head][row]);
 }
 
-template <class Column, int Steps, bool Affine>
-static void score_some_columns(int rows, const float* x, int half, const ChannelAffine& affine, const float* angles,
-                               const float* queries, float* scores, int64_t stride) {
-    switch (rows) {
-        case 1: return score_columns<Column, Steps, 1, Affine>(x, half, affine, angles, queries, scores, stride);
-        case 2: return score_columns<Column, Steps, 2, Affine>(x, half, affine, angles, queries, scores, stride);
-        case 3: return score_columns<Column, Steps, 3, Affine>(x, half, affine, angles, queries, scores, stride);
-        default: return score_columns<Column, Steps, 4, Affine>(x, half, affine, angles, queries, scores, stride);
-    }
-}
-
 template <class Column, int Steps>
-static void score_column_rows(int rows, const float* x, int half, const ChannelAffine& affine, const float* angles,
-                              const float* queries, float* scores, int64_t stride) {
-    if (affine.factor) score_some_columns<Column, Steps, true>(rows, x, half, affine, angles, queries, scores, stride);
-    else score_some_columns<Column, Steps, false>(rows, x, half, affine, angles, queries, scores, stride);
+static void score_column_rows(int rows, const float* x, int half, const float* angles, const float* queries,
+                              float* scores, int64_t stride) {
+    switch (rows) {
+        case 1: return score_columns<Column, Steps, 1>(x, half, angles, queries, scores, stride);
+        case 2: return score_columns<Column, Steps, 2>(x, half, angles, queries, scores, stride);
+        case 3: return score_columns<Column, Steps, 3>(x, half, angles, queries, scores, stride);
+        default: return score_columns<Column, Steps, 4>(x, half, angles, queries, scores, stride);
+    }
 }
 
 // Which fused form a shape takes: 0 for none.
@@ -141,12 +127,12 @@ static Fused fused_form(const HadamardPlan& plan, int head_dim, int rotary_dim, 
 }
 
 // Scores of all rows of a rotation group for kLanes tokens whose keys lack only the last pass.
-static void score_fused(Fused form, int rows, const float* x, const ChannelAffine& affine, const RopeAngles& angles,
-                        const float* queries, int head_dim, float* scores, int64_t score_stride) {
+static void score_fused(Fused form, int rows, const float* x, const RopeAngles& angles, const float* queries,
+                        int head_dim, float* scores, int64_t score_stride) {
     const auto score = [&](auto function, int half) {
         const int64_t first = half * 256 / head_dim * rows;  // the second half's rows come after 256 channels' heads
-        function(rows, x, half, affine.from(half * 256), angles.table, queries + first * head_dim,
-                 scores + first * score_stride, score_stride);
+        function(rows, x, half, angles.table, queries + first * head_dim, scores + first * score_stride,
+                 score_stride);
     };
     if (form == Fused::paley) return score(score_column_rows<PaleyColumn, 4>, 0);
     const bool narrow = head_dim == 64;

@@ -37,7 +37,7 @@ static ROTATEKV_INLINE Number round_and_clamp(Number x, float offset, float low,
 }
 
 struct Scale {
-    uint16_t stored;  // float16; compact: its upper half
+    uint16_t stored;  // float16
     int8_t zero;
     float value;  // what is stored, in float32
 };
@@ -46,22 +46,7 @@ static uint16_t stored_half(float wanted) {
     return float_to_half(std::min(std::max(wanted, kSmallestScale), kLargestScale));
 }
 
-// The compact format: the range clipped about its middle.
-static Scale compact_scale_of(float top, float bottom, float clip_ratio, float levels) {
-    const float middle = (top + bottom) * 0.5f, reach = (top - bottom) * (0.5f * clip_ratio);
-    bottom = middle - reach;
-    const float wanted = std::max(reach * 2.0f / levels, std::fabs(bottom) * float(8.0 / 127.0));
-    Scale scale;
-    const int rounded = std::min(std::max((stored_half(wanted) + (1 << 6)) >> 7, 1), 0xf7);
-    // A scale that was rounded down may leave the zero point out of reach: the next one does not.
-    const bool beyond = half_to_float(uint16_t(rounded << 7)) * (kZeroPointLimit / kZeroSteps) < std::fabs(bottom);
-    scale.stored = uint16_t(std::min(rounded + beyond, 0xf7));
-    scale.value = half_to_float(uint16_t(scale.stored << 7));
-    scale.zero = int8_t(round_and_clamp(-bottom * kZeroSteps / scale.value, 0.0f, -kZeroPointLimit, kZeroPointLimit));
-    return scale;
-}
-
-static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bits, bool compact) {
+static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bits) {
     float top = group[0], bottom = group[0];
     int64_t i = 0;
     if (size >= kLanes) {
@@ -79,7 +64,6 @@ static Scale scale_of(const float* group, int64_t size, float clip_ratio, int bi
         bottom = std::min(bottom, group[i]);
     }
     const float levels = float((1 << bits) - 1);
-    if (compact) return compact_scale_of(top, bottom, clip_ratio, levels);
     top *= clip_ratio;
     bottom *= clip_ratio;
     const float wanted = std::max((top - bottom) / levels, std::fabs(bottom) / kZeroPointLimit);
@@ -106,22 +90,20 @@ struct Words {
 
 constexpr int high_width(int64_t bits) { return int(bits) - 2; }  // bits of a code in the plane of high bits
 
-// Codes of the `size` channels of a group, put at token `lane` of the words. A compact zero point is no whole
-// number: it is added before rounding.
-template <bool Compact>
+// Codes of the `size` channels of a group, put at token `lane` of the words.
 static void put_codes(const float* x, int64_t size, const Scale& scale, int bits, int lane, uint32_t* low,
                       uint32_t* high) {
     const float levels = float((1 << bits) - 1);
-    const float before = Compact ? scale.zero / kZeroSteps : 0.0f, after = Compact ? 0.0f : scale.zero;
+    const float zero = scale.zero;
     const int shift = 2 * lane, high_shift = high_width(bits) * lane;
     int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes) {
-        const WordVec code = to_words(round_and_clamp(load(x + i) / scale.value + before, after, 0.0f, levels));
+        const WordVec code = to_words(round_and_clamp(load(x + i) / scale.value, zero, 0.0f, levels));
         store_words(low + i, load_words(low + i) | (code & 3u) << shift);
         if (bits > 2) store_words(high + i, load_words(high + i) | code >> 2 << high_shift);
     }
     for (; i < size; ++i) {
-        const uint32_t code = uint32_t(int(round_and_clamp(x[i] / scale.value + before, after, 0.0f, levels)));
+        const uint32_t code = uint32_t(int(round_and_clamp(x[i] / scale.value, zero, 0.0f, levels)));
         low[i] |= (code & 3u) << shift;
         high[i] |= code >> 2 << high_shift;
     }
@@ -133,14 +115,11 @@ static void quantize_token(const QuantizeArguments& a, int64_t row, int64_t toke
     const int64_t block = row * blocks.blocks + (a.start + token) / kBlock, size = int64_t(words->low.size()) / blocks.groups;
     const float* x = words->channels.read(row, token);
     for (int64_t group = 0; group < blocks.groups; ++group) {
-        const Scale scale = scale_of(x + group * size, size, a.clip_ratio, bits, blocks.compact);
+        const Scale scale = scale_of(x + group * size, size, a.clip_ratio, bits);
         const int64_t at = (block * blocks.groups + group) * kBlock + lane, first = group * size;
-        void* stored = const_cast<void*>(blocks.scale);
-        if (blocks.compact) static_cast<uint8_t*>(stored)[at] = uint8_t(scale.stored);
-        else static_cast<uint16_t*>(stored)[at] = scale.stored;
+        static_cast<uint16_t*>(const_cast<void*>(blocks.scale))[at] = scale.stored;
         const_cast<int8_t*>(blocks.zero)[at] = scale.zero;
-        const auto put = blocks.compact ? put_codes<true> : put_codes<false>;
-        put(x + first, size, scale, bits, lane, words->low.data() + first, words->high.data() + first);
+        put_codes(x + first, size, scale, bits, lane, words->low.data() + first, words->high.data() + first);
     }
 }
 
@@ -198,7 +177,6 @@ static const char* check_quantize(const QuantizeArguments& a) {
     ROTATEKV_REQUIRE(a.heads && blocks.low && blocks.scale && blocks.zero && (blocks.bits == 2 || blocks.high),
                      "a tensor is missing");
     ROTATEKV_REQUIRE(a.rotary_dim == 0 || (a.cos && a.sin), "a table of cos or sin is missing");
-    ROTATEKV_REQUIRE(!a.factor == !a.offset, "factor and offset come together");
     return check_order(a, channels);
 }
 

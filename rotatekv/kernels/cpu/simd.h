@@ -40,6 +40,25 @@ static ROTATEKV_INLINE void store_words(uint32_t* to, WordVec x) { *reinterpret_
 static ROTATEKV_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x + 0 would cost an addition: −0 + 0 is not −0
 static ROTATEKV_INLINE WordVec broadcast_word(uint32_t x) { return WordVec{} + x; }
 
+// The largest integers that are not above x, for numbers between −2^22 and 2^22.
+static ROTATEKV_INLINE Vec floor_small(Vec x) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_floor_ps((__m256)x);
+#else
+    const Vec rounded = x + 12582912.0f - 12582912.0f;
+    return rounded - (rounded > x ? broadcast(1.0f) : Vec{});
+#endif
+}
+
+// Starts to fetch memory into the first cache, or (Level 2) the second; it need not be there.
+template <int Level>
+static ROTATEKV_INLINE void prefetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(static_cast<const char*>(from) + i, 0, Level == 1 ? 3 : 2);
+}
+
 // 1 that the compiler does not know of, so that a + b·one stays a fused multiply-add. AMD cores add on two pipes and
 // multiply-add on two others: sums that take turns between them run nearly twice as fast. The result is the same.
 static ROTATEKV_INLINE Vec hidden_one() {
@@ -156,21 +175,6 @@ static ROTATEKV_INLINE Vec load_bfloats(const uint16_t* from) {
     return (Vec)(__builtin_convertvector(*reinterpret_cast<const Shorts*>(from), WordVec) << 16);
 }
 
-// kLanes consecutive bytes, each bits 7 … 14 of a float16 → float32
-static ROTATEKV_INLINE Vec load_upper_halves(const uint8_t* from) {
-#if defined(__AVX512F__)
-    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return (Vec)_mm512_cvtph_ps(_mm256_slli_epi16(words, 7));
-#elif defined(__AVX2__)
-    const __m128i words = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    return (Vec)_mm256_cvtph_ps(_mm_slli_epi16(words, 7));
-#else
-    Vec x;
-    for (int lane = 0; lane < kLanes; ++lane) x[lane] = half_to_float(uint16_t(from[lane] << 7));
-    return x;
-#endif
-}
-
 // kLanes consecutive int8 → float32
 static ROTATEKV_INLINE Vec load_bytes(const int8_t* from) {
 #if defined(__AVX512F__)
@@ -190,16 +194,57 @@ static ROTATEKV_INLINE WordVec load_short_words(const int16_t* from) {
     return __builtin_convertvector(*reinterpret_cast<const Shorts*>(from), WordVec);
 }
 
-// sum[i] + Σ_b codes.byte[4i + b]·weights.byte[4i + b]; codes 0 … 15, weights 0 … 127.
-static ROTATEKV_INLINE IntVec dot_bytes(IntVec sum, WordVec codes, WordVec weights) {
+// The nearest integers of numbers between −2^22 and 2^22.
+static ROTATEKV_INLINE IntVec to_nearest(Vec x) {
+    const Vec shifted = x + 12582912.0f;  // 1.5·2^23: adding it rounds
+    return (IntVec)shifted - (IntVec)broadcast(12582912.0f);
+}
+
+static ROTATEKV_INLINE void store_shorts(int16_t* to, IntVec x) {
+    typedef int16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    *reinterpret_cast<Shorts*>(to) = __builtin_convertvector(x, Shorts);
+}
+
+// The lowest bytes of 16 numbers as four words: word j holds, from its lowest byte, the numbers j, 4 + j, 8 + j and
+// 12 + j. In that order a shift and a mask give codes of two bits.
+static ROTATEKV_INLINE void store_bytes(const IntVec* numbers, int32_t* words) {
+#if defined(__AVX512F__)
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)numbers[0]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm_shuffle_epi8(bytes, order));
+#else
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
+    for (int i = 0; i < 16; ++i) bytes[i % 4 * 4 + i / 4] = uint8_t(numbers[i / kLanes][i % kLanes]);
+#endif
+}
+
+// sum[i] + Σ_b a.byte[4i + b]·b.byte[4i + b]; a 0 … 255, b −128 … 127, no two products above 2^15 together.
+static ROTATEKV_INLINE IntVec dot_bytes(IntVec sum, WordVec a, WordVec b) {
 #if defined(__AVX512VNNI__)
-    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)weights);
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+    return sum + (IntVec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 #elif defined(__AVX2__)
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)weights);
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
     return sum + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
     for (int byte = 0; byte < 32; byte += 8)
-        sum += (IntVec)((codes >> byte & 0xffu) * (weights >> byte & 0xffu));
+        sum += (IntVec)(a >> byte & 0xffu) * ((IntVec)(b << (24 - byte)) >> 24);
     return sum;
+#endif
+}
+
+// sum[i] + a.short[2i]·b.short[2i] + a.short[2i + 1]·b.short[2i + 1], signed.
+static ROTATEKV_INLINE IntVec dot_shorts(IntVec sum, WordVec a, WordVec b) {
+#if defined(__AVX512VNNI__)
+    return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const IntVec low = ((IntVec)(a << 16) >> 16) * ((IntVec)(b << 16) >> 16);
+    return sum + low + ((IntVec)a >> 16) * ((IntVec)b >> 16);
 #endif
 }

@@ -11,32 +11,12 @@ constexpr int kChunk = 256;                   // tokens that share one softmax s
 constexpr int kChunkBlocks = kChunk / kBlock;
 constexpr float kLargestWeight = 16383.0f;    // 128·127 + 127
 
-// A chunk's rounded weights for one query row and one quantization group. Word j of a block holds, from the lowest
-// byte, the tokens j, 4 + j, 8 + j and 12 + j: the order in which a shift and a mask give codes.
+// A chunk's rounded weights for one query row and one quantization group, a block's tokens as store_bytes orders them.
 struct ByteWeights {
     int32_t words[kChunkBlocks][8];  // 4 words of high, then 4 of low
     float unit;
     float zero_sum;  // Σ (128·high + low)·zero
 };
-
-static ROTATEKV_INLINE void store_block_weights(const IntVec* rounded, int32_t* words) {
-#if defined(__AVX512F__)
-    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i high = _mm512_srli_epi32((__m512i)rounded[0], 7);
-    const __m512i low = _mm512_and_si512((__m512i)rounded[0], _mm512_set1_epi32(127));
-    __m128i* to = reinterpret_cast<__m128i*>(words);
-    _mm_storeu_si128(to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(high), order));
-    _mm_storeu_si128(to + 1, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(low), order));
-#else
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
-    for (int token = 0; token < kBlock; ++token) {
-        const int32_t weight = rounded[token / kLanes][token % kLanes];
-        const int at = token % 4 * 4 + token / 4;
-        bytes[at] = uint8_t(weight >> 7);
-        bytes[16 + at] = uint8_t(weight & 127);
-    }
-#endif
-}
 
 // probabilities (kChunk,), 0 past the chunk's tokens; `scale` and `zero` of `group` from block `first_block` on.
 static void round_weights(const float* probabilities, const PackedPointers& packed, int64_t first_block, int blocks,
@@ -60,13 +40,15 @@ static void round_weights(const float* probabilities, const PackedPointers& pack
     Vec zero_sum = {};
     for (int block = 0; block < blocks; ++block) {
         const int64_t zero = ((first_block + block) * packed.groups + group) * kBlock;
-        IntVec rounded[kBlock / kLanes];
+        IntVec high[kBlock / kLanes], low[kBlock / kLanes];
         for (int part = 0; part < kBlock / kLanes; ++part) {
             const Vec shifted = load(weights + block * kBlock + part * kLanes) * inverse + rounding;
-            rounded[part] = (IntVec)shifted & 0x3fff;
+            high[part] = ((IntVec)shifted & 0x3fff) >> 7;
+            low[part] = (IntVec)shifted & 127;
             zero_sum += (shifted - rounding) * load_zeros(packed, zero + part * kLanes);
         }
-        store_block_weights(rounded, out->words[block]);
+        store_bytes(high, out->words[block]);
+        store_bytes(low, out->words[block] + 4);
     }
     out->zero_sum = sum_lanes(zero_sum);
 }
@@ -76,7 +58,8 @@ template <int Bits>
 struct ValueCodes {
     WordVec low, high;
 
-    ROTATEKV_INLINE ValueCodes(const PackedPointers& packed, int64_t at) : low(load_words(packed.low + at)), high{} {
+    ROTATEKV_INLINE void read(const PackedPointers& packed, int64_t at) {
+        low = load_words(packed.low + at);
         if (Bits == 3) {
             high = load_short_words(static_cast<const int16_t*>(packed.high) + at);
             high = (high | high << 8) & 0x00ff00ffu;  // one byte of tokens in every two
@@ -101,18 +84,23 @@ static void add_values_of(const PackedPointers& packed, int64_t channels, int64_
     IntVec high[Rows][Vectors] = {}, low[Rows][Vectors] = {};
     for (int block = 0; block < blocks; ++block) {
         const int64_t at = (first_block + block) * channels + channel;
+        ValueCodes<Bits> codes[Vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) {
-            const ValueCodes<Bits> codes(packed, at + v * kLanes);
+        for (int v = 0; v < Vectors; ++v) codes[v].read(packed, at + v * kLanes);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                const WordVec bytes = codes.bytes(j);
+        for (int j = 0; j < 4; ++j) {
+            WordVec bytes[Vectors];
 #pragma GCC unroll 4
-                for (int row = 0; row < Rows; ++row) {
-                    const int32_t* words = weights[row * weights_stride].words[block];
-                    high[row][v] = dot_bytes(high[row][v], bytes, broadcast_word(uint32_t(words[j])));
-                    low[row][v] = dot_bytes(low[row][v], bytes, broadcast_word(uint32_t(words[4 + j])));
-                }
+            for (int v = 0; v < Vectors; ++v) bytes[v] = codes[v].bytes(j);
+#pragma GCC unroll 4
+            for (int row = 0; row < Rows; ++row) {
+                const int32_t* words = weights[row * weights_stride].words[block];
+                const WordVec high_word = broadcast_word(uint32_t(words[j]));
+#pragma GCC unroll 4
+                for (int v = 0; v < Vectors; ++v) high[row][v] = dot_bytes(high[row][v], bytes[v], high_word);
+                const WordVec low_word = broadcast_word(uint32_t(words[4 + j]));
+#pragma GCC unroll 4
+                for (int v = 0; v < Vectors; ++v) low[row][v] = dot_bytes(low[row][v], bytes[v], low_word);
             }
         }
     }

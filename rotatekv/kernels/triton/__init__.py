@@ -1,13 +1,15 @@
 """Triton kernels for CUDA: the packed cache written, dequantized for prefill, and attended over in decoding.
 
-The layout is that of ``rotatekv.kernels.layout``, as on the CPU, so a cache can move between devices. Importing this
-package needs no triton; calling it does. Run on CPU tensors with ``TRITON_INTERPRET=1`` set before triton is imported.
+The layouts are those of ``rotatekv.kernels.layout`` and ``rotatekv.kernels.transform_coding``, as on the CPU, so a
+cache can move between devices; ``coded_*.py`` are the kernels of transform-coded tokens. Importing this package needs
+no triton; calling it does. Run on CPU tensors with ``TRITON_INTERPRET=1`` set before triton is imported.
 
 Status: correct under the interpreter; compiled without a GPU (``dry_run.py``) for sm_80, sm_86 and sm_90; not run on
 one. Up to W = 512 kernels keep within the 99 KB of shared memory that sm_86 has; on sm_90 the decode kernel of W = 512
 spills 16 to 48 bytes a thread with Triton 3.9, and 168 to 288 with 3.7. That of W = 1024, four heads of 256, takes
 173 KB of shared memory, which sm_90 has. A kernel that does not compile for a shape, or does not fit, is replaced by
 torch with one warning (``start.py``).
+The kernels of transform-coded tokens take up to 77 KB, and spill 32 bytes a thread at most with Triton 3.9.
 What index tensors hold (``group_of_channel``, ``order``, ``first_seen``, ``origin``, the exact tokens') is not
 checked: reading it would make the host wait for the GPU. A position past the RoPE tables reads their last row.
 """
@@ -21,18 +23,21 @@ import torch
 
 from rotatekv.compat import check_version
 from rotatekv.errors import UserError
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.blocks import dequantize_blocks_reference, quantize_into_blocks_reference
 from rotatekv.kernels.checks import shape_of
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens, decode_attention_reference
+from rotatekv.kernels.frames import Turns, quantize_into_frames_reference
 from rotatekv.kernels.layout import Packed
+from rotatekv.kernels.transform_coding import Transform, dequantize_components, unpack_components
 from rotatekv.kernels.triton.checks import (
     FLOATS,
     check,
-    check_affine,
     check_decode,
     check_heads,
     check_packed,
+    check_planes,
+    check_transform,
+    check_turns,
     check_unrope,
     check_width,
     refuse_token_groups,
@@ -47,6 +52,8 @@ __all__ = [
     "interpreted",
     "needs",
     "quantize_into_blocks",
+    "quantize_into_frames",
+    "read_components",
     "set_dry",
 ]
 
@@ -102,13 +109,14 @@ def decode_attention(
     queries: torch.Tensor,
     keys: Packed,
     values: Packed,
-    group_of_channel: torch.Tensor,
+    group_of_channel: torch.Tensor | None,
     first_seen: torch.Tensor,
     origin: torch.Tensor,
     packed_tokens: int,
     total_tokens: int,
     options: DecodeOptions,
     exact: ExactTokens | None = None,
+    dropped: int = 0,
     splits: int | None = None,
 ) -> torch.Tensor:
     """Attention of the last T_q ≤ 16 tokens over a packed cache of ``total_tokens`` tokens, these included.
@@ -120,12 +128,15 @@ def decode_attention(
         queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i, with
             ``options.sliding_window`` that many of them. ``options.key_tokens_per_scale`` must be 0.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values'
-            quantization groups are consecutive channels.
-        group_of_channel: (C,) int32, the quantization group of each key channel.
+            quantization groups are consecutive channels. With ``options.key_transform`` and
+            ``options.value_transform``, both or none: planes in the layout of ``rotatekv.kernels.transform_coding``.
+        group_of_channel: (C,) int32, the quantization group of each key channel; None where keys are transform-coded.
         first_seen: (B,) int32, the first token of each sequence that is seen: earlier ones are padding.
         origin: (B,) int32, the RoPE position of token 0; negative positions count as 0.
         packed_tokens: tokens read from the blocks; later ones must be among ``exact``.
         exact: each (batch_index, token_index) named once, batch_index ascending.
+        dropped: tokens before token 0, a multiple of 16, that are not kept any more: token c of transform-coded keys
+            has the place c + dropped, which decides its frame.
         splits: programs that share a sequence's blocks; None: two programs per multiprocessor in all.
 
     Returns:
@@ -136,13 +147,18 @@ def decode_attention(
         ImportError: triton is not installed.
     """
     step = (queries, keys, values, group_of_channel, first_seen, origin, packed_tokens, total_tokens, options, exact)
-    check_decode(*step)
+    check_decode(*step, dropped)
+    from rotatekv.kernels.triton.coded_launch import launch_coded_decode
     from rotatekv.kernels.triton.launch import launch_decode
 
     try:
-        return launch_decode(*step, splits)
+        if options.key_transform is None:
+            return launch_decode(*step, splits)
+        return launch_coded_decode(
+            queries, keys, values, first_seen, origin, packed_tokens, total_tokens, options, exact, dropped, splits
+        )
     except Unusable:
-        return decode_attention_reference(*step)
+        return decode_attention_reference(*step, dropped)
 
 
 def quantize_into_blocks(
@@ -154,7 +170,6 @@ def quantize_into_blocks(
     clip_ratio: float = 1.0,
     order: torch.Tensor | None = None,
     rotation_width: int = 0,
-    affine: Affine | None = None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Quantize T tokens and write them in place into blocks, from token ``start`` on; see
@@ -166,7 +181,6 @@ def quantize_into_blocks(
         order: (C,) int32, a permutation: quantized channel j is channel ``order[j]``, and is stored there. None: the
             same place.
         rotation_width: W of the Hadamard matrix, whole heads; 0: none.
-        affine: undone before the rotation.
         unrope: cos and sin (B, T, rotary_dim / 2) float32, each row contiguous.
 
     Raises:
@@ -183,15 +197,68 @@ def quantize_into_blocks(
     if order is not None:
         check(order, torch.int32, (channels,), heads.device, "order")
     check_width(rotation_width, channels, dim)
-    check_affine(affine, channels, heads.device)
     check_unrope(unrope, batch, tokens, dim, heads.device)
     from rotatekv.kernels.triton.quantize import launch_quantize
 
-    step = (heads, packed, start, bits, group_size, clip_ratio, order, rotation_width, affine, unrope)
+    step = (heads, packed, start, bits, group_size, clip_ratio, order, rotation_width, unrope)
     try:
         launch_quantize(*step)
     except Unusable:
         quantize_into_blocks_reference(*step)
+
+
+def quantize_into_frames(
+    heads: torch.Tensor, packed: Packed, start: int, transform: Transform, turns: Turns | None = None
+) -> None:
+    """Map T tokens' keys or values, round them and write them in place into planes, from token ``start`` on.
+
+    Args:
+        heads: (B, H_kv, T, D) float32, float16 or bfloat16, of any strides but the last, which is 1.
+        packed: planes in the layout of ``rotatekv.kernels.transform_coding``; start + T ≤ 16·N.
+        turns: of keys, without RoPE's factor, cos and sin of the position of each token's frame, and cos and sin of its
+            own, counted from there: (B, T, rotary_dim / 2) float32, of the same strides, each row contiguous. None:
+            values, or keys that are not turned.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is wrong.
+        ImportError: triton is not installed.
+    """
+    batch, count, tokens, dim = check_heads(heads)
+    check_transform(transform, count, dim, transform.words_of_tokens, "heads")
+    check_planes(packed, transform, batch, start + tokens, heads.device, "packed")
+    if start < 0:
+        raise ValueError(f"start {start}: need start ≥ 0")
+    check_turns(turns, batch, tokens, dim, heads.device)
+    from rotatekv.kernels.triton.coded_write import launch_coded_write
+
+    try:
+        launch_coded_write(heads, packed, start, transform, turns)
+    except Unusable:
+        quantize_into_frames_reference(heads, packed, start, transform, turns)
+
+
+def read_components(packed: Packed, tokens: int, transform: Transform, out: torch.Tensor) -> None:
+    """The components of the first ``tokens`` tokens, as they read.
+
+    Args:
+        packed: planes in the layout of ``rotatekv.kernels.transform_coding``.
+        out: (B, H_kv, T, D) float32, contiguous, with room for T ≥ ``tokens`` tokens; later ones stay as they are.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device is wrong.
+        ImportError: triton is not installed.
+    """
+    batch, count, room, dim = shape_of(out, 4, "out")
+    check(out, torch.float32, (batch, count, max(room, tokens), dim), out.device, "out")
+    check_transform(transform, count, dim, transform.words_of_tokens, "out")
+    check_planes(packed, transform, batch, tokens, out.device, "packed")
+    from rotatekv.kernels.triton.coded_read import launch_coded_read
+
+    try:
+        launch_coded_read(packed, tokens, transform, out)
+    except Unusable:
+        x = dequantize_components(*unpack_components(packed, tokens, transform), transform)  # (B, T, H_kv, D)
+        out[:, :, :tokens] = x.transpose(1, 2)
 
 
 def dequantize_blocks(
@@ -203,7 +270,6 @@ def dequantize_blocks(
     rotation_width: int = 0,
     out: torch.Tensor | None = None,
     tokens_per_scale: int = 0,
-    affine: Affine | None = None,
 ) -> torch.Tensor:
     """The first ``tokens`` tokens as heads of plain numbers, un-rotated.
 
@@ -214,7 +280,6 @@ def dequantize_blocks(
         out: (B, H_kv, T, D) float32, float16 or bfloat16, contiguous, with room for T ≥ ``tokens`` tokens; later ones
             stay as they are. None: a new one of just ``tokens``, float32.
         tokens_per_scale: must be 0: scales are per token.
-        affine: applied to the channels after the inverse Hadamard.
 
     Returns:
         (B, H_kv, T, D), ``out`` where that is given.
@@ -229,7 +294,6 @@ def dequantize_blocks(
     check_packed(packed, bits, batch, channels, tokens, device, "packed")
     check(group_of_channel, torch.int32, (channels,), device, "group_of_channel")
     check_width(rotation_width, channels, head_dim)
-    check_affine(affine, channels, device)
     shape = batch, channels // head_dim, tokens, head_dim
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=device)
@@ -238,8 +302,8 @@ def dequantize_blocks(
     from rotatekv.kernels.triton.dequantize import launch_dequantize
 
     try:
-        launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, affine, out)
+        launch_dequantize(packed, tokens, bits, group_of_channel, rotation_width, out)
     except Unusable:
-        form = (packed, tokens, bits, group_of_channel, head_dim, rotation_width, affine)
+        form = (packed, tokens, bits, group_of_channel, head_dim, rotation_width)
         out[:, :, :tokens] = dequantize_blocks_reference(*form)
     return out

@@ -40,7 +40,6 @@ from rotatekv.kernels.triton.tiles import (
     block_angles,
     halves,
     head_channels,
-    load_affine,
     load_matrices,
     peak,
     read_packed,
@@ -61,9 +60,6 @@ def split_kernel(
     value_scale,
     value_zero,
     group_of_channel,
-    key_factor,
-    key_offset,
-    offset_norm,
     exact_lanes,
     first_seen,
     origin,
@@ -99,7 +95,6 @@ def split_kernel(
     Q_PAD: tl.constexpr,
     DV_PAD: tl.constexpr,
     EXACT: tl.constexpr,
-    AFFINE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     A: tl.constexpr,
@@ -130,9 +125,6 @@ def split_kernel(
         * factors
     )
     q_turned = tl.where((place < HALF)[None, :, None], q_turned, -q_turned)
-    if AFFINE:  # (k·factor + offset)·q = (k + offset / factor)·(factor·q): one tensor less to hold than factors apart
-        by, shift = load_affine(key_factor, key_offset, group, offset_norm, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
-        q, q_turned, shift = q * by, q_turned * by, shift / by
     scale = peak(q)
     q_high, q_low = halves(q * (1 / scale))
     turned_high, turned_low = halves(q_turned * (1 / scale))
@@ -168,8 +160,6 @@ def split_kernel(
             KEY_BITS,
         )
         keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
-        if AFFINE:
-            keys += shift
         token = block * LANES + tl.arange(0, LANES)
         kept = (token >= start) & (token < packed_tokens)
         if EXACT:

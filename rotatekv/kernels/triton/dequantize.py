@@ -1,6 +1,6 @@
 """Dequantize for prefill: one block of 16 tokens × one rotation group per program, un-rotated, written as heads.
 
-Equals ``layout.unpack_blocks``, ``(code − zero)·scale``, ``rotate_channels(inverse=True)`` and ``Affine``.
+Equals ``layout.unpack_blocks``, ``(code − zero)·scale`` and ``rotate_channels(inverse=True)``.
 
 Roofline, from public specifications (not run on a GPU). Per token and channel at 2 bits: 0.3 bytes read, 2 (float16)
 or 4 written; 4·(a + b) tensor-core operations in float16, 192 at W = 512 and 171 at W = 192 with its padding; 25 to 35
@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import HIGH_PLANE, Packed
 from rotatekv.kernels.triton.plan import factor, matrices
 from rotatekv.kernels.triton.start import start
@@ -23,7 +22,6 @@ from rotatekv.kernels.triton.tiles import (
     LANES,
     RUN_TIME,
     head_channels,
-    load_affine,
     load_matrices,
     read_packed,
     rotate,
@@ -39,8 +37,6 @@ def dequantize_kernel(
     scale,
     zero,
     group_of_channel,
-    factors,
-    offsets,
     left,
     right,
     tokens,
@@ -50,7 +46,6 @@ def dequantize_kernel(
     C: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
-    AFFINE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     A: tl.constexpr,
@@ -70,9 +65,6 @@ def dequantize_kernel(
     x = read_packed(low, high, scale, zero, batch * blocks + block, channel, side, keep, C, GROUPS, BITS)
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
     y = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED) * norm  # (G_PAD, D', 16)
-    if AFFINE:
-        by, plus = load_affine(factors, offsets, group, 1.0, G, D, B, B_PAD, G_PAD, ROWS, ROWS_PAD)
-        y = y * by + plus
     place, here = head_channels(B, B_PAD, ROWS, ROWS_PAD)  # (D',)
     head = tl.arange(0, G_PAD)[:, None, None]
     token = block * LANES + tl.arange(0, LANES)[None, None, :]
@@ -81,20 +73,13 @@ def dequantize_kernel(
 
 
 def launch_dequantize(
-    packed: Packed,
-    tokens: int,
-    bits: int,
-    group_of_channel: torch.Tensor,
-    width: int,
-    affine: Affine | None,
-    out: torch.Tensor,
+    packed: Packed, tokens: int, bits: int, group_of_channel: torch.Tensor, width: int, out: torch.Tensor
 ) -> None:
     """Checked arguments of ``rotatekv.kernels.triton.dequantize_blocks``."""
     low = packed["low"]
     batch, blocks, channels = low.shape
     factors = factor(width, out.shape[3])
     left, right = matrices(factors, low.device)
-    by_channel = (affine.factor, affine.offset) if affine else (left, left)
     start(
         dequantize_kernel,
         (-(-tokens // LANES.value), batch, channels // factors.width),
@@ -104,7 +89,6 @@ def launch_dequantize(
         packed["scale"],
         packed["zero"],
         group_of_channel,
-        *by_channel,
         left,
         right,
         tokens,
@@ -114,7 +98,6 @@ def launch_dequantize(
         C=channels,
         GROUPS=packed["scale"].shape[2],
         BITS=bits,
-        AFFINE=affine is not None,
         **factors.constants(),
         num_warps=factors.warps,
     )

@@ -14,7 +14,7 @@ from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_o
 from rotatekv.kernels.triton.start import start
 
 STAGES = 1  # two would hold a second tile in shared memory
-_MOST_SPLITS = 65535  # of a grid's second side
+MOST_SPLITS = 65535  # of a grid's second side
 _FEWEST_BLOCKS = 8  # of a split
 _PROGRAMS_WITHOUT_GPU = 8
 _EXACT_WARPS = 4
@@ -41,7 +41,7 @@ def launch_decode(
     constants = query_constants(dim, heads * dim // channels)
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
-    splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), _MOST_SPLITS)
+    splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), MOST_SPLITS)
     if exact is not None and not len(exact.batch_index):
         exact = None
     has_exact = exact is not None
@@ -51,8 +51,6 @@ def launch_decode(
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
     factor_on_scores = options.softmax_scale * math.log2(math.e)
     lanes = exact_lanes(exact, batch, blocks) if exact is not None else first_seen
-    affine = options.key_affine
-    by_channel = (affine.factor, affine.offset) if affine else (left, left)
     window = options.sliding_window or total_tokens
     start(
         split_kernel,
@@ -61,8 +59,6 @@ def launch_decode(
         *_planes(keys, options.key_bits),
         *_planes(values, options.value_bits),
         group_of_channel,
-        *by_channel,
-        1 / factors.norm,
         lanes,
         first_seen,
         origin,
@@ -91,39 +87,53 @@ def launch_decode(
         VALUE_BITS=options.value_bits,
         HALF=rope.rotary_dim // 2 if rope else 0,
         EXACT=has_exact,
-        AFFINE=affine is not None,
         **constants,
         **factors.constants(),
         num_warps=factors.warps,
         num_stages=STAGES,
     )
     if exact is not None:
-        offsets = torch.searchsorted(exact.batch_index, torch.arange(batch + 1, dtype=torch.int32, device=device))
-        start(
-            exact_kernel,
-            (batch * channels // dim, tiles),
-            queries,
-            exact.keys,
-            exact.values,
-            exact.token_index,
-            offsets,
-            first_seen,
-            parts,
-            tops,
-            totals,
-            batch,
-            splits,
-            total_tokens,
-            query_tokens,
-            window,
-            factor_on_scores,
-            C=channels,
-            D=dim,
-            **constants,
-            num_warps=_EXACT_WARPS,
-            num_stages=STAGES,
-        )
+        launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor_on_scores)
     return _merge(parts, tops, totals, splits, options)
+
+
+def launch_exact(
+    queries: torch.Tensor,
+    exact: ExactTokens,
+    first_seen: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    part: int,
+    total_tokens: int,
+    window: int,
+    factor: float,
+) -> None:
+    """The tokens kept in 16 bits, into that part of parts, tops and totals."""
+    batch, heads, query_tokens, dim = queries.shape
+    kv_heads = exact.keys.shape[1]
+    constants = query_constants(dim, heads // kv_heads)
+    counted = torch.arange(batch + 1, dtype=torch.int32, device=queries.device)
+    start(
+        exact_kernel,
+        (batch * kv_heads, -(-query_tokens // constants["TILE"])),
+        queries,
+        exact.keys,
+        exact.values,
+        exact.token_index,
+        torch.searchsorted(exact.batch_index, counted),
+        first_seen,
+        *results,
+        batch,
+        part,
+        total_tokens,
+        query_tokens,
+        window,
+        factor,
+        C=kv_heads * dim,
+        D=dim,
+        **constants,
+        num_warps=_EXACT_WARPS,
+        num_stages=STAGES,
+    )
 
 
 def query_constants(head_dim: int, repeat: int) -> dict[str, int]:

@@ -18,19 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.triton.plan import power_of_two
 from rotatekv.kernels.triton.start import start as start_kernel
-from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, scale_to_float32
+from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, round_to_even
 from rotatekv.kernels.triton.transform import transformed
-
-_MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding it rounds a float32 below 2^22 to even; larger ones are clamped
-
-
-@triton.jit
-def _round(x):
-    return (x + _MAGIC) - _MAGIC
 
 
 @triton.jit
@@ -82,30 +74,14 @@ def quantize_kernel(
     top = tl.max(tl.where(here[None, :], numbers, float("-inf")), 1)  # (16,)
     bottom = tl.min(tl.where(here[None, :], numbers, float("inf")), 1)
     levels = tl.full((LANES,), LEVELS, tl.float32)
-    if scales.dtype.element_ty == tl.uint8:  # compact scales
-        middle, reach = (top + bottom) * 0.5, (top - bottom) * (0.5 * clip)
-        bottom = middle - reach
-        wanted = tl.maximum(tl.div_rn(reach * 2.0, levels), tl.abs(bottom) * (8.0 / 127.0))
-        half = tl.minimum(tl.maximum(wanted, 2.0**-24), 65504.0).to(tl.float16)
-        upper = (half.to(tl.int16, bitcast=True).to(tl.int32) + 64) >> 7
-        upper = tl.minimum(tl.maximum(upper, 1), 0xF7)
-        # A scale that was rounded down may leave the zero point out of reach: the next one does not.
-        reached = scale_to_float32(upper) * (127.0 / 8.0)
-        upper = tl.minimum(tl.where(reached < tl.abs(bottom), upper + 1, upper), 0xF7)
-        scale = upper.to(tl.uint8)
-        step = scale_to_float32(upper)
-        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom * 8.0, step)), -127.0), 127.0)
-        before, after = zero * 0.125, zero * 0.0
-    else:
-        top, bottom = top * clip, bottom * clip
-        limit = tl.full((LANES,), 127.0, tl.float32)
-        scale = tl.maximum(tl.div_rn(top - bottom, levels), tl.div_rn(tl.abs(bottom), limit))
-        scale = tl.minimum(tl.maximum(scale, 2.0**-24), 65504.0).to(tl.float16)
-        step = scale.to(tl.float32)
-        zero = tl.minimum(tl.maximum(_round(tl.div_rn(-bottom, step)), -127.0), 127.0)
-        before, after = zero * 0.0, zero
+    top, bottom = top * clip, bottom * clip
+    limit = tl.full((LANES,), 127.0, tl.float32)
+    scale = tl.maximum(tl.div_rn(top - bottom, levels), tl.div_rn(tl.abs(bottom), limit))
+    scale = tl.minimum(tl.maximum(scale, 2.0**-24), 65504.0).to(tl.float16)
+    step = scale.to(tl.float32)
+    zero = tl.minimum(tl.maximum(round_to_even(tl.div_rn(-bottom, step)), -127.0), 127.0)
     divisor = tl.broadcast_to(step[:, None], (LANES, GROUP_PAD))
-    codes = _round(tl.div_rn(numbers, divisor) + before[:, None]) + after[:, None]
+    codes = round_to_even(tl.div_rn(numbers, divisor)) + zero[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS).to(tl.int32)  # (16, GROUP_PAD)
     word = (batch * blocks + block) * C + channel
     _merge_word(low, word, codes & 3, lane, new, here, 2)
@@ -126,15 +102,14 @@ def launch_quantize(
     clip_ratio: float,
     order: torch.Tensor | None,
     width: int,
-    affine: Affine | None,
     unrope: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
     """Checked arguments of ``rotatekv.kernels.triton.quantize_into_blocks``."""
     tokens, low = heads.shape[2], packed["low"]
     if not tokens:
         return
-    if width or affine is not None or unrope is not None:
-        heads = transformed(heads, width, affine, unrope).unsqueeze(1)  # one head of C channels
+    if width or unrope is not None:
+        heads = transformed(heads, width, unrope).unsqueeze(1)  # one head of C channels
     batch, blocks, channels = low.shape
     touched = -(-(start + tokens) // BLOCK) - start // BLOCK
     start_kernel(

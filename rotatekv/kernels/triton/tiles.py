@@ -9,18 +9,26 @@ import triton
 import triton.language as tl
 
 LANES = tl.constexpr(16)  # tokens of a block
+_MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding it rounds a float32 below 2^22 to even
 RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew where one is 1 or a multiple of 16
     "batches",
     "blocks",
     "blocks_per_split",
     "exact_blocks",
+    "frame_start",
+    "frames",
+    "frames_per_split",
     "key_blocks",
+    "key_pair_planes",
+    "key_single_planes",
     "packed_tokens",
+    "pair_planes",
     "part",
     "query_tokens",
     "room",
     "rows",
     "rows_of_all",
+    "single_planes",
     "splits",
     "start",
     "table_b",
@@ -29,14 +37,16 @@ RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew wh
     "tokens",
     "total_tokens",
     "value_blocks",
+    "value_pair_planes",
+    "value_single_planes",
     "window",
 ]
 
 
 @triton.jit
-def scale_to_float32(stored):
-    """A compact scale, bits 7 to 14 of a float16, as float32."""
-    return (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
+def round_to_even(x):
+    """To the nearest integer, of two the even one; x below 2^22."""
+    return (x + _MAGIC) - _MAGIC
 
 
 @triton.jit
@@ -60,12 +70,8 @@ def read_packed(
     if BITS == 4:
         code |= ((tl.load(high + word, mask=keep, other=0) >> (2 * lane)) & 3) << 2
     at = (block * GROUPS + group) * LANES + lane
-    if scale.dtype.element_ty == tl.uint8:  # compact scales: kernels/quantize.py
-        factor = scale_to_float32(tl.load(scale + at, mask=keep, other=0))
-        offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32) * 0.125
-    else:
-        factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
-        offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32)
+    factor = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
+    offset = tl.load(zero + at, mask=keep, other=0).to(tl.float32)
     return (code.to(tl.float32) - offset) * factor
 
 
@@ -137,31 +143,6 @@ def rotate(
         z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)))  # (B_PAD, OUT·16)
         x = tl.permute(tl.reshape(z * (scale * A_PAD), (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
     return tl.reshape(x, (G_PAD, ROWS_PAD * B_PAD, LANES))
-
-
-@triton.jit
-def load_affine(
-    factors,
-    offsets,
-    group,
-    offset_norm,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    B: tl.constexpr,
-    B_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PAD: tl.constexpr,
-):
-    """Factors and offsets of a rotation group's channels after ``rotate``, (G_PAD, D', 1) each; offsets times norm."""
-    place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
-    head = tl.arange(0, G_PAD)[:, None, None]
-    channel = (group * G + head) * D + place[None, :, None]
-    keep = (head < G) & real[None, :, None]
-    return (
-        tl.load(factors + channel, mask=keep, other=1.0),
-        tl.load(offsets + channel, mask=keep, other=0.0) * offset_norm,
-    )
 
 
 @triton.jit

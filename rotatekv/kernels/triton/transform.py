@@ -1,7 +1,7 @@
-"""What keys and values go through before they are rounded: un-RoPE, ``Affine`` undone, the Hadamard matrix.
+"""What keys and values go through before they are rounded: un-RoPE and the Hadamard matrix.
 
 A program takes 16 tokens of one rotation group, from heads of any strides to channels (B, T, C) float32. Equals the
-first three steps of ``blocks.quantize_into_blocks_reference``: bit for bit without a rotation, and with one
+first two steps of ``blocks.quantize_into_blocks_reference``: bit for bit without a rotation, and with one
 to about 2^-21 of a token's largest number, as its dots take halves (``attention.py``).
 
 Roofline, from public specifications (not run on a GPU). Per token and channel: 2 bytes read (float16), those
@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from rotatekv.kernels.affine import Affine
 from rotatekv.kernels.triton.plan import factor, matrices
 from rotatekv.kernels.triton.start import start
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, head_channels, load_matrices, rotate, tile_channels
@@ -31,8 +30,6 @@ def transform_kernel(
     sin,
     table_b,
     table_t,
-    factors,
-    offsets,
     left,
     right,
     out,
@@ -40,7 +37,6 @@ def transform_kernel(
     norm,
     C: tl.constexpr,
     HALF: tl.constexpr,
-    AFFINE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     A: tl.constexpr,
@@ -67,10 +63,6 @@ def transform_kernel(
         x = x * tl.load(cos + angle, mask=turns, other=1.0) + (
             tl.where(d < HALF, partner, -partner) * tl.load(sin + angle, mask=turns, other=0.0)
         )
-    if AFFINE:
-        channel = group * (G * D) + inside
-        by = tl.load(factors + channel, mask=inside < A * B, other=1.0)
-        x = tl.div_rn(x - tl.load(offsets + channel, mask=inside < A * B, other=0.0), tl.broadcast_to(by, x.shape))
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
     y = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED) * norm  # (G_PAD, D', 16)
     place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
@@ -79,16 +71,13 @@ def transform_kernel(
     tl.store(out + (batch * tokens + token) * C + channel, y, mask=(head < G) & real[None, :, None] & (token < tokens))
 
 
-def transformed(
-    heads: torch.Tensor, width: int, affine: Affine | None, unrope: tuple[torch.Tensor, torch.Tensor] | None
-) -> torch.Tensor:
+def transformed(heads: torch.Tensor, width: int, unrope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """(B, H_kv, T, D) → (B, T, C) float32; checked arguments of ``rotatekv.kernels.triton.quantize_into_blocks``."""
     batch, count, tokens, dim = heads.shape
     out = torch.empty(batch, tokens, count * dim, dtype=torch.float32, device=heads.device)
     factors = factor(width, dim)
     left, right = matrices(factors, heads.device, inverse=False)
     cos, sin = unrope or (left, left)
-    by_channel = (affine.factor, affine.offset) if affine else (left, left)
     start(
         transform_kernel,
         (-(-tokens // LANES.value), batch, count * dim // factors.width),
@@ -97,7 +86,6 @@ def transformed(
         cos,
         sin,
         *cos.stride()[:2],
-        *by_channel,
         left,
         right,
         out,
@@ -105,7 +93,6 @@ def transformed(
         factors.norm,
         C=count * dim,
         HALF=cos.shape[2] if unrope else 0,
-        AFFINE=affine is not None,
         **factors.constants(),
         num_warps=factors.warps,
         enable_fp_fusion=False,
