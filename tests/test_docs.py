@@ -131,7 +131,8 @@ def test_what_the_pages_say_of_the_results():
         assert rows["gemma3", name]["perplexity"] > 5 * rows["gemma3", "FP16"]["perplexity"]  # useless
     for protocol in ("smollm2", "gemma3"):
         few = [row for row in rows.values() if row["protocol"] == protocol and row["bits"] < 3]
-        assert min(few, key=lambda row: row["perplexity"])["method"] == "RotateKV2+"  # the least loss below 3 bits
+        best = min(few, key=lambda row: row["perplexity"])["method"]
+        assert best.split()[0] == "RotateKV2+"  # the least loss below 3 bits
 
 
 def test_finished_runs_become_rows(tmp_path):
