@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.functional import kl_div
 
 from rotatekv.cache.sinks import largest_magnitude
 from rotatekv.config import PRESETS, QuantConfig
@@ -18,12 +17,12 @@ from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
 from rotatekv.methods.rotatekv_plus import LEAST_VALUE_BITS, VALUE_NOISE, RotateKVPlus
 from rotatekv.methods.stores import TokenStore
+from rotatekv.models import head
 from rotatekv.models.head import TOKENS_AT_ONCE, head_logits, run_without_head
 from rotatekv.patching.patch import patch_with_methods
 from rotatekv.patching.watching import Attended, stream_attention
 
 SINK_SHARE = 1 / 512  # of the tokens, whose largest hidden-state entry lies above the threshold
-_FEW_TOKENS = 16  # whose logits fit a cache, where the vocabulary is large
 MEASURED_BITS = 2  # of a layer's keys or values where their cost is measured
 
 
@@ -77,10 +76,17 @@ def in_predictions(
         for geometry, threshold in zip(geometries, statistics["sink_threshold"], strict=True)
     ]
     kinds: dict[str, type[_KeysAlone | _ValuesAlone]] = {"key_cost": _KeysAlone, "value_cost": _ValuesAlone}
+    planned = {
+        name: [
+            None if geometry is None else _of_layer(statistics, number, geometry, name)
+            for number, geometry in enumerate(geometries)
+        ]
+        for name in kinds
+    }
     alone = {
         name: [
-            None if geometry is None else kind(config, geometry, _of_layer(statistics, number, geometry, name))
-            for number, geometry in enumerate(geometries)
+            None if geometry is None or of_layer is None else kind(config, geometry, of_layer)
+            for geometry, of_layer in zip(geometries, planned[name], strict=True)
         ]
         for name, kind in kinds.items()
     }
@@ -94,10 +100,10 @@ def in_predictions(
 
         for number in progress([number for number, geometry in enumerate(geometries) if geometry is not None]):
             for name, codecs in alone.items():
-                codec = codecs[number]
-                assert codec is not None
-                change = measure([codec if other == number else method for other, method in enumerate(methods)])
-                costs[name][number] *= change / codec.foretold(statistics[name][number])
+                of_layer = planned[name][number]
+                assert of_layer is not None
+                change = measure([codecs[number] if other == number else x for other, x in enumerate(methods)])
+                costs[name][number] *= change / _foretold(of_layer)
                 total[name] += change
         return {name: costs[name] * (measure(alone[name]) / total[name] if total[name] else 1.0) for name in kinds}
 
@@ -109,7 +115,8 @@ def compare_foretold(
     attentions = attention_modules(find_text_model(model))
     geometries = [None if attention is None else layer_geometry(attention) for attention in attentions]
     known = [(window.to(model.device), list(log_probabilities(model, window))) for window in windows]
-    lines = [f"divergence from the unquantized model's predictions, nats a token, on {_tokens(known)} held-out tokens"]
+    tokens = sum(window.shape[1] for window, _ in known)
+    lines = [f"divergence from the unquantized model's predictions, nats a token, on {tokens} held-out tokens"]
     for name, config in PRESETS.items():
         if config.method != "rotatekv_plus":
             continue
@@ -124,12 +131,8 @@ def compare_foretold(
     return lines
 
 
-def _tokens(known: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]) -> int:
-    return sum(window.shape[1] for window, _ in known)
-
-
 def _foretold(planned: Mapping[str, torch.Tensor]) -> float:
-    """The noise of a plan, of all layers."""
+    """The noise of a plan, of all its layers."""
     key_noise, value_noise = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (NOISE, VALUE_NOISE))
     keys = planned["key_cost"] * key_noise[planned["key_bits"]]
     values = planned["value_cost"] * value_noise[(planned["value_bits"] - LEAST_VALUE_BITS).clamp_min(0)]
@@ -139,7 +142,8 @@ def _foretold(planned: Mapping[str, torch.Tensor]) -> float:
 def _of_layer(
     statistics: Mapping[str, torch.Tensor], number: int, geometry: LayerGeometry, measured: str
 ) -> dict[str, torch.Tensor]:
-    """One layer's statistics, with the bits of a plan that gives the measured ones 2 bits a number."""
+    """One layer's statistics, with the bits of a plan that gives the measured ones 2 bits a number; the others cost
+    nothing."""
     one = {name: rows[number : number + 1] for name, rows in statistics.items()}
     other = "value_cost" if measured == "key_cost" else "key_cost"
     codes = MEASURED_BITS + (LEAST_VALUE_BITS if measured == "key_cost" else 0)  # of a key and a value number together
@@ -155,8 +159,7 @@ def divergence(model: nn.Module, windows: Iterable[tuple[torch.Tensor, list[torc
     total, tokens = 0.0, 0
     for window, wanted in windows:
         for want, logits in zip(wanted, _logits(model, window), strict=True):
-            for known, got in zip(want.split(_FEW_TOKENS), logits.split(_FEW_TOKENS), strict=True):
-                total += kl_div(got.float().log_softmax(-1), known, reduction="sum", log_target=True).item()
+            total += head.divergence(want, logits)
             tokens += len(want)
     return total / tokens
 
@@ -192,19 +195,9 @@ class _KeysAlone(RotateKVPlus):
     values_in, values_out, value_store = KVMethod.values_in, KVMethod.values_out, lambda self: TokenStore()
     encode_values, decode_values = FP16.encode_values, FP16.decode_values
 
-    def foretold(self, cost: torch.Tensor) -> float:
-        """The noise of a layer's ``key_cost`` (H_kv, D / 16)."""
-        noise = torch.tensor(NOISE, dtype=torch.float64, device="cpu")
-        return (cost * noise[self.key_transform.bits]).sum().item()
-
 
 class _ValuesAlone(RotateKVPlus):
     """RotateKV+ with keys as they are."""
 
     keys_in, keys_out, key_store = KVMethod.keys_in, KVMethod.keys_out, lambda self: TokenStore()
     encode_keys, decode_keys = FP16.encode_keys, FP16.decode_keys
-
-    def foretold(self, cost: torch.Tensor) -> float:
-        """The noise of a layer's ``value_cost`` (H_kv,)."""
-        noise = torch.tensor(VALUE_NOISE, dtype=torch.float64, device="cpu")
-        return (cost * noise[self.value_transform.bits[:, 0] - LEAST_VALUE_BITS]).sum().item()

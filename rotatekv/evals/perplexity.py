@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rotatekv.compat import CACHE_NAME
 from rotatekv.evals.running import cache_use
 from rotatekv.external import new_cache
-from rotatekv.models.head import TOKENS_AT_ONCE, head_logits, run_without_head
+from rotatekv.models.head import TOKENS_AT_ONCE, divergence, head_logits, run_without_head
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def score_window(
     """
     cache = new_cache(model)
     length = window.shape[1]
-    total, divergence = torch.zeros(2, dtype=torch.float64, device="cpu")
+    total, moved = torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
     with torch.no_grad():
         for start in range(0, length, chunk_size or length):
             chunk = window[:, start : start + (chunk_size or length)]
@@ -49,17 +49,11 @@ def score_window(
                 total += F.cross_entropy(logits, targets[some].to(logits.device), reduction="sum").double().cpu()
                 if unquantized is not None:
                     known = unquantized[:, start + some.start : start + some.stop].to(logits.device)
-                    divergence += _divergence(head_logits(model, output, known)[0].float(), logits)
+                    moved += divergence(head_logits(model, output, known)[0].float().log_softmax(-1), logits)
     scores = {"nll": float(total) / (length - 1)}
     if unquantized is not None:
-        scores["kl"] = float(divergence) / (length - 1)
+        scores["kl"] = moved / (length - 1)
     return scores | cache_use(cache)
-
-
-def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """The sum over tokens of the Kullback-Leibler divergence of logits (T, V) from the wanted ones, nats."""
-    wanted, found = wanted.log_softmax(-1), found.log_softmax(-1)
-    return F.kl_div(found, wanted, reduction="sum", log_target=True).double().cpu()
 
 
 def perplexity(nlls: list[float | None]) -> float:

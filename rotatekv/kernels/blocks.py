@@ -7,6 +7,7 @@ import torch
 from rotatekv.kernels.hadamard import channels_to_heads, heads_to_channels, rotate_channels
 from rotatekv.kernels.layout import Packed, unpack_blocks, write_blocks
 from rotatekv.kernels.quantize import dequantize, quantize
+from rotatekv.kernels.rope_tables import turn_halves
 
 
 def quantize_into_blocks_reference(
@@ -33,8 +34,7 @@ def quantize_into_blocks_reference(
     heads = heads.float()
     if unrope is not None:
         cos, sin = (table.unsqueeze(1) for table in unrope)  # (B, 1, T, rotary_dim / 2)
-        low, high, rest = heads.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
-        heads = torch.cat([low * cos + high * sin, high * cos - low * sin, rest], dim=-1)
+        heads = turn_halves(heads, cos, -sin)
     x = heads_to_channels(heads)  # (B, T, C)
     if rotation_width:
         x = rotate_channels(x, rotation_width)

@@ -6,6 +6,7 @@ import torch
 
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.rope_tables import FINE_POSITIONS, RopeTables
+from rotatekv.kernels.transform_coding import GROUP, Transform
 
 
 def shape_of(x: torch.Tensor | None, dimensions: int, name: str) -> tuple[int, ...]:
@@ -51,3 +52,10 @@ def packed_planes(
     if bits in HIGH_PLANE:
         shapes["high"] = (HIGH_PLANE[bits][0], words)
     return blocks, groups, shapes
+
+
+def check_maps(transform: Transform, kv_heads: int, head_dim: int, name: str) -> None:
+    """A map of whole groups for each head."""
+    if transform.maps.shape != (kv_heads, head_dim, head_dim) or head_dim % GROUP:
+        maps = tuple(transform.maps.shape)
+        raise ValueError(f"{name}: {kv_heads} heads of {head_dim} channels do not fit maps of {maps}")

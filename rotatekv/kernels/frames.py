@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rotatekv.kernels.layout import BLOCK, Packed
+from rotatekv.kernels.rope_tables import turn_halves
 from rotatekv.kernels.transform_coding import Transform, pack_components, quantize_components, unpack_components
 
 Turns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -28,7 +29,7 @@ def quantize_into_frames_reference(
     mean = transform.mean[None, :, None].expand_as(heads)
     if turns is not None:
         cos, sin, place_cos, place_sin = (x.unsqueeze(1) for x in turns)  # (B, 1, T, rotary_dim / 2)
-        heads, mean = _turned(heads, cos, -sin), _turned(mean, place_cos, place_sin)
+        heads, mean = turn_halves(heads, cos, -sin), turn_halves(mean, place_cos, place_sin)
     new = quantize_components(((heads - mean) @ transform.maps.mT).transpose(1, 2), transform)
     first, last = start // BLOCK, -(-(start + tokens) // BLOCK)
     touched = {name: plane[:, first:last] for name, plane in packed.items()}
@@ -38,8 +39,3 @@ def quantize_into_frames_reference(
         old[:, before : before + tokens] = x
     for name, plane in pack_components(*both, transform).items():
         touched[name].copy_(plane)
-
-
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

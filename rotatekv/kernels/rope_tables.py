@@ -71,5 +71,10 @@ class RopeTables:
         dtype = torch.promote_types(x.dtype, torch.float32)
         tables = self.at(positions, torch.float64)
         cos, sin = (table.to(dtype).unsqueeze(1) for table in tables)  # (B, 1, T, rotary_dim / 2)
-        low, high, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1).to(x.dtype)
+        return turn_halves(x, cos, sin).to(x.dtype)
+
+
+def turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(..., D) turned by cos and sin (..., rotary_dim / 2): channel i and i + rotary_dim / 2 are a pair."""
+    low, high, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

@@ -6,8 +6,10 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.functional import kl_div
 
 TOKENS_AT_ONCE = 512
+_FEW_TOKENS = 16  # whose logits fit a CPU's cache, where the vocabulary is large
 
 
 def run_without_head(model: nn.Module, **inputs):
@@ -25,6 +27,14 @@ def head_logits(model: nn.Module, output, hidden: torch.Tensor) -> torch.Tensor:
     done = _Done(type(output)(**{**output, "last_hidden_state": hidden}))
     head._modules = {**model._modules, model.base_model_prefix: done}
     return type(model).forward(head).logits
+
+
+def divergence(wanted: torch.Tensor, logits: torch.Tensor) -> float:
+    """Σ over tokens of the Kullback-Leibler divergence of (T, V) logits from wanted log-probabilities, nats."""
+    total = 0.0
+    for some, got in zip(wanted.split(_FEW_TOKENS), logits.split(_FEW_TOKENS), strict=True):
+        total += kl_div(got.float().log_softmax(-1), some, reduction="sum", log_target=True).item()
+    return total
 
 
 class _Done(nn.Module):

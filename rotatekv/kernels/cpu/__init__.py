@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rotatekv.kernels.checks import shape_of
+from rotatekv.kernels.checks import check_maps, shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
 from rotatekv.kernels.cpu.calls import NUMBERS, call_library
@@ -32,7 +32,6 @@ from rotatekv.kernels.cpu.coded_tables import FrameTables, ValueTables, frame_ta
 from rotatekv.kernels.cpu.frames import quantize_into_frames, read_components
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import Blocks, Packed
-from rotatekv.kernels.transform_coding import Transform
 
 __all__ = [
     "READS_TOKEN_GROUPS",
@@ -281,7 +280,7 @@ def _key_fields(
     if transform is None or frames is None:
         bits, channels = options.key_bits, kv_heads * options.head_dim
         return {"keys": packed_pointers(keys, bits, batch, channels, "keys", options.key_tokens_per_scale)}
-    _check_maps(transform, kv_heads, options.head_dim, "keys")
+    check_maps(transform, kv_heads, options.head_dim, "keys")
     return {"coded_keys": coded_pointers(keys, transform, batch, "keys"), "frames": frame_pointers(frames)}
 
 
@@ -292,17 +291,12 @@ def _value_fields(
     if transform is None or mapped is None:
         channels = kv_heads * options.head_dim
         return {"values": packed_pointers(values, options.value_bits, batch, channels, "values")}
-    _check_maps(transform, kv_heads, options.head_dim, "values")
+    check_maps(transform, kv_heads, options.head_dim, "values")
     return {
         "coded_values": coded_pointers(values, transform, batch, "values"),
         "value_map": mapped.map.data_ptr(),
         "value_mean": mapped.mean.data_ptr(),
     }
-
-
-def _check_maps(transform: Transform, kv_heads: int, head_dim: int, name: str) -> None:
-    if transform.maps.shape != (kv_heads, head_dim, head_dim):
-        raise ValueError(f"{name}: {kv_heads} heads of {head_dim} do not fit maps of {tuple(transform.maps.shape)}")
 
 
 def _prepared_write(

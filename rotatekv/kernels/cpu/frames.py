@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from rotatekv.kernels.checks import shape_of
+from rotatekv.kernels.checks import check_maps, shape_of
 from rotatekv.kernels.cpu.arguments import ComponentArguments, FrameWriteArguments
 from rotatekv.kernels.cpu.calls import NUMBERS, call_library
 from rotatekv.kernels.cpu.checks import coded_pointers, pointer, strided_pointer
@@ -39,8 +39,7 @@ def quantize_into_frames(
         RuntimeError: the kernel is not available, see ``available``.
     """
     batch, kv_heads, tokens, dim = shape_of(heads, 4, "heads")
-    if transform.maps.shape != (kv_heads, dim, dim):
-        raise ValueError(f"{kv_heads} heads of {dim} channels do not fit maps of {tuple(transform.maps.shape)}")
+    check_maps(transform, kv_heads, dim, "heads")
     strides, address = strided_pointer(heads, tuple(NUMBERS), "heads")
     tables = write_tables_of(transform)
     arguments = FrameWriteArguments(
@@ -84,8 +83,7 @@ def read_components(
         RuntimeError: the kernel is not available, see ``available``.
     """
     batch, kv_heads, room, dim = shape_of(out, 4, "out")
-    if transform.maps.shape != (kv_heads, dim, dim):
-        raise ValueError(f"{kv_heads} heads of {dim} channels do not fit maps of {tuple(transform.maps.shape)}")
+    check_maps(transform, kv_heads, dim, "out")
     arguments = ComponentArguments(
         structure_bytes=ctypes.sizeof(ComponentArguments),
         batch=batch,

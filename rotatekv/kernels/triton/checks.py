@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from rotatekv.kernels.checks import packed_planes, rope_planes, shape_of
+from rotatekv.kernels.checks import check_maps, packed_planes, rope_planes, shape_of
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.hadamard import has_hadamard
 from rotatekv.kernels.layout import BLOCK, Packed
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.kernels.transform_coding import GROUP, Transform
+from rotatekv.kernels.transform_coding import Transform
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -122,10 +122,7 @@ def check_planes(
 
 def check_transform(transform: Transform, kv_heads: int, head_dim: int, words_of_tokens: bool, name: str) -> None:
     """A map for each head, and words as the kernel reads them."""
-    if transform.maps.shape != (kv_heads, head_dim, head_dim) or head_dim % GROUP:
-        raise ValueError(
-            f"{name}: {kv_heads} heads of {head_dim} channels do not fit maps of {tuple(transform.maps.shape)}"
-        )
+    check_maps(transform, kv_heads, head_dim, name)
     if transform.words_of_tokens != words_of_tokens:
         raise ValueError(f"{name}: keys have words of tokens, values have words of components")
 
