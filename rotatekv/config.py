@@ -58,7 +58,10 @@ class QuantConfig:
         "a sequence (KVQuant); massive, any token with an entry above a calibrated threshold (RotateKV+)",
     )
     residual_length: int = _flag(
-        0, "most recent tokens kept in 16 bits (KIVI: up to k_groupsize - 1 more; RotateKV+: up to 15 more)"
+        0, "most recent tokens kept unquantized (KIVI: up to k_groupsize - 1 more; RotateKV+: up to 15 more)"
+    )
+    residual_bits: int = _flag(
+        16, "bits per number of those tokens: 16, or 8 with a scale for each token and head (RotateKV+)"
     )
     bits: float | None = _flag(
         None,
@@ -94,6 +97,8 @@ class QuantConfig:
             raise UserError(f"bits must lie in [{LEAST_BITS}, {MOST_BITS}], not {self.bits}")
         if self.residual_length < 0:
             raise UserError(f"residual_length must be 0 or more tokens, not {self.residual_length}")
+        if self.residual_bits not in (8, 16):
+            raise UserError(f"residual_bits must be 8 or 16, not {self.residual_bits}")
 
     @staticmethod
     def _check_type(name: str, value: object, kind: str) -> None:
@@ -105,7 +110,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict:
         """By name; without what later versions added where it means nothing, so that earlier runs are found again."""
-        neutral = {"quantize_prefill": True}
+        neutral = {"quantize_prefill": True, "residual_bits": 16}
         return {name: value for name, value in asdict(self).items() if value != neutral.get(name)}
 
 

@@ -71,7 +71,7 @@ class TokenList:
         sinks = self.sinks_of(call.hidden_states)
         old = self.rows or [[] for _ in call.tokens]
         self.rows = [
-            [*row, *(replace(token, is_sink=token_index in chosen) for token_index, token in enumerate(new))]
+            [*row, *(self.in_window(replace(token, is_sink=index in chosen)) for index, token in enumerate(new))]
             for row, new, chosen in zip(old, call.tokens, sinks, strict=True)
         ]
         for row, start in zip(self.rows, map(len, old), strict=True):
@@ -81,6 +81,17 @@ class TokenList:
         start, end = self.packed, self.packed_with(0)
         for row in self.rows if end > start else []:
             row[start:end] = self.packed_tokens(row[start:end])
+
+    def in_window(self, token: Token) -> Token:
+        """Every token comes through the recent window, which may have 8 bits a number: −127 … 127, by the largest."""
+        if self.method.config.residual_bits == 16:
+            return replace(token, key=token.key.half().float(), value=token.value.half().float())
+        steps = [(x.abs().amax(-1, keepdim=True) / 127).half() for x in (token.key, token.value)]  # (H_kv, 1)
+        key, value = (
+            ((x / step).round().clamp(-127, 127) * step).half().float()
+            for x, step in zip((token.key, token.value), map(torch.Tensor.float, steps), strict=True)
+        )
+        return replace(token, key=key, value=value)
 
     def packed_with(self, new_tokens: int) -> int:
         """How many tokens are packed once so many are added: whole groups, and those that are packed stay so."""
@@ -149,8 +160,9 @@ class TokenList:
             return
         for row in self.rows:
             for index in range(length // group * group, length):
-                key, value = (x.half().float() for x in row[index].seen)
-                row[index] = replace(row[index], key=key, value=value, decoded=None)
+                key, value = row[index].seen
+                token = replace(row[index], key=key, value=value, decoded=None)
+                row[index] = token if token.is_sink else self.in_window(token)
 
     def drop(self, count: int) -> None:
         self.rows, self.dropped = [row[count:] for row in self.rows], self.dropped + count

@@ -142,7 +142,7 @@ def test_bits_are_the_formulas(statistics_file, tiny):
     packed = (tokens - 16) // 16 * 16
     codes = packed * CHANNELS * sum(method.k_bits + method.v_bits for method in methods) / 8
     scales = packed * HEADS * 2  # a byte, keys and values
-    window = (tokens - packed) * (2 * CHANNELS * 2 + 1)  # a flag beside each
+    window = (tokens - packed) * (2 * (CHANNELS + 2 * HEADS) + 1)  # int8, a scale of 16 bits a head; a flag beside each
     assert cache.nbytes() == codes + LAYERS * (scales + window) + 4 * tokens
 
 

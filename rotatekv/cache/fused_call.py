@@ -77,14 +77,15 @@ def exact_tokens(sinks: Sinks | None, window: Window | None, packed: int) -> Exa
     """Sinks and recent window for the kernel, sorted by sequence; ``packed`` tokens come before the window."""
     if window is None or not window.tokens:
         return None if sinks is None else ExactTokens(*(x.contiguous() for x in sinks.tensors()))
-    batch, _, tokens, _ = window.keys.shape
-    counted = {"dtype": torch.int32, "device": window.keys.device}
+    keys, values = window.keys, window.values  # (B, H_kv, T_window, D)
+    batch, _, tokens, _ = keys.shape
+    counted = {"dtype": torch.int32, "device": keys.device}
     batch_index = torch.zeros(tokens, **counted)
     token_index = torch.arange(packed, packed + tokens, **counted)
     if batch > 1:
         batch_index = torch.arange(batch, **counted).repeat_interleave(tokens)
         token_index = token_index.repeat(batch)
-    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (window.keys, window.values))  # (B·T_window, H_kv, D)
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))  # (B·T_window, H_kv, D)
     if sinks is None:
         return ExactTokens(batch_index, token_index, keys.contiguous(), values.contiguous())
     if sinks.last_token >= packed:  # a sink in the window is exact already

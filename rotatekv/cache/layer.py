@@ -122,7 +122,8 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
         if isinstance(chosen, FirstCallSinks):
             candidates = self._store_sinks(chosen, keys, values)
         is_massive = chosen.is_massive.to(keys.device) if isinstance(chosen, MassiveTokens) else None
-        flushed, self.window = policy.flush(self.window, Window(keys, values, is_massive), self.storage_dtype)
+        new = Window.of(keys, values, is_massive, self._window_form if policy.keeps_tokens else None)
+        flushed, self.window = policy.flush(self.window, new)
         if flushed.is_massive is not None and flushed.tokens:
             self.sinks = with_massive(self.sinks, flushed, flushed.is_massive, policy.packed, self.storage_dtype)
         if self.record_past:

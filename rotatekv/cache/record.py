@@ -62,7 +62,7 @@ class Record:
         if window is None or not flushed.tokens:
             return cls(policy.packed, None, candidates)
         start = policy.packed_of(policy.packed + flushed.tokens + window.tokens - MOST_CROPPED)
-        kept = Window(flushed.keys, flushed.values).after(start - policy.packed)
+        kept = flushed.without_massive().after(start - policy.packed)
         return cls(start, kept, candidates)
 
     def drop(self, count: int) -> Record:

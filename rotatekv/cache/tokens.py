@@ -13,7 +13,7 @@ from rotatekv.cache.modes import storing, without_autocast
 from rotatekv.cache.packed import PackedTokens
 from rotatekv.cache.record import MOST_CROPPED, Record
 from rotatekv.cache.sinks import Sinks
-from rotatekv.cache.window import FlushedTokens, FlushPolicy, Window, to_storage
+from rotatekv.cache.window import FlushedTokens, FlushPolicy, Window, WindowForm
 from rotatekv.kernels.backend import kernels_on
 from rotatekv.kernels.layout import BLOCK
 from rotatekv.methods import KVMethod
@@ -37,8 +37,9 @@ class StoredTokens:
 
     Attributes:
         packed: the first tokens, quantized.
-        window: the last ``residual_length`` tokens in 16 bits, and up to ``tokens_per_flush`` − 1 before them: tokens
-            are packed in whole groups, counted from the first one. None: the method packs every token at once.
+        window: the last ``residual_length`` tokens in ``residual_bits``, and up to ``tokens_per_flush`` − 1 before
+            them: tokens are packed in whole groups, counted from the first one. None: the method packs every token at
+            once.
         sinks: the attention sinks in 16 bits; they replace the decoded tokens.
         dropped: how many tokens a sliding window has left behind. All indices count from the token after them.
         flushed: tokens of the running call that are packed, but that its first queries see in their window.
@@ -89,6 +90,10 @@ class StoredTokens:
 
     def get_seq_length(self) -> int:
         return self.dropped + self._kept()
+
+    @property
+    def _window_form(self) -> WindowForm:
+        return WindowForm(self.storage_dtype, self.method.config.residual_bits)
 
     def _flush_policy(self, packed: int) -> FlushPolicy:
         return FlushPolicy(self.method.config.residual_length, self.method.tokens_per_flush, packed)
@@ -160,7 +165,7 @@ class StoredTokens:
 
         A recording layer is then as if the last call had not had them. Otherwise what was packed stays packed, but for
         the first tokens of a group that is cut (``tokens_per_flush`` > 1): these go back to the window as they decode,
-        in 16 bits, and are quantized again once the group is full again.
+        and are quantized again once the group is full again.
         """
         # generate of transformers 5.17 hands in a tensor of no dimension
         tokens_to_remove = operator.index(tokens_to_remove)
@@ -187,7 +192,7 @@ class StoredTokens:
             whole, packed = self._flush_policy(record.start).packed_of(length), self.packed.length
             older = record.flushed.after(whole - record.start)
             if self.window.is_massive is not None:
-                older = Window(older.keys, older.values, self._are_sinks(whole, packed))
+                older = older.with_massive(self._are_sinks(whole, packed))
                 self.sinks = None if self.sinks is None else self.sinks.crop(whole)
             self.window = older.append(self.window)
             self._keep_packed(whole)
@@ -205,11 +210,11 @@ class StoredTokens:
         """Keep the first ``length`` packed tokens: whole groups packed, the rest of them in the (empty) window."""
         whole = length // self.method.tokens_per_flush * self.method.tokens_per_flush
         if whole < length:
-            keys, values = (to_storage(x[:, :, whole:length], self.storage_dtype) for x in self.read())
+            keys, values = (x[:, :, whole:length] for x in self.read())
             is_massive = None if self.window is None else self.window.is_massive
             if is_massive is not None:  # sinks among them are sinks already
                 is_massive = is_massive.new_zeros(len(keys), length - whole)
-            self.window = Window(keys, values, is_massive)
+            self.window = Window.of(keys, values, is_massive, self._window_form)
         self.packed.crop(whole)
 
     def _keep_packed(self, length: int) -> None:

@@ -1,8 +1,8 @@
 """The recent window where several tokens come in one call: each query sees its own, as if tokens came one by one.
 
-A query at position i sees the last ``residual_length`` tokens in 16 bits, and those before them as they decode. A call
-of many tokens quantizes tokens that are still in the window of its first queries: these are kept in both forms until
-the call's attention is done. So a prefill, a prefill in chunks and a decode give the same numbers.
+A query at position i sees the last ``residual_length`` tokens as they came, in 16 bits or 8, and those before them as
+they decode. A call of many tokens quantizes tokens that are still in the window of its first queries: these are kept in
+both forms until the call's attention is done. So a prefill, a prefill in chunks and a decode give the same numbers.
 """
 
 from __future__ import annotations
@@ -12,37 +12,82 @@ from dataclasses import dataclass
 
 import torch
 
+_SCALE, _FLAGS = " scale", "is_massive"  # names of what a window holds
 QUERIES_AT_ONCE = 128  # their tokens in both forms, and their mask, are all that is held besides the keys and values
 
 
 @dataclass(frozen=True)
-class Window:
-    """Consecutive tokens of a layer in 16 bits, as attention sees them: the recent window, or those that leave it.
+class WindowForm:
+    """How the tokens of a recent window are kept.
 
     Args:
-        keys, values: (B, H_kv, T_window, D), keys after RoPE.
-        is_massive: (B, T_window) bool, the tokens that become sinks when they are packed; None: the method has no
-            massive tokens.
+        dtype: of 16 bits. bits: 16, or 8: an int8 for each number, and one scale of 16 bits for a token and head.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    is_massive: torch.Tensor | None = None
+    dtype: torch.dtype
+    bits: int = 16
+
+    def hold(self, name: str, heads: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, H_kv, T, D), as it is kept under that name."""
+        if self.bits == 16:
+            return {name: to_storage(heads, self.dtype)}
+        info, heads = torch.finfo(self.dtype), heads.float()
+        scale = heads.abs().amax(-1, keepdim=True) / 127  # (B, H_kv, T, 1)
+        scale = scale.clamp(max(info.tiny * info.eps, 1e-30), info.max / 128).to(self.dtype)
+        codes = (heads / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        return {name: codes, name + _SCALE: scale}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tokens of a layer as attention sees them: the recent window, or those that leave it.
+
+    Args:
+        held: "keys" (after RoPE) and "values", (B, H_kv, T_window, D), as ``WindowForm.hold`` gives them; and where the
+            method has massive tokens "is_massive", (B, 1, T_window) bool, those that become sinks when they are packed.
+    """
+
+    held: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, keys: torch.Tensor, values: torch.Tensor, is_massive: torch.Tensor | None, form: WindowForm | None
+    ) -> Window:
+        """(B, H_kv, T, D) each and (B, T) bool; without a form keys and values stay what they are."""
+        parts = {"keys": keys, "values": values}
+        if form is not None:
+            parts = form.hold("keys", keys) | form.hold("values", values)
+        return cls(parts if is_massive is None else parts | {_FLAGS: is_massive.unsqueeze(1)})
 
     @property
     def tokens(self) -> int:
-        return self.keys.shape[2]
+        return self.held["keys"].shape[2]
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """(B, H_kv, T_window, D), in 16 bits."""
+        return self._heads("keys")
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._heads("values")
+
+    @property
+    def is_massive(self) -> torch.Tensor | None:
+        """(B, T_window) bool; None: the method has no massive tokens."""
+        return self.held[_FLAGS].squeeze(1) if _FLAGS in self.held else None
+
+    def _heads(self, name: str) -> torch.Tensor:
+        heads, scale = self.held[name], self.held.get(name + _SCALE)
+        return heads if scale is None else heads.to(scale.dtype) * scale
 
     def append(self, new: Window) -> Window:
-        keys, values = torch.cat([self.keys, new.keys], dim=2), torch.cat([self.values, new.values], dim=2)
-        if self.is_massive is None and new.is_massive is None:
-            return Window(keys, values)
-        return Window(keys, values, torch.cat([self.is_massive, new.is_massive], dim=1))
+        return Window({name: torch.cat([x, new.held[name]], dim=2) for name, x in self.held.items()})
 
     def split(self, count: int) -> tuple[Window, Window]:
         """The first ``count`` tokens, and the others."""
         first = self._cut(slice(0, count))
-        return first, self._cut(slice(count, None)).clone() if count else self
+        return first, self.after(count) if count else self
 
     def crop(self, length: int) -> Window:
         """The first ``length`` tokens."""
@@ -53,12 +98,19 @@ class Window:
         return self._cut(slice(count, None)).clone()
 
     def _cut(self, part: slice) -> Window:
-        is_massive = None if self.is_massive is None else self.is_massive[:, part]
-        return Window(self.keys[:, :, part], self.values[:, :, part], is_massive)
+        return self._each(lambda x: x[:, :, part])
 
     def clone(self) -> Window:
         """A view would keep the bytes of other tokens alive."""
         return self._each(torch.clone)
+
+    def with_massive(self, is_massive: torch.Tensor) -> Window:
+        """With other flags, (B, T_window) bool."""
+        return Window(self.held | {_FLAGS: is_massive.unsqueeze(1)})
+
+    def without_massive(self) -> Window:
+        """Without flags."""
+        return Window({name: x for name, x in self.held.items() if name != _FLAGS})
 
     def select_rows(self, rows: torch.Tensor) -> Window:
         return self._each(lambda x: x.index_select(0, rows))
@@ -67,14 +119,13 @@ class Window:
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Window:
-        is_massive = None if self.is_massive is None else change(self.is_massive)
-        return Window(change(self.keys), change(self.values), is_massive)
+        return Window({name: change(x) for name, x in self.held.items()})
 
     def tensors(self, kind: str) -> Iterator[torch.Tensor]:
         """Those held for ``"keys"`` or ``"values"``; the flags count with the keys."""
-        yield self.keys if kind == "keys" else self.values
-        if kind == "keys" and self.is_massive is not None:
-            yield self.is_massive
+        for name, x in self.held.items():
+            if name.startswith("values") == (kind == "values"):
+                yield x
 
 
 def to_storage(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +139,7 @@ class FlushPolicy:
     """How many tokens of a sequence are packed.
 
     Args:
-        residual_length: tokens that stay in 16 bits, at least.
+        residual_length: tokens that stay in the window, at least.
         tokens_per_flush: the others are packed in multiples of it.
         packed: tokens that are packed already. They stay so, also where a crop has left a shorter window.
     """
@@ -110,11 +161,10 @@ class FlushPolicy:
         """Whether ``new_tokens`` queries after ``length`` tokens see different tokens packed, but for themselves."""
         return self.keeps_tokens and self.packed_of(length + 1) < self.packed_of(length + new_tokens)
 
-    def flush(self, window: Window | None, new: Window, dtype: torch.dtype) -> tuple[Window, Window | None]:
-        """New tokens through the recent window: the tokens to pack now, and the window that is left, in ``dtype``."""
+    def flush(self, window: Window | None, new: Window) -> tuple[Window, Window | None]:
+        """New tokens through the recent window: the tokens to pack now, and the window that is left."""
         if not self.keeps_tokens:
             return new, None
-        new = Window(to_storage(new.keys, dtype), to_storage(new.values, dtype), new.is_massive)
         recent = new if window is None else window.append(new)
         return recent.split(self.packed_of(self.packed + recent.tokens) - self.packed)
 

@@ -42,7 +42,7 @@ VALUE_NOISE = tuple(noise / (1 - noise) for noise in NOISE[LEAST_VALUE_BITS:])  
 
 
 def _preset(bits: int) -> QuantConfig:
-    kept = {"Attention_Sink_Aware": True, "sink_selection": "massive", "residual_length": 32}
+    kept = {"Attention_Sink_Aware": True, "sink_selection": "massive", "residual_length": 32, "residual_bits": 8}
     return replace(baseline("rotatekv_plus", 2, **kept), bits=float(bits))
 
 
