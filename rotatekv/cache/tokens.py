@@ -96,7 +96,8 @@ class StoredTokens:
         return WindowForm(self.storage_dtype, self.method.config.residual_bits)
 
     def _flush_policy(self, packed: int) -> FlushPolicy:
-        return FlushPolicy(self.method.config.residual_length, self.method.tokens_per_flush, packed)
+        residual_length = self.method.residual_length(self.sliding_window)
+        return FlushPolicy(residual_length, self.method.tokens_per_flush, packed)
 
     @storing
     @without_autocast

@@ -12,10 +12,10 @@ from torch import nn
 from rotatekv.cache.sinks import largest_magnitude
 from rotatekv.config import PRESETS, QuantConfig
 from rotatekv.families import attention_modules, find_text_model, layer_geometry
-from rotatekv.kernels.transform_coding import NOISE, SCALE_BITS
+from rotatekv.kernels.transform_coding import GROUP, NOISE, SCALE_BITS
 from rotatekv.methods.base import KVMethod, LayerGeometry
 from rotatekv.methods.fp16 import FP16
-from rotatekv.methods.rotatekv_plus import LEAST_VALUE_BITS, VALUE_NOISE, RotateKVPlus
+from rotatekv.methods.rotatekv_plus import LEAST_KEY_BITS, LEAST_VALUE_BITS, VALUE_NOISE, RotateKVPlus
 from rotatekv.methods.stores import TokenStore
 from rotatekv.models import head
 from rotatekv.models.head import TOKENS_AT_ONCE, head_logits, run_without_head
@@ -146,7 +146,8 @@ def _of_layer(
     nothing."""
     one = {name: rows[number : number + 1] for name, rows in statistics.items()}
     other = "value_cost" if measured == "key_cost" else "key_cost"
-    codes = MEASURED_BITS + (LEAST_VALUE_BITS if measured == "key_cost" else 0)  # of a key and a value number together
+    least_of_keys = LEAST_KEY_BITS * GROUP / geometry.head_dim
+    codes = MEASURED_BITS + (LEAST_VALUE_BITS if measured == "key_cost" else least_of_keys)  # a key and a value number
     budget = codes / 2 + SCALE_BITS / geometry.head_dim
     planned = RotateKVPlus.plan(
         replace(PRESETS["RotateKV2+"], bits=budget), {**one, other: torch.zeros_like(one[other])}, [geometry]

@@ -117,6 +117,10 @@ class KVMethod(ABC):
         self.statistics = {name: statistics[name] for name in names}
         return list(self.statistics.values())
 
+    def residual_length(self, sliding_window: int | None) -> int:
+        """Tokens that a layer keeps in its recent window, at least; ``sliding_window``: None, or all that it keeps."""
+        return self.config.residual_length
+
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return heads_to_channels(keys)  # (B, T, H_kv·D)
 

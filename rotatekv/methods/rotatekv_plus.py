@@ -37,12 +37,15 @@ from rotatekv.rope import KeyFrames
 # How much of the length that rounding takes is given back, see kernels/transform_coding.py. All of it for values, which
 # attention averages; scores that are too small also make attention less sure of what is noise.
 KEYS_GIVEN_BACK, VALUES_GIVEN_BACK = 0.375, 1.0
+LEAST_KEY_BITS = 1  # of a head's strongest group: without any, a query tells no old token from another
 LEAST_VALUE_BITS = 1  # a value that reads as the mean is an error that no average takes away
+SLIDING_SHARE = 32  # a recent window is at most one part in so many of a sliding window
+_NO_LIMIT = 2**62  # tokens
 VALUE_NOISE = tuple(noise / (1 - noise) for noise in NOISE[LEAST_VALUE_BITS:])  # with all of it given back
 
 
 def _preset(bits: int) -> QuantConfig:
-    kept = {"Attention_Sink_Aware": True, "sink_selection": "massive", "residual_length": 32, "residual_bits": 8}
+    kept = {"Attention_Sink_Aware": True, "sink_selection": "massive", "residual_length": 64, "residual_bits": 8}
     return replace(baseline("rotatekv_plus", 2, **kept), bits=float(bits))
 
 
@@ -60,7 +63,9 @@ class RotateKVPlus(KVMethod):
     calibration has measured it.
     *Massive.* A token with a massive activation is kept in 16 bits whenever it comes: in each layer, one whose largest
     hidden-state entry is above a calibrated threshold.
-    Tokens leave the recent window in blocks of 16, so it holds ``residual_length`` … ``residual_length + 15`` of them.
+    *Recent.* The last ``residual_length`` tokens take 8 bits a number; in a layer with a sliding window no more than a
+    32nd of it, since there they are that much of all that is kept. Tokens leave in blocks of 16, so there are up to 15
+    more.
 
     Attributes:
         key_transform, value_transform: of this layer.
@@ -117,7 +122,9 @@ class RotateKVPlus(KVMethod):
                 continue
             numbers += 2 * geometry.channels
             scales += 2 * geometry.num_key_value_heads * SCALE_BITS
-            choices += [Choice(cost, GROUP, NOISE[: MOST_BITS + 1]) for cost in keys.flatten().tolist()]
+            for strongest, *others in keys.tolist():
+                choices.append(Choice(strongest, GROUP, NOISE[LEAST_KEY_BITS : MOST_BITS + 1], LEAST_KEY_BITS))
+                choices += [Choice(cost, GROUP, NOISE[: MOST_BITS + 1]) for cost in others]
             choices += [Choice(cost, geometry.head_dim, VALUE_NOISE, LEAST_VALUE_BITS) for cost in values.tolist()]
         allocated = iter(allocate(choices, config.bits * numbers - scales))
         key_bits, value_bits = (torch.zeros(x.shape, dtype=torch.int64, device="cpu") for x in (key_cost, value_cost))
@@ -126,6 +133,9 @@ class RotateKVPlus(KVMethod):
                 of_layer = [next(allocated) for _ in range(bits[number].numel())]
                 bits[number] = torch.tensor(of_layer, dtype=torch.int64, device="cpu").view_as(bits[number])
         return {**statistics, "key_bits": key_bits, "value_bits": value_bits}
+
+    def residual_length(self, sliding_window: int | None) -> int:
+        return min(self.config.residual_length, (sliding_window or _NO_LIMIT) // SLIDING_SHARE)
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return self._components(keys, self.key_transform)  # centred already, in their frames
