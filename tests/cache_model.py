@@ -95,7 +95,8 @@ class TokenList:
 
     def packed_with(self, new_tokens: int) -> int:
         """How many tokens are packed once so many are added: whole groups, and those that are packed stay so."""
-        group, older = self.method.tokens_per_flush, self.tokens + new_tokens - self.method.config.residual_length
+        group, recent = self.method.tokens_per_flush, self.method.residual_length(self.sliding_window)
+        older = self.tokens + new_tokens - recent
         return max(older // group * group, self.packed)
 
     def sinks_of(self, hidden_states: torch.Tensor) -> list[set[int]]:

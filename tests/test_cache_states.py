@@ -117,7 +117,7 @@ class Run:
     def check_flushed(self, before: TokenList) -> None:
         """Tokens that the call has packed, where its first query has them in its window and its last has not."""
         flushed, method = self.layer.flushed, before.method
-        has_window = method.config.residual_length > 0 or method.tokens_per_flush > 1
+        has_window = method.residual_length(self.model.sliding_window) > 0 or method.tokens_per_flush > 1
         if not has_window or before.packed_with(1) == self.model.packed:
             assert flushed is None
             return
@@ -174,7 +174,8 @@ class Run:
 
     def whole_record(self, count: int) -> int:
         """Of a recorded call that many tokens at most, or so many that nothing of it is given back."""
-        kept_on_record = self.model.tokens - RECORDED - self.model.method.config.residual_length
+        recent = self.model.method.residual_length(self.model.sliding_window)
+        kept_on_record = self.model.tokens - RECORDED - recent
         if self.before is not None and count > RECORDED and self.model.tokens - count >= kept_on_record - BLOCK:
             return RECORDED
         return count

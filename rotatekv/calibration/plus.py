@@ -70,7 +70,7 @@ def in_predictions(
     attentions = attention_modules(find_text_model(model))
     geometries = [None if attention is None else layer_geometry(attention) for attention in attentions]
     windows = [(window.to(model.device), list(log_probabilities(model, window))) for window in windows]
-    config = replace(PRESETS["RotateKV2+"], bits=float(MEASURED_BITS))
+    config = replace(PRESETS["RotateKV2+"], bits=float(MEASURED_BITS), residual_bits=16)  # the window has no noise
     methods = [
         None if geometry is None else _Exact(config, geometry, threshold.item())
         for geometry, threshold in zip(geometries, statistics["sink_threshold"], strict=True)
