@@ -161,7 +161,9 @@ def test_costs_are_the_divergence_of_one_layer_at_a_time_over_the_noise_foretold
     def codecs(part: str) -> list:
         """With 2 bits a number for the part, split over its groups or heads as a plan does."""
         other = "value_cost" if part == "key" else "key_cost"
-        budget = (3 if part == "key" else 2) / 2 + 8 / 16  # the other's: 1 bit for values; scales
+        budget = (
+            3 / 2 + 8 / 16
+        )  # the other has 1 bit: values all, keys in their strongest group, here the only one; scales
         found = []
         for layer in (0, 1):
             one = {name: x[layer : layer + 1] for name, x in statistics.items()}

@@ -122,7 +122,11 @@ def test_a_score_is_that_of_the_codes_and_of_a_query_turned_to_the_frame(statist
 def test_a_budget_is_split_over_all_layers_by_cost(bits):
     statistics = random_statistics(dim=64)
     found = planned(statistics, bits)
-    choices = [Choice(cost, GROUP, NOISE) for cost in statistics["key_cost"].flatten().tolist()]
+    choices = [  # a head's strongest group has 1 bit at least
+        Choice(cost, GROUP, NOISE[1:], 1) if group == 0 else Choice(cost, GROUP, NOISE)
+        for head in statistics["key_cost"].flatten(0, 1).tolist()
+        for group, cost in enumerate(head)
+    ]
     choices += [Choice(cost, 64, VALUE_NOISE, 1) for cost in statistics["value_cost"].flatten().tolist()]
     both = allocate(choices, (bits - 8 / 64) * 2 * LAYERS * HEADS * 64)  # a byte of scale for 64 numbers
     assert found["key_bits"].shape == (LAYERS, HEADS, 4) and found["value_bits"].shape == (LAYERS, HEADS)
