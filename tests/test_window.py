@@ -11,8 +11,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rotatekv import patch_model
 from rotatekv.cache.cache import RotateKVCache
-from rotatekv.cache.window import FlushedTokens, FlushPolicy, attend_with_own_windows
+from rotatekv.cache.prefill import attend_in_pieces, attend_in_two
+from rotatekv.cache.window import FlushedTokens, FlushPolicy
 from rotatekv.config import PRESETS
+from rotatekv.kernels.attention_parts import masked_attention, masked_attention_reference
 
 NO_SINKS = {"Attention_Sink_Aware": False}
 CONFIGS = {
@@ -30,7 +32,7 @@ CONFIGS = {
 def test_prefill_chunks_and_decoding_are_one(name, attention, padding, monkeypatch):
     """In float64 and torch alone, so that hardly a number is tipped over a rounding tie."""
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
-    monkeypatch.setattr("rotatekv.cache.window.QUERIES_AT_ONCE", 32)
+    monkeypatch.setattr("rotatekv.cache.prefill.QUERIES_AT_ONCE", 32)
     model, tokens = tiny_model("llama").double(), 62
     model.set_attn_implementation(attention)
     ids, mask, first = token_ids(2, tokens), left_padding(tokens, padding, 0), max(padding, 1) + 1
@@ -59,12 +61,56 @@ def test_every_query_attends_as_if_it_were_the_last(new, length, packed):
     module = nn.Module()
     module.num_key_value_groups = 2
     for mask in (~hidden, torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -1e30)):
-        got, _ = attend_with_own_windows(sdpa_attention_forward, flushed, True, module, query, cached, cached, mask)
+        got, _ = attend_in_pieces(sdpa_attention_forward, flushed, True, None, module, query, cached, cached, mask)
         for i in range(new):
             edge = max((length + i + 1 - 20) // 16 * 16, packed)
             seen = torch.cat([decoded[:, :, :edge], exact[:, :, edge:]], dim=2).repeat_interleave(2, dim=1)
             want = scaled_dot_product_attention(query[:, :, i : i + 1], seen, seen, ~hidden[:, :, i : i + 1])
             torch.testing.assert_close(got[:, i : i + 1], want.transpose(1, 2))
+
+
+ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.04}  # of sums of numbers about 1
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize(
+    "residual, step", [(0, 16), (0, 128), (16, 1), (32, 16), (32, 1), (100, 16), (9, 5), (100, 128)]
+)
+@pytest.mark.parametrize("new, length", [(1, 47), (17, 0), (33, 100), (300, 333), (600, 0)])
+def test_flash_attention_and_a_band_are_the_pieces(residual, step, new, length, dtype):
+    """Against the pieces in float64, of batches and of one to eight query heads for each of keys."""
+    generator = torch.Generator().manual_seed(new)
+    groups, batch = {1: 8, 5: 3}.get(step, 1 + new % 2), 1 + new % 3 % 2
+    for already in (0, step):  # a crop may have left more tokens packed
+        policy = FlushPolicy(
+            residual, step, min(max(length - residual, 0) // step * step + already, length // step * step)
+        )
+        total, end = length + new, policy.packed_of(length + new)
+        exact, decoded = torch.randn(2, 2, batch, 2, total, 16, generator=generator).to(dtype)  # keys and values
+        query = torch.randn(batch, 2 * groups, new, 16, generator=generator).to(dtype)
+        keys, values = torch.cat([decoded[..., :end, :], exact[..., end:, :]], dim=-2)
+        old = exact[..., policy.packed : end, :]
+        module = nn.Module()
+        module.num_key_value_groups = groups
+        in_pieces = FlushedTokens(policy, *old.double()), True, None, module
+        heads = query.double(), keys.double(), values.double()
+        want, _ = attend_in_pieces(sdpa_attention_forward, *in_pieces, *heads, None)
+        got = attend_in_two(FlushedTokens(policy, *old), query, keys, values, 16**-0.5)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, atol=ERRORS[dtype], rtol=0)
+
+
+def test_masked_attention_is_its_specification():
+    generator = torch.Generator().manual_seed(2)
+    query, key = torch.randn(3, 6, 5, 8, generator=generator), torch.randn(3, 2, 9, 8, generator=generator)
+    is_seen = torch.rand(3, 5, 9, generator=generator) < 0.5
+    is_seen[..., 4] = True
+    got, want = (attend(query, key, -key, 0.3, is_seen) for attend in (masked_attention, masked_attention_reference))
+    torch.testing.assert_close(got, want)
+    plain = scaled_dot_product_attention(
+        query, *(x.repeat_interleave(3, dim=1) for x in (key, -key)), is_seen.unsqueeze(1), scale=0.3
+    )
+    torch.testing.assert_close(want[0], plain.transpose(1, 2))
 
 
 def test_eager_weights_are_those_of_whole_tokens():
@@ -74,6 +120,25 @@ def test_eager_weights_are_those_of_whole_tokens():
         weights = model(token_ids(2, 150), output_attentions=True).attentions[0]
     assert weights.shape[-2:] == (150, 150) and not weights.triu(1).any()
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+
+
+def test_a_sliding_window_leaves_out_what_its_mask_hides():
+    generator = torch.Generator().manual_seed(3)
+    policy, new, length, window = FlushPolicy(20, 16, 32), 300, 60, 40
+    keys, old = torch.randn(1, 2, length + new, 8, generator=generator), torch.randn(1, 2, 304, 8, generator=generator)
+    query = torch.randn(1, 2, new, 8, generator=generator)
+    mask = torch.ones(new, length + new, dtype=torch.bool).tril(length).triu(length + 1 - window)[None, None]
+    seen, whole = [], []
+    for most_seen, counts in ((window, seen), (None, whole)):
+
+        def attend(module, query, key, value, mask, counts=counts):
+            counts.append(key)
+            return sdpa_attention_forward(module, query, key, value, mask)
+
+        flushed = FlushedTokens(policy, old, old)
+        counts.append(attend_in_pieces(attend, flushed, True, most_seen, nn.Module(), query, keys, keys, mask)[0])
+    torch.testing.assert_close(seen.pop(), whole.pop())
+    assert whole[-1].shape[2] - seen[-1].shape[2] == length + 256 + 1 - window  # before those of the last piece's first
 
 
 def test_which_windows_differ():
