@@ -75,7 +75,7 @@ FRAME_WRITES = [
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     with ThreadPoolExecutor(2) as pool:  # compile side by side
-        list(pool.map(load_library, ("attention", "quantize", "dequantize", "frames", "components")))
+        list(pool.map(load_library, ("attention", "quantize", "dequantize", "frames", "components", "bands")))
     for shape in SHAPES:
         cpu.decode_attention(**random_step(shape), threads=2)
     for frame_shape in FRAME_SHAPES:

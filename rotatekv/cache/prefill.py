@@ -17,12 +17,13 @@ from functools import lru_cache
 import torch
 
 from rotatekv.cache.window import FlushedTokens, FlushPolicy
-from rotatekv.kernels.attention_parts import flash_attention, join, masked_attention
+from rotatekv.kernels.attention_parts import Attended, Bands, attend_to_bands_reference, flash_attention
+from rotatekv.kernels.backend import kernels_on
+from rotatekv.kernels.layout import BLOCK
 
 QUERIES_AT_ONCE = 128  # their tokens in both forms, and their mask, are all that is held besides the keys and values
-_BLOCK = 16  # queries whose band is laid out as one
-_BLOCKS_AT_ONCE = 64
-_BANDS_KEPT = 64  # for the call's next layers; 0.1 MB each
+BLOCKS_AT_ONCE = 64
+_RUNS_KEPT = 64  # for the call's next layers; 0.1 MB each
 
 
 def attend_in_pieces(
@@ -115,77 +116,84 @@ def attend_in_two(
 
     Args: as of ``attend_in_pieces``. scaling: factor on the scores.
     """
-    new, tokens = query.shape[2], key.shape[2]
-    output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-    logsumexp = torch.empty_like(output[..., 0], dtype=torch.promote_types(query.dtype, torch.float32))
-    for band in _bands(flushed, tokens - new, new):
-        for row in range(len(query)):
-            queries = band.queries_of(query[row])
-            keys, values = (
-                band.laid_out(*x) for x in ((key[row], flushed.keys[row]), (value[row], flushed.values[row]))
-            )
-            found = masked_attention(queries, keys, values, scaling, band.is_seen)
-            for whole, of_band in zip((output, logsumexp), found, strict=True):
-                whole[row, band.queries] = of_band.flatten(0, 1)
-    # The tokens further back: the last ``rows`` queries see one more each, and all of them those before.
-    older = tokens - flushed.policy.longest_window
-    rows = min(new, older)
-    if rows > 0:
-        last, diagonal = slice(new - rows, None), slice(older - rows, older)
-        seen = flash_attention(query[:, :, last], key[:, :, diagonal], value[:, :, diagonal], scaling, is_causal=True)
-        join(output[:, last], logsumexp[:, last], seen)
-    if older > rows > 0:
-        before = slice(0, older - rows)
-        join(output, logsumexp, flash_attention(query, key[:, :, before], value[:, :, before], scaling))
-    return output
+    new, tokens, kernels = query.shape[2], key.shape[2], kernels_on(query.device)
+    attend = attend_to_bands_reference
+    if (
+        kernels is not None
+        and kernels.ATTENDS_TO_BANDS
+        and query.dtype != torch.float64
+        and query.shape[-1] % BLOCK == 0
+    ):
+        attend = kernels.attend_to_bands
+    older = _attend_to_older(flushed.policy.longest_window, query, key, value, scaling)
+    alone = new if older is None else new - older.output.shape[1]  # queries that see no older tokens
+    wide = torch.promote_types(query.dtype, torch.float32)
+    output = torch.empty_like(query.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
+    for run in _runs(flushed, tokens - new, new):
+        queries, first = run.queries, max(run.queries.start - alone, 0)
+        older_here = None
+        if older is not None and queries.stop > alone:
+            older_here = Attended(*(x[:, first : queries.stop - alone] for x in older))
+        heads, old = (key[:, :, run.tokens], value[:, :, run.tokens]), run.of(flushed)
+        attend(query[:, :, queries], heads, old, run.bands, scaling, older_here, output[:, queries])
+    return output.to(query.dtype)
+
+
+def _attend_to_older(
+    longest_window: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> Attended | None:
+    """To the tokens that came ``longest_window`` before a query, and all earlier ones; of the last queries, which see
+    some. None: no query does."""
+    new, older = query.shape[2], key.shape[2] - longest_window  # that the last query sees
+    rows = min(new, older)  # each sees one more than the one before it
+    if rows <= 0:
+        return None
+    diagonal, before = slice(older - rows, older), slice(0, older - rows)
+    last = query[:, :, new - rows :]
+    attended = flash_attention(last, key[:, :, diagonal], value[:, :, diagonal], scaling, is_causal=True)
+    if older == rows:
+        return attended
+    return attended.join(flash_attention(last, key[:, :, before], value[:, :, before], scaling))
 
 
 @dataclass(frozen=True)
-class _Band:
-    """The last tokens before each query of consecutive blocks of queries: N blocks of Q that see W tokens each.
+class _Run:
+    """Consecutive blocks of queries.
 
     Args:
         queries: which of the call's.
         tokens: those that may be seen in the form that the layer has by now.
         flushed: those of the flushed tokens that may be seen as they were in the window.
-        columns: (N·W,) int64, the tokens that each block may see, counted in ``tokens``, then in ``flushed``.
-        is_seen: (N, Q, W) bool.
+        bands: what of both each block sees.
     """
 
     queries: slice
     tokens: slice
     flushed: slice
-    columns: torch.Tensor
-    is_seen: torch.Tensor
+    bands: Bands
 
-    def queries_of(self, query: torch.Tensor) -> torch.Tensor:
-        """(H, T, D) → (N, H, Q, D)."""
-        return query[:, self.queries].unflatten(1, self.is_seen.shape[:2]).transpose(0, 1)
-
-    def laid_out(self, x: torch.Tensor, flushed: torch.Tensor) -> torch.Tensor:
-        """(H_kv, T_cached, D) and (H_kv, T_flushed, D) → (N, H_kv, W, D)."""
-        both = torch.cat([x[:, self.tokens], flushed[:, self.flushed]], dim=1)
-        return both.index_select(1, self.columns).unflatten(1, self.is_seen.shape[::2]).transpose(0, 1)
+    def of(self, flushed: FlushedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        return flushed.keys[:, :, self.flushed], flushed.values[:, :, self.flushed]
 
 
-def _bands(flushed: FlushedTokens, first: int, new: int) -> Iterator[_Band]:
+def _runs(flushed: FlushedTokens, first: int, new: int) -> Iterator[_Run]:
     """For ``new`` queries, the first of which is token ``first``: blocks that start where a flush may."""
-    head = min(-(first + 1 - flushed.policy.residual_length) % _BLOCK, new)
-    blocks, tail = divmod(new - head, _BLOCK)
+    head = min(-(first + 1 - flushed.policy.residual_length) % BLOCK, new)
+    blocks, tail = divmod(new - head, BLOCK)
     runs = [(first, 1, head)]
-    for done in range(0, blocks, _BLOCKS_AT_ONCE):
-        runs.append((first + head + done * _BLOCK, min(_BLOCKS_AT_ONCE, blocks - done), _BLOCK))
+    for done in range(0, blocks, BLOCKS_AT_ONCE):
+        runs.append((first + head + done * BLOCK, min(BLOCKS_AT_ONCE, blocks - done), BLOCK))
     runs.append((first + new - tail, 1, tail))
-    for start, blocks, size in runs:
+    for start, count, size in runs:
         if size:
-            yield _band(flushed.policy, flushed.end, first, start, blocks, size, flushed.keys.device)
+            yield _run(flushed.policy, flushed.end, first, start, count, size, flushed.keys.device)
 
 
-@lru_cache(maxsize=_BANDS_KEPT)
-def _band(
+@lru_cache(maxsize=_RUNS_KEPT)
+def _run(
     policy: FlushPolicy, flushed: int, first: int, start: int, blocks: int, size: int, device: torch.device
-) -> _Band:
-    """Of ``blocks`` blocks of ``size`` queries from token ``start`` on; the call begins with token ``first``.
+) -> _Run:
+    """``blocks`` blocks of ``size`` queries from token ``start`` on; the call begins with token ``first``.
 
     Args:
         flushed: the end of the flushed tokens.
@@ -198,17 +206,15 @@ def _band(
     exact = int((here[:, -1:] + 1 - packed[:, :1]).max())
     columns = (oldest + torch.arange(decoded, **counted), packed[:, :1] + torch.arange(exact, **counted))
     token, is_exact = torch.cat(columns, 1), torch.arange(decoded + exact, **counted) >= decoded  # (N, W), (W,)
-    tokens = slice(max(int(oldest[0]), 0), end)
-    in_window = slice(int(packed[0, 0]), max(min(flushed, end), int(packed[0, 0])))
-    counted_in = torch.where(is_exact & (token < in_window.stop), end - in_window.start, 0) - tokens.start
-    column = token.clamp(tokens.start, end - 1) + counted_in
-    token, here, packed = token.unsqueeze(1), here.unsqueeze(2), packed.unsqueeze(2)  # (N, 1, W), (N, Q, 1)
-    is_older = (token > here - policy.longest_window) & (token >= 0) & (token < packed)
-    is_seen = torch.where(is_exact, (token >= packed) & (token <= here), is_older)
-    return _Band(
+    tokens, in_window = slice(max(int(oldest[0]), 0), end), slice(int(packed[0, 0]), min(flushed, end))
+    of_window = torch.where(is_exact & (token < in_window.stop), end - in_window.start, 0)
+    column = token.clamp(tokens.start, end - 1) - tokens.start + of_window
+    token, here, packed = token.unsqueeze(2), here.unsqueeze(1), packed.unsqueeze(1)  # (N, W, 1), (N, 1, Q)
+    as_decoded = (token > here - policy.longest_window) & (token >= 0) & (token < packed)
+    is_seen = torch.where(is_exact[:, None], (token >= packed) & (token <= here), as_decoded)
+    return _Run(
         queries=slice(start - first, end - first),
         tokens=tokens,
-        flushed=slice(in_window.start - policy.packed, in_window.stop - policy.packed),
-        columns=column.flatten().to(device),
-        is_seen=is_seen.to(device),
+        flushed=slice(in_window.start - policy.packed, max(in_window.stop, in_window.start) - policy.packed),
+        bands=Bands.of(column, is_seen).to(device),
     )

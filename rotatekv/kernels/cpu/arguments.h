@@ -147,3 +147,30 @@ struct ComponentArguments {
     CodedPointers coded;
     float* output;  // (B, H_kv, output_tokens, D)
 };
+
+// Keys, values, queries or outputs whose heads lie anywhere; a head of a token is dense.
+struct HeadPointers {
+    void* data;
+    int64_t batch_stride, head_stride, token_stride;  // in numbers
+};
+
+// Blocks of queries that see few tokens each.
+struct BandArguments {
+    int64_t structure_bytes;
+    int64_t batch, heads, kv_heads, head_dim;
+    int64_t blocks, queries, columns;  // N; of a block, Q and W
+    int64_t tokens, flushed_tokens;    // of `keys`, and of `flushed_keys`
+    int64_t first_with_older;          // the first query that sees older tokens
+    int64_t seen_width;                // of a row of `is_seen`, a multiple of 16 and Q at least
+    int64_t number;                    // of queries, keys and values, 0: float32, 1: float16, 2: bfloat16
+    int64_t older_number;              // the same of `older`
+    int64_t threads;
+    HeadPointers query;                         // (B, H, N·Q, D)
+    HeadPointers keys, values;                  // (B, H_kv, tokens, D)
+    HeadPointers flushed_keys, flushed_values;  // (B, H_kv, flushed_tokens, D)
+    HeadPointers older, older_logsumexp;        // attention to older tokens, from query first_with_older on; the last float32
+    HeadPointers output;                        // (B, H, N·Q, D) float32
+    const int32_t* column_index;                // (N, W), counted in `keys`, then in `flushed_keys`
+    const uint8_t* is_seen;                     // (N, W, seen_width)
+    float softmax_scale;
+};

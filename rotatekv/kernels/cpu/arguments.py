@@ -120,6 +120,24 @@ _DEQUANTIZE_SIZES = [
     "rotation_width",
     "threads",
 ]
+_BAND_SIZES = [
+    "structure_bytes",
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "blocks",
+    "queries",
+    "columns",
+    "tokens",
+    "flushed_tokens",
+    "first_with_older",
+    "seen_width",
+    "number",
+    "older_number",
+    "threads",
+]
+_BAND_HEADS = ["query", "keys", "values", "flushed_keys", "flushed_values", "older", "older_logsumexp", "output"]
 
 
 class DecodeArguments(ctypes.Structure):
@@ -171,4 +189,21 @@ class ComponentArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _COMPONENT_SIZES),
         ("coded", CodedPointers),
         ("output", ctypes.c_void_p),
+    ]
+
+
+class HeadPointers(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "token_stride")),
+    ]
+
+
+class BandArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _BAND_SIZES),
+        *((name, HeadPointers) for name in _BAND_HEADS),
+        ("column_index", ctypes.c_void_p),
+        ("is_seen", ctypes.c_void_p),
+        ("softmax_scale", ctypes.c_float),
     ]

@@ -188,6 +188,12 @@ static ROTATEKV_INLINE Vec load_bytes(const int8_t* from) {
 #endif
 }
 
+// Which of kLanes consecutive bytes are not 0.
+static ROTATEKV_INLINE IntVec load_flags(const uint8_t* from) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), IntVec) != 0;
+}
+
 // kLanes consecutive 16-bit words, zero-extended
 static ROTATEKV_INLINE WordVec load_short_words(const int16_t* from) {
     typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));

@@ -45,6 +45,7 @@ from rotatekv.kernels.triton.checks import (
 from rotatekv.kernels.triton.start import Unusable
 
 __all__ = [
+    "ATTENDS_TO_BANDS",
     "READS_TOKEN_GROUPS",
     "available",
     "decode_attention",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 READS_TOKEN_GROUPS = False
+ATTENDS_TO_BANDS = False
 _OLDEST_GPU = 8  # compute capability
 
 
