@@ -201,16 +201,16 @@ def _run(
     counted, end = {"dtype": torch.int64, "device": "cpu"}, start + blocks * size
     here = torch.arange(start, end, **counted).view(blocks, size)  # (N, Q)
     packed = policy.packed_of_each(here + 1)
-    oldest = here[:, :1] + 1 - policy.longest_window  # (N, 1)
+    oldest = (here[:, :1] + 1 - policy.longest_window).clamp(min=0)  # (N, 1)
     decoded = max(int((packed[:, -1:] - oldest).max()), 0)  # columns
     exact = int((here[:, -1:] + 1 - packed[:, :1]).max())
     columns = (oldest + torch.arange(decoded, **counted), packed[:, :1] + torch.arange(exact, **counted))
     token, is_exact = torch.cat(columns, 1), torch.arange(decoded + exact, **counted) >= decoded  # (N, W), (W,)
-    tokens, in_window = slice(max(int(oldest[0]), 0), end), slice(int(packed[0, 0]), min(flushed, end))
+    tokens, in_window = slice(int(oldest[0]), end), slice(int(packed[0, 0]), min(flushed, end))
     of_window = torch.where(is_exact & (token < in_window.stop), end - in_window.start, 0)
     column = token.clamp(tokens.start, end - 1) - tokens.start + of_window
     token, here, packed = token.unsqueeze(2), here.unsqueeze(1), packed.unsqueeze(1)  # (N, W, 1), (N, 1, Q)
-    as_decoded = (token > here - policy.longest_window) & (token >= 0) & (token < packed)
+    as_decoded = (token > here - policy.longest_window) & (token < packed)
     is_seen = torch.where(is_exact[:, None], (token >= packed) & (token <= here), as_decoded)
     return _Run(
         queries=slice(start - first, end - first),

@@ -188,10 +188,17 @@ static ROTATEKV_INLINE Vec load_bytes(const int8_t* from) {
 #endif
 }
 
-// Which of kLanes consecutive bytes are not 0.
+// Which of kLanes consecutive bytes, 0 or 1 each, are 1.
 static ROTATEKV_INLINE IntVec load_flags(const uint8_t* from) {
-    typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), IntVec) != 0;
+#if defined(__AVX512F__)
+    return -(IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    return -(IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    IntVec flags;
+    for (int lane = 0; lane < kLanes; ++lane) flags[lane] = -int32_t(from[lane]);
+    return flags;
+#endif
 }
 
 // kLanes consecutive 16-bit words, zero-extended
