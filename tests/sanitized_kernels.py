@@ -86,6 +86,7 @@ def main() -> None:
         tokens = frame_write.start + frame_write.tokens
         out = torch.empty(frame_write.batch, frame_write.kv_heads, tokens, frame_write.head_dim)
         cpu.read_components(made["packed"], tokens, made["transform"], out, threads=2)
+        cpu.read_heads(made["packed"], frame_write.tokens, made["transform"], out, made["turns"], threads=2)
     for write in WRITES:
         cpu.quantize_into_blocks(**random_write(write), threads=2)
     for bits in (2, 3, 4):

@@ -31,12 +31,13 @@ from rotatekv.kernels.cpu.checks import (
     strided_pointer,
 )
 from rotatekv.kernels.cpu.coded_tables import FrameTables, ValueTables, frame_tables_of, value_tables_of
-from rotatekv.kernels.cpu.frames import quantize_into_frames, read_components
+from rotatekv.kernels.cpu.frames import quantize_into_frames, read_components, read_heads
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import Blocks, Packed
 
 __all__ = [
     "ATTENDS_TO_BANDS",
+    "READS_HEADS",
     "READS_TOKEN_GROUPS",
     "attend_to_bands",
     "available",
@@ -46,10 +47,10 @@ __all__ = [
     "quantize_into_blocks",
     "quantize_into_frames",
     "read_components",
+    "read_heads",
 ]
 
-READS_TOKEN_GROUPS = True
-ATTENDS_TO_BANDS = True
+ATTENDS_TO_BANDS = READS_HEADS = READS_TOKEN_GROUPS = True
 _LIBRARIES = ("attention", "quantize", "dequantize", "frames", "components", "bands")
 
 

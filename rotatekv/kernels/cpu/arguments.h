@@ -144,8 +144,16 @@ struct ComponentArguments {
     int64_t output_tokens;    // room for a head's tokens in `output`
     int64_t words_of_tokens;  // 1: a word has 16 components of a token; 0: 16 tokens of a component
     int64_t threads;
+    int64_t rotary_dim;       // channels of a head that RoPE turns; 0 = none
+    int64_t turn_batch_stride, turn_token_stride;  // of the tables of cos and sin
     CodedPointers coded;
-    float* output;  // (B, H_kv, output_tokens, D)
+    float* output;       // (B, H_kv, output_tokens, D)
+    const float* map;    // (H_kv, D, D), the transpose of A⁻¹; null: components are read as they are
+    const float* mean;   // (H_kv, D)
+    const float* origin_cos;  // (B, tokens, rotary_dim / 2) each, as of FrameWriteArguments
+    const float* origin_sin;
+    const float* place_cos;
+    const float* place_sin;
 };
 
 // Keys, values, queries or outputs whose heads lie anywhere; a head of a token is dense.

@@ -30,6 +30,7 @@ class HadamardBase(ctypes.Structure):
     _fields_ = [("matrix", ctypes.c_void_p), ("order", ctypes.c_int64)]
 
 
+_TURNS = ["origin_cos", "origin_sin", "place_cos", "place_sin"]
 _DECODE_SIZES = [
     "structure_bytes",
     "batch",
@@ -109,6 +110,9 @@ _COMPONENT_SIZES = [
     "output_tokens",
     "words_of_tokens",
     "threads",
+    "rotary_dim",
+    "turn_batch_stride",
+    "turn_token_stride",
 ]
 _DEQUANTIZE_SIZES = [
     "structure_bytes",
@@ -179,8 +183,7 @@ class FrameWriteArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _FRAME_WRITE_SIZES),
         ("coded", CodedPointers),
-        *((name, ctypes.c_void_p) for name in ("heads", "map", "weights", "steps", "mean")),
-        *((name, ctypes.c_void_p) for name in ("origin_cos", "origin_sin", "place_cos", "place_sin")),
+        *((name, ctypes.c_void_p) for name in ("heads", "map", "weights", "steps", "mean", *_TURNS)),
     ]
 
 
@@ -188,7 +191,7 @@ class ComponentArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _COMPONENT_SIZES),
         ("coded", CodedPointers),
-        ("output", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("output", "map", "mean", *_TURNS)),
     ]
 
 

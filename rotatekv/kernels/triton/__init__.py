@@ -46,6 +46,7 @@ from rotatekv.kernels.triton.start import Unusable
 
 __all__ = [
     "ATTENDS_TO_BANDS",
+    "READS_HEADS",
     "READS_TOKEN_GROUPS",
     "available",
     "decode_attention",
@@ -58,8 +59,7 @@ __all__ = [
     "set_dry",
 ]
 
-READS_TOKEN_GROUPS = False
-ATTENDS_TO_BANDS = False
+ATTENDS_TO_BANDS = READS_HEADS = READS_TOKEN_GROUPS = False
 _OLDEST_GPU = 8  # compute capability
 
 
