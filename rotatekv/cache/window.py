@@ -133,7 +133,7 @@ class FlushedTokens:
 
     Args:
         policy: as it was before the call; its ``packed`` is where these tokens start.
-        keys, values: (B, H_kv, T_flushed, D), post-RoPE, what they were in the window.
+        keys, values: (B, H_kv, T_flushed, D), post-RoPE, what they were in the window, in 16 bits.
     """
 
     policy: FlushPolicy

@@ -93,7 +93,7 @@ def attend_to_bands_reference(
 
     Args:
         query: (B, H, N·Q, D).
-        heads: keys and values (B, H_kv, T_cached, D). flushed: the same (B, H_kv, T_flushed, D).
+        heads: keys and values (B, H_kv, T_cached, D). flushed: (B, H_kv, T_flushed, D), of fewer bits or alike.
         scaling: factor on the scores.
         older: of the last queries, which see earlier tokens than the bands' too; None: none does.
         output: (B, N·Q, H, D) float32, or float64 of such queries; written.

@@ -171,7 +171,7 @@ struct BandArguments {
     int64_t first_with_older;          // the first query that sees older tokens
     int64_t seen_width;                // of a row of `is_seen`, a multiple of 16 and Q at least
     int64_t number;                    // of queries, keys and values, 0: float32, 1: float16, 2: bfloat16
-    int64_t older_number;              // the same of `older`
+    int64_t flushed_number, older_number;  // the same of the flushed ones, and of `older`
     int64_t threads;
     HeadPointers query;                         // (B, H, N·Q, D)
     HeadPointers keys, values;                  // (B, H_kv, tokens, D)

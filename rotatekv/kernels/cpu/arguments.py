@@ -138,6 +138,7 @@ _BAND_SIZES = [
     "first_with_older",
     "seen_width",
     "number",
+    "flushed_number",
     "older_number",
     "threads",
 ]

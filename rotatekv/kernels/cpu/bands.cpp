@@ -68,7 +68,7 @@ class BandAttention {
             const auto copy = [&](const HeadPointers& now, const HeadPointers& flushed, float* to) {
                 const HeadPointers& heads = is_flushed ? flushed : now;
                 const int64_t from = at(heads, row, kv_head, is_flushed ? column - a_.tokens : column);
-                read_numbers(heads.data, a_.number, from, dim_, to);
+                read_numbers(heads.data, is_flushed ? a_.flushed_number : a_.number, from, dim_, to);
             };
             copy(a_.keys, a_.flushed_keys, band->keys.data() + i * dim_);
             copy(a_.values, a_.flushed_values, band->values.data() + i * dim_);
@@ -94,7 +94,7 @@ class BandAttention {
         const uint8_t* is_seen = a_.is_seen + tile.block * columns_ * a_.seen_width + tile.first;
         Vec highest = broadcast(-INFINITY), sum = {}, before = highest;
         for (int64_t i = 0; i < columns_; ++i) {
-            const Vec score = load_flags(is_seen + i * a_.seen_width) ? load(scores + i * lanes_) : broadcast(-INFINITY);
+            const Vec score = load_byte_words(is_seen + i * a_.seen_width) != 0 ? load(scores + i * lanes_) : broadcast(-INFINITY);
             store(scores + i * lanes_, score);
             highest = max(highest, score);
         }
@@ -144,6 +144,8 @@ class BandAttention {
     const int64_t dim_, columns_, heads_, lanes_of_head_, lanes_;
 };
 
+static bool is_number(int64_t number) { return number >= 0 && number <= 2; }
+
 static const char* check_bands(const BandArguments& a) {
     ROTATEKV_REQUIRE(a.structure_bytes == int64_t(sizeof(BandArguments)), "built from other sources: rebuild");
     ROTATEKV_REQUIRE(a.batch >= 1 && a.kv_heads >= 1 && a.heads >= 1 && a.blocks >= 1 && a.queries >= 1 && a.columns >= 1,
@@ -151,7 +153,7 @@ static const char* check_bands(const BandArguments& a) {
     ROTATEKV_REQUIRE(a.heads % a.kv_heads == 0, "kv_heads must divide heads");
     ROTATEKV_REQUIRE(a.head_dim >= 16 && a.head_dim <= 1024 && a.head_dim % 16 == 0,
                      "head_dim must be a multiple of 16 up to 1024");
-    ROTATEKV_REQUIRE(a.number >= 0 && a.number <= 2 && a.older_number >= 0 && a.older_number <= 2,
+    ROTATEKV_REQUIRE(is_number(a.number) && is_number(a.flushed_number) && is_number(a.older_number),
                      "heads must be float32, float16 or bfloat16");
     ROTATEKV_REQUIRE(a.threads >= 1 && a.threads <= 1024, "threads must be 1 … 1024");
     ROTATEKV_REQUIRE(a.seen_width % 16 == 0 && a.seen_width >= a.queries, "a row of is_seen must be multiples of 16");

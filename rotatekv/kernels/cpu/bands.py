@@ -27,8 +27,8 @@ def attend_to_bands(
     """As ``attend_to_bands_reference`` of ``rotatekv.kernels.attention_parts``; D is a multiple of 16.
 
     Args:
-        query, heads, flushed: float32, float16 or bfloat16, alike; ``older.output`` may be another of these. Views
-            whose last dimension is dense, as is that of ``output`` (B, N·Q, H, D) float32.
+        query, heads: float32, float16 or bfloat16, alike; ``flushed`` and ``older.output`` may be others of these.
+            Views whose last dimension is dense, as is that of ``output`` (B, N·Q, H, D) float32.
 
     Raises:
         ValueError: a shape, dtype, stride or index is wrong.
@@ -53,20 +53,22 @@ def attend_to_bands(
         first_with_older=queries,
         seen_width=width,
         threads=threads or torch.get_num_threads(),
+        number=_number(query, "query"),
+        flushed_number=_number(flushed[0], "flushed_keys"),
         query=_heads(query, query.shape, query.dtype, "query"),
         output=_heads(output.transpose(1, 2), query.shape, torch.float32, "output"),
         column_index=pointer(bands.columns, torch.int32, (blocks, columns), "columns"),
         is_seen=pointer(bands.is_seen, torch.bool, (blocks, columns, width), "is_seen"),
         softmax_scale=scaling,
     )
-    arguments.number = NUMBERS[query.dtype]
     for prefix, pair, count in (("", heads, tokens), ("flushed_", flushed, flushed_tokens)):
         for kind, x in zip(("keys", "values"), pair, strict=True):
-            setattr(arguments, prefix + kind, _heads(x, (batch, kv_heads, count, dim), query.dtype, prefix + kind))
+            dtype = flushed[0].dtype if prefix else query.dtype
+            setattr(arguments, prefix + kind, _heads(x, (batch, kv_heads, count, dim), dtype, prefix + kind))
     if older is not None:
         shape = batch, query_heads, older.output.shape[1]
         arguments.first_with_older = queries - shape[2]
-        arguments.older_number = NUMBERS[older.output.dtype]
+        arguments.older_number = _number(older.output, "older")
         arguments.older = _heads(older.output.transpose(1, 2), (*shape, dim), older.output.dtype, "older")
         logsumexp = older.logsumexp.transpose(1, 2).unsqueeze(-1)
         arguments.older_logsumexp = _heads(logsumexp, (*shape, 1), torch.float32, "older's logsumexp")
@@ -77,7 +79,11 @@ def _heads(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: st
     """Of (B, heads, tokens, ·)."""
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: {tuple(shape)} is needed, not {tuple(x.shape)}")
-    if dtype not in NUMBERS:
-        raise ValueError(f"{name}: {dtype} is not read")
     strides, address = strided_pointer(x, (dtype,), name)
     return HeadPointers(address, *strides[:3])
+
+
+def _number(x: torch.Tensor, name: str) -> int:
+    if x.dtype not in NUMBERS:
+        raise ValueError(f"{name}: {x.dtype} is not read")
+    return NUMBERS[x.dtype]
