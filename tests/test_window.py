@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import left_padding, logits, tiny_model, token_ids
+from kernel_cases import random_bands
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -15,7 +16,7 @@ from rotatekv.cache.prefill import attend_in_pieces, attend_in_two
 from rotatekv.cache.window import FlushedTokens, FlushPolicy
 from rotatekv.config import PRESETS
 from rotatekv.kernels import cpu
-from rotatekv.kernels.attention_parts import Attended, Bands, attend_to_bands_reference
+from rotatekv.kernels.attention_parts import attend_to_bands_reference
 from rotatekv.kernels.cpu import build
 
 NO_SINKS = {"Attention_Sink_Aware": False}
@@ -102,24 +103,6 @@ def test_flash_attention_and_a_band_are_the_pieces(residual, step, new, length, 
         torch.testing.assert_close(got.double(), want, atol=ERRORS[dtype], rtol=0)
 
 
-def random_bands(generator: torch.Generator, heads: int, dim: int, queries: int, dtype: torch.dtype) -> dict:
-    """The arguments of ``attend_to_bands`` but for its output: two sequences, three blocks of queries of 7 tokens each,
-    the last 5 queries with older tokens."""
-    shapes = {"query": (2, heads, 3 * queries, dim), "heads": (2, 2, 20, dim), "flushed": (2, 2, 9, dim)}
-    query, key, old = (torch.randn(shape, generator=generator) for shape in shapes.values())
-    is_seen = torch.rand(3, 7, queries, generator=generator) < 0.5
-    is_seen[:, 3] = True
-    older = torch.randn(2, 5, heads, dim, generator=generator), torch.randn(2, 5, heads, generator=generator) * 3
-    return {
-        "query": query.to(dtype),
-        "heads": (key.to(dtype), -key.to(dtype)),
-        "flushed": (old.half(), old.half() + 1),
-        "bands": Bands.of(torch.randint(0, 29, (3, 7), generator=generator), is_seen),
-        "scaling": 0.3,
-        "older": Attended(older[0].to(dtype), older[1]),
-    }
-
-
 @pytest.mark.parametrize("instruction_set", cpu.available_instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("heads, dim, queries", [(2, 16, 16), (6, 64, 16), (8, 48, 2), (16, 128, 19)])
@@ -144,7 +127,7 @@ def test_the_kernel_attends_to_bands_as_torch_does(heads, dim, queries, dtype, i
         ("is needed, not", lambda x: {"heads": (x["heads"][0], x["heads"][1][:, :, 1:])}),
         ("dense", lambda x: {"query": x["query"].mT.contiguous().mT}),
         ("is not read", lambda x: {"query": x["query"].double()}),
-        ("multiple of 16", lambda x: {name: x[name][..., :40] for name in ("query",)} | cut(x, 40)),
+        ("multiple of 16", lambda x: random_bands(torch.Generator(), 4, 40, 16, torch.float32)),
     ],
 )
 def test_wrong_bands_are_refused(message, change):
@@ -154,11 +137,6 @@ def test_wrong_bands_are_refused(message, change):
     made |= change(made)
     with pytest.raises(ValueError, match=message):
         cpu.attend_to_bands(**made, output=torch.empty(made["query"].transpose(1, 2).shape))
-
-
-def cut(step: dict, dim: int) -> dict:
-    pairs = {name: tuple(x[..., :dim] for x in step[name]) for name in ("heads", "flushed")}
-    return {**pairs, "older": Attended(step["older"].output[..., :dim], step["older"].logsumexp)}
 
 
 def test_eager_weights_are_those_of_whole_tokens():
