@@ -41,8 +41,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotatekv.cache.cache import RotateKVCache, handed_over
-from rotatekv.cache.window import attend_with_own_windows
+from rotatekv.cache.prefill import attend_in_pieces, attend_in_two
 from rotatekv.compat import CACHE_NAMES, outside_compiled_graphs
+from rotatekv.kernels.attention_parts import flash_serves
 
 NAME = "rotatekv"  # of the attention function
 _STOCK_CONFIG = "_rotatekv_stock_config"  # on the config of a patched attention module: the one it had
@@ -107,9 +108,9 @@ def _attend(
     """``attention`` over one cache, whose layer ``number`` has stored the call's keys and values by now."""
     layer = cache.layers[number]
     is_plain = options.get("is_causal") is not False and not any(options.get(name) for name in _OTHERWISE)
+    scaling = options.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_plain and cache.attends(number, query):
-        scaling = options.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return layer.attend(query, scaling, cache.fused_call).transpose(1, 2), None
     stock = stock_attention(module)
     if cache.first_call_is_exact:
@@ -122,8 +123,26 @@ def _attend(
         keys, values = _NoGradient.apply(keys, key), _NoGradient.apply(values, value)
     if flushed is not None:  # packed by now, but the call's first queries have them in their recent window
         is_causal = cache.mask_is_causal and options.get("is_causal") is not False
-        stock = partial(attend_with_own_windows, stock, flushed, is_causal)
+        is_plain = is_plain and is_causal and stock is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if is_plain and _sees_all_before(query, keys, attention_mask) and flash_serves(query, values):
+            return attend_in_two(flushed, query, keys, values, scaling), None
+        most_seen = layer.sliding_window if cache.mask_is_causal else None
+        stock = partial(attend_in_pieces, stock, flushed, is_causal, most_seen)
     return stock(module, query, keys, values, attention_mask, **options)
+
+
+def _sees_all_before(query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether each query of a causal call sees all tokens up to its own; not under gradients or autocast, which are
+    left to Hugging Face's function. A mask that transformers made hides a token from all queries, from those before it,
+    or from those that a sliding window has taken past it: if from any, from the last one too."""
+    if query.dtype != keys.dtype or torch.is_autocast_enabled(query.device.type):
+        return False
+    if torch.is_grad_enabled() and query.requires_grad:
+        return False
+    if mask is None:
+        return True
+    seen_by_last = mask[..., -1, :]
+    return bool((seen_by_last if mask.dtype == torch.bool else seen_by_last == 0).all())
 
 
 def renamed_config(config: PretrainedConfig, name: str) -> PretrainedConfig:

@@ -171,6 +171,18 @@ def written_by_torch(write: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_components(((heads - mean) @ transform.maps.mT).transpose(1, 2), transform)
 
 
+def read_by_torch(write: dict, tokens: int) -> torch.Tensor:
+    """The planes' first tokens as attention sees them, (B, H_kv, T, D)."""
+    transform = write["transform"]
+    components = dequantize_components(*unpack_components(write["packed"], tokens, transform), transform)
+    heads = components.transpose(1, 2) @ transform.inverse.mT
+    mean = transform.mean[None, :, None].expand_as(heads)
+    if write["turns"] is None:
+        return heads + mean
+    cos, sin, place_cos, place_sin = (x.unsqueeze(1) for x in write["turns"])
+    return _turned(heads + _turned(mean, place_cos, place_sin), cos, sin)
+
+
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     low, high, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

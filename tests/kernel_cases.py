@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rotatekv.kernels.attention_parts import Attended, Bands
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import (
     BLOCK,
@@ -219,3 +220,21 @@ def assert_written(made, expected, arguments: dict, exactly: bool) -> None:
 def error(out: torch.Tensor, exact: torch.Tensor) -> float:
     """Relative error of all numbers together."""
     return ((out.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def random_bands(generator: torch.Generator, heads: int, dim: int, queries: int, dtype: torch.dtype) -> dict:
+    """The arguments of ``attend_to_bands`` but for its output: two sequences, three blocks of queries of 7 tokens each,
+    the last 5 queries with older tokens."""
+    shapes = {"query": (2, heads, 3 * queries, dim), "heads": (2, 2, 20, dim), "flushed": (2, 2, 9, dim)}
+    query, key, old = (torch.randn(shape, generator=generator) for shape in shapes.values())
+    is_seen = torch.rand(3, 7, queries, generator=generator) < 0.5
+    is_seen[:, 3] = True
+    older = torch.randn(2, 5, heads, dim, generator=generator), torch.randn(2, 5, heads, generator=generator) * 3
+    return {
+        "query": query.to(dtype),
+        "heads": (key.to(dtype), -key.to(dtype)),
+        "flushed": (old.half(), old.half() + 1),
+        "bands": Bands.of(torch.randint(0, 29, (3, 7), generator=generator), is_seen),
+        "scaling": 0.3,
+        "older": Attended(older[0].to(dtype), older[1]),
+    }

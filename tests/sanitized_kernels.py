@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from frame_cases import FrameShape, FrameWrite, random_frame_write, random_frames_step
-from kernel_cases import Shape, Write, random_planes, random_step, random_write
+from kernel_cases import Shape, Write, random_bands, random_planes, random_step, random_write
 
 from rotatekv.kernels import cpu
 from rotatekv.kernels.cpu.build import load_library
@@ -75,7 +75,7 @@ FRAME_WRITES = [
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     with ThreadPoolExecutor(2) as pool:  # compile side by side
-        list(pool.map(load_library, ("attention", "quantize", "dequantize", "frames", "components")))
+        list(pool.map(load_library, ("attention", "quantize", "dequantize", "frames", "components", "bands")))
     for shape in SHAPES:
         cpu.decode_attention(**random_step(shape), threads=2)
     for frame_shape in FRAME_SHAPES:
@@ -86,6 +86,14 @@ def main() -> None:
         tokens = frame_write.start + frame_write.tokens
         out = torch.empty(frame_write.batch, frame_write.kv_heads, tokens, frame_write.head_dim)
         cpu.read_components(made["packed"], tokens, made["transform"], out, threads=2)
+        cpu.read_heads(made["packed"], frame_write.tokens, made["transform"], out, made["turns"], threads=2)
+    for heads, dim, queries, dtype in (
+        (6, 64, 16, torch.float32),
+        (4, 48, 3, torch.bfloat16),
+        (2, 16, 19, torch.float16),
+    ):
+        made = random_bands(generator, heads, dim, queries, dtype)
+        cpu.attend_to_bands(**made, output=torch.empty(2, 3 * queries, heads, dim), threads=2)
     for write in WRITES:
         cpu.quantize_into_blocks(**random_write(write), threads=2)
     for bits in (2, 3, 4):

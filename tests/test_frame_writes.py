@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from frame_cases import FrameWrite, random_frame_write, written_by_torch
+from frame_cases import FrameWrite, random_frame_write, read_by_torch, written_by_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,11 +77,42 @@ def test_reads_are_those_of_torch(tokens, spare, threads, instruction_set, **opt
     assert (out[:, :, tokens:] == 7).all()
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    bits=st.lists(st.integers(0, 5), min_size=1, max_size=9).map(tuple),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 48, 64, 128]),
+    tokens=st.integers(0, 70),
+    spare=st.integers(0, 20),
+    rotary=st.sampled_from([0, 1, 2]),
+    of_values=st.booleans(),
+    threads=st.integers(1, 3),
+    instruction_set=st.sampled_from(INSTRUCTION_SETS),
+    seed=st.integers(0, 10**6),
+)
+def test_heads_are_those_of_torch(tokens, spare, rotary, of_values, head_dim, threads, instruction_set, **options):
+    rotary_dim = 0 if of_values else head_dim // 4 * 2 * rotary
+    write = random_frame_write(
+        FrameWrite(tokens=tokens, of_values=of_values, head_dim=head_dim, rotary_dim=rotary_dim, **options)
+    )
+    out = torch.full((options["batch"], options["kv_heads"], tokens + spare, head_dim), 7.0)
+    given = write["packed"], tokens, write["transform"], out, write["turns"]
+    cpu.read_heads(*given, threads=threads, instruction_set=instruction_set)
+    want = read_by_torch(write, tokens)
+    torch.testing.assert_close(
+        out[:, :, :tokens], want, rtol=1e-5, atol=1e-5 * want.abs().amax().item() if tokens else 0
+    )
+    assert (out[:, :, tokens:] == 7).all()
+
+
 @pytest.mark.parametrize("tokens", [-1, 50, 10_000])
 def test_reads_that_do_not_fit_are_refused(tokens):
     write = random_frame_write(FrameWrite((2, 1), tokens=40))
     with pytest.raises(ValueError):
         cpu.read_components(write["packed"], tokens, write["transform"], torch.empty(1, 3, 45, 64))
+    with pytest.raises(ValueError):
+        cpu.read_heads(write["packed"], tokens, write["transform"], torch.empty(1, 3, 45, 64))
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

@@ -130,9 +130,7 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
             self._record = Record.of(policy, flushed, self.window, candidates)
         if flushed.tokens:
             self._pack(flushed.keys, flushed.values, kernels)
-        self.flushed = None
-        if differ:
-            self.flushed = FlushedTokens(policy, flushed.keys.to(self.dtype), flushed.values.to(self.dtype))
+        self.flushed = FlushedTokens(policy, flushed.keys, flushed.values) if differ else None
 
     def _store_sinks(self, chosen: FirstCallSinks, keys: torch.Tensor, values: torch.Tensor) -> SinkCandidates | None:
         """Keep the first call's sinks; the candidates for a shorter call's where they are known."""

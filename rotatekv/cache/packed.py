@@ -60,22 +60,29 @@ class PackedTokens:
         device: torch.device,
         kernels: ModuleType | None,
         views: bool = False,
+        turns: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of (B, H_kv, T, D) ``shape``, of which these first tokens are set.
 
         Args:
             views: they may be what the stores hold; else they can be written to.
+            turns: what kernels that read heads take keys of frames to their positions with; none where RoPE does not
+                turn them. None: keys of frames come as they are there.
 
         Returns:
-            in ``dtype``, but keys of frames, which are not as attention sees them yet, in float32.
+            in ``dtype``, but keys in their frames, which are not as attention sees them yet, in float32.
         """
         method, kernels = self.method, kernels if self.are_read_by(kernels) else None
-        key_dtype = dtype if method.key_frames is None else torch.float32
+        key_dtype = dtype if method.key_frames is None or turns is not None else torch.float32
         read = partial(_heads, shape, device=device, kernels=kernels, views=views)
         return (
-            read(key_dtype, self.keys, method.key_format, method.decode_keys, method.keys_out),
-            read(dtype, self.values, method.value_format, method.decode_values, method.values_out),
+            read(key_dtype, self.keys, method.key_format, method.decode_keys, method.keys_out, turns=turns),
+            read(dtype, self.values, method.value_format, method.decode_values, method.values_out, turns=()),
         )
+
+    def leave_frames(self, kernels: ModuleType | None) -> bool:
+        """Whether ``heads`` takes keys out of their frames, given ``turns``."""
+        return kernels is not None and kernels.READS_HEADS and isinstance(self.keys, TransformStore) and self.length > 0
 
     def crop(self, length: int) -> None:
         self.keys.crop(length)
@@ -108,8 +115,11 @@ def _heads(
     device: torch.device,
     kernels: ModuleType | None,
     views: bool,
+    turns: tuple[torch.Tensor, ...] | None,
 ) -> torch.Tensor:
     """One of the two of ``PackedTokens.heads``, by kernels that read the store or by the codec."""
+    if kernels is not None and isinstance(store, TransformStore) and kernels.READS_HEADS and turns is not None:
+        return store.heads(shape[2], kernels, turns).to(dtype)
     if kernels is not None and form is not None and isinstance(store, CodeStore):
         return store.heads(form, shape[2], kernels).to(dtype)
 

@@ -167,7 +167,8 @@ def massive_tokens(
 
 def largest_magnitude(hidden_states: torch.Tensor) -> torch.Tensor:
     """(B, T, hidden_size) → (B, T)."""
-    return hidden_states.detach().abs().amax(-1)
+    hidden_states = hidden_states.detach()
+    return torch.maximum(hidden_states.amax(-1), -hidden_states.amin(-1))  # no tensor of all magnitudes
 
 
 def first_tokens(

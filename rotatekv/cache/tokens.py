@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -106,10 +107,11 @@ class StoredTokens:
         kernels = kernels_on(self.packed.keys.device or self.device)
         batch, heads, dim = self._shape
         shape = batch, heads, self._kept(), dim
-        keys, values = self.packed.heads(shape, self.dtype, self.device, kernels, views=self.sinks is None)
-        if self.method.key_frames is not None:
+        turns = self._turns_from_frames(kernels)
+        keys, values = self.packed.heads(shape, self.dtype, self.device, kernels, self.sinks is None, turns)
+        if self.method.key_frames is not None and turns is None:
             keys = self.method.key_frames.leave(keys, self.rope, self.positions, self.dropped).to(self.dtype)
-        elif self.rope is not None:
+        elif self.method.key_frames is None and self.rope is not None:
             span = self.dropped, self.get_seq_length()
             keys = self.rope.turn(keys, self.positions.tables(self.rope, *span, self.dtype, keys.device))
         if self.window is not None:
@@ -118,6 +120,19 @@ class StoredTokens:
         if self.sinks is not None:
             self.sinks.write_into(keys, values)
         return keys, values
+
+    def _turns_from_frames(self, kernels: ModuleType | None) -> tuple[torch.Tensor, ...] | None:
+        """What a kernel takes the packed keys to their positions with; None: it does not."""
+        frames, device = self.method.key_frames, self.packed.keys.device
+        if frames is None or device is None or not self.packed.leave_frames(kernels):
+            return None
+        if self.rope is None:
+            return ()
+        if not self.rope.is_half_split:
+            return None
+        return self.positions.kernel_turns(
+            self.rope, self.dropped, self.dropped + self.packed.length, frames.size, device
+        )
 
     @property
     def keys(self) -> torch.Tensor | None:

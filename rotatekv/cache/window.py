@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 _SCALE, _FLAGS = " scale", "is_massive"  # names of what a window holds
-QUERIES_AT_ONCE = 128  # their tokens in both forms, and their mask, are all that is held besides the keys and values
 
 
 @dataclass(frozen=True)
@@ -157,6 +156,16 @@ class FlushPolicy:
         whole = max(length - self.residual_length, 0) // self.tokens_per_flush * self.tokens_per_flush
         return max(whole, self.packed)
 
+    def packed_of_each(self, lengths: torch.Tensor) -> torch.Tensor:
+        """``packed_of`` of each length, int64."""
+        step = self.tokens_per_flush
+        return ((lengths - self.residual_length).clamp(min=0) // step * step).clamp(min=self.packed)
+
+    @property
+    def longest_window(self) -> int:
+        """Of a query, its own token included; a token that came so many before it is packed for it."""
+        return self.residual_length + self.tokens_per_flush - 1
+
     def differs(self, length: int, new_tokens: int) -> bool:
         """Whether ``new_tokens`` queries after ``length`` tokens see different tokens packed, but for themselves."""
         return self.keeps_tokens and self.packed_of(length + 1) < self.packed_of(length + new_tokens)
@@ -175,7 +184,7 @@ class FlushedTokens:
 
     Args:
         policy: as it was before the call; its ``packed`` is where these tokens start.
-        keys, values: (B, H_kv, T_flushed, D), post-RoPE, what they were in the window.
+        keys, values: (B, H_kv, T_flushed, D), post-RoPE, what they were in the window, in 16 bits.
     """
 
     policy: FlushPolicy
@@ -189,76 +198,3 @@ class FlushedTokens:
     @property
     def end(self) -> int:
         return self.start + self.keys.shape[2]
-
-
-def attend_with_own_windows(
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-    flushed: FlushedTokens,
-    causal: bool,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``attend``, a Hugging Face attention function, with every query's own recent window.
-
-    The mask decides which tokens a query sees, the window in which form; a later token, where the mask shows one, is
-    in the window.
-
-    Args:
-        causal: no query sees a later token, whatever the mask is.
-        query: (B, H, T, D), the last T tokens.
-        key, value: (B, H_kv, T_cached, D), the flushed tokens among them as they decode.
-        attention_mask: (B or 1, H or 1, T or 1, T_cached), bool or to be added; None: all that ``causal`` leaves.
-
-    Returns:
-        (B, T, H, D), and the weights (B, H, T, T_cached) if ``attend`` gives them.
-    """
-    new, tokens = query.shape[2], key.shape[2]
-    outputs, all_weights = [], []
-    counted = {"dtype": torch.int64, "device": key.device}
-    for first in range(0, new, QUERIES_AT_ONCE):
-        last = min(first + QUERIES_AT_ONCE, new)
-        seen = tokens - new + last if causal else tokens  # by the last of these queries
-        own = range(tokens - new + first, tokens - new + last)  # the queries' own tokens
-        edges = [flushed.policy.packed_of(token + 1) for token in own]
-        here, packed = (torch.tensor(x, **counted) for x in (list(own), edges))  # (Q,)
-        # As they decode, as they were in the window, and the tokens that are there still.
-        parts = (0, edges[-1]), (edges[0], min(flushed.end, seen)), (flushed.end, seen)
-        token_index = torch.cat([torch.arange(*part, **counted) for part in parts if part[0] < part[1]])  # (K,)
-        is_exact = torch.arange(len(token_index), **counted) >= parts[0][1]
-        visible = is_exact == (token_index >= packed[:, None])  # (Q, K)
-        if causal:
-            visible &= token_index <= here[:, None]
-        keys, values = (
-            torch.cat(
-                [
-                    x[:, :, slice(*parts[0])],
-                    old[:, :, parts[1][0] - flushed.start : parts[1][1] - flushed.start],
-                    x[:, :, slice(*parts[2])],
-                ],
-                dim=2,
-            )
-            for x, old in ((key, flushed.keys), (value, flushed.values))
-        )
-        mask = _with_mask(attention_mask, slice(first, last), token_index, visible)
-        output, weights = attend(module, query[:, :, first:last], keys, values, mask, **options)
-        outputs.append(output)
-        if weights is not None:  # a token has weight in one form alone
-            whole = weights.new_zeros(*weights.shape[:3], tokens)
-            all_weights.append(whole.index_add_(-1, token_index, weights))
-    return torch.cat(outputs, dim=1), torch.cat(all_weights, dim=2) if all_weights else None
-
-
-def _with_mask(
-    mask: torch.Tensor | None, queries: slice, token_index: torch.Tensor, visible: torch.Tensor
-) -> torch.Tensor:
-    """The caller's mask for these queries and tokens, and what is not ``visible`` hidden; (B or 1, H or 1, Q, K)."""
-    if mask is None:
-        return visible[None, None]
-    mask = (mask[:, :, queries] if mask.shape[2] > 1 else mask).index_select(-1, token_index)
-    if mask.dtype == torch.bool:
-        return mask & visible
-    return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)

@@ -2,7 +2,8 @@
 
 Both packages offer ``quantize_into_blocks``, ``dequantize_blocks`` and ``decode_attention``, and of transform-coded
 tokens ``quantize_into_frames`` and ``read_components``, with the same arguments. They say in ``READS_TOKEN_GROUPS``
-whether ``dequantize_blocks`` and ``decode_attention`` read scales per channel over groups of tokens (``layout.py``).
+whether ``dequantize_blocks`` and ``decode_attention`` read scales per channel over groups of tokens (``layout.py``),
+in ``ATTENDS_TO_BANDS`` whether they have ``attend_to_bands``, and in ``READS_HEADS`` whether ``read_heads``.
 """
 
 from __future__ import annotations

@@ -290,6 +290,17 @@ class TransformStore(Store):
         kernels.read_components(self.tensors, self.length, self.transform.on(scale.device), out)
         return heads_to_channels(out)
 
+    def heads(self, room: int, kernels: ModuleType, turns: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """All tokens as heads (B, H_kv, room, D) float32, by a kernel; what lies past ``length`` is not set.
+
+        Args:
+            turns: of keys that RoPE turns, what takes them from their frames; see ``Positions.kernel_turns``.
+        """
+        (heads, dim), scale = self.transform.maps.shape[:2], self.tensors["scale"]
+        out = torch.empty(len(scale), heads, room, dim, dtype=torch.float32, device=scale.device)
+        kernels.read_heads(self.tensors, self.length, self.transform.on(scale.device), out, turns or None)
+        return out
+
     def crop(self, length: int) -> None:
         blocks, part = length // BLOCK, length % BLOCK
         last = {name: x[:, blocks : blocks + 1] for name, x in self.tensors.items()}

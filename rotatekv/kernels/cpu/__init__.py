@@ -2,7 +2,8 @@
 
 ``decode_attention`` equals ``rotatekv.kernels.decode_attention``; ``quantize_into_blocks`` equals
 ``rotatekv.kernels.blocks``, bit for bit where nothing is rotated; ``quantize_into_frames`` equals
-``rotatekv.kernels.transform_coding`` but for ties; ``dequantize_blocks`` equals
+``rotatekv.kernels.transform_coding`` but for ties; ``attend_to_bands`` equals ``rotatekv.kernels.attention_parts``;
+``dequantize_blocks`` equals
 ``rotatekv.kernels.layout.unpack_blocks``, ``x̂ = (code − zero)·scale`` and
 ``rotatekv.kernels.hadamard.rotate_channels`` with ``inverse``.
 """
@@ -16,6 +17,7 @@ import torch
 
 from rotatekv.kernels.checks import check_maps, shape_of
 from rotatekv.kernels.cpu.arguments import DecodeArguments, DequantizeArguments, QuantizeArguments
+from rotatekv.kernels.cpu.bands import attend_to_bands
 from rotatekv.kernels.cpu.build import available_instruction_sets, chosen_instruction_set, load_library
 from rotatekv.kernels.cpu.calls import NUMBERS, call_library
 from rotatekv.kernels.cpu.checks import (
@@ -29,12 +31,15 @@ from rotatekv.kernels.cpu.checks import (
     strided_pointer,
 )
 from rotatekv.kernels.cpu.coded_tables import FrameTables, ValueTables, frame_tables_of, value_tables_of
-from rotatekv.kernels.cpu.frames import quantize_into_frames, read_components
+from rotatekv.kernels.cpu.frames import quantize_into_frames, read_components, read_heads
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import Blocks, Packed
 
 __all__ = [
+    "ATTENDS_TO_BANDS",
+    "READS_HEADS",
     "READS_TOKEN_GROUPS",
+    "attend_to_bands",
     "available",
     "available_instruction_sets",
     "decode_attention",
@@ -42,10 +47,11 @@ __all__ = [
     "quantize_into_blocks",
     "quantize_into_frames",
     "read_components",
+    "read_heads",
 ]
 
-READS_TOKEN_GROUPS = True
-_LIBRARIES = ("attention", "quantize", "dequantize", "frames", "components")
+ATTENDS_TO_BANDS = READS_HEADS = READS_TOKEN_GROUPS = True
+_LIBRARIES = ("attention", "quantize", "dequantize", "frames", "components", "bands")
 
 
 def available(instruction_set: str | None = None) -> bool:

@@ -144,6 +144,41 @@ struct ComponentArguments {
     int64_t output_tokens;    // room for a head's tokens in `output`
     int64_t words_of_tokens;  // 1: a word has 16 components of a token; 0: 16 tokens of a component
     int64_t threads;
+    int64_t rotary_dim;       // channels of a head that RoPE turns; 0 = none
+    int64_t turn_batch_stride, turn_token_stride;  // of the tables of cos and sin
     CodedPointers coded;
-    float* output;  // (B, H_kv, output_tokens, D)
+    float* output;       // (B, H_kv, output_tokens, D)
+    const float* map;    // (H_kv, D, D), the transpose of A⁻¹; null: components are read as they are
+    const float* mean;   // (H_kv, D)
+    const float* origin_cos;  // (B, tokens, rotary_dim / 2) each, as of FrameWriteArguments
+    const float* origin_sin;
+    const float* place_cos;
+    const float* place_sin;
+};
+
+// Keys, values, queries or outputs whose heads lie anywhere; a head of a token is dense.
+struct HeadPointers {
+    void* data;
+    int64_t batch_stride, head_stride, token_stride;  // in numbers
+};
+
+// Blocks of queries that see few tokens each.
+struct BandArguments {
+    int64_t structure_bytes;
+    int64_t batch, heads, kv_heads, head_dim;
+    int64_t blocks, queries, columns;  // N; of a block, Q and W
+    int64_t tokens, flushed_tokens;    // of `keys`, and of `flushed_keys`
+    int64_t first_with_older;          // the first query that sees older tokens
+    int64_t seen_width;                // of a row of `is_seen`, a multiple of 16 and Q at least
+    int64_t number;                    // of queries, keys and values, 0: float32, 1: float16, 2: bfloat16
+    int64_t flushed_number, older_number;  // the same of the flushed ones, and of `older`
+    int64_t threads;
+    HeadPointers query;                         // (B, H, N·Q, D)
+    HeadPointers keys, values;                  // (B, H_kv, tokens, D)
+    HeadPointers flushed_keys, flushed_values;  // (B, H_kv, flushed_tokens, D)
+    HeadPointers older, older_logsumexp;        // attention to older tokens, from query first_with_older on; the last float32
+    HeadPointers output;                        // (B, H, N·Q, D) float32
+    const int32_t* column_index;                // (N, W), counted in `keys`, then in `flushed_keys`
+    const uint8_t* is_seen;                     // (N, W, seen_width)
+    float softmax_scale;
 };

@@ -30,6 +30,7 @@ class HadamardBase(ctypes.Structure):
     _fields_ = [("matrix", ctypes.c_void_p), ("order", ctypes.c_int64)]
 
 
+_TURNS = ["origin_cos", "origin_sin", "place_cos", "place_sin"]
 _DECODE_SIZES = [
     "structure_bytes",
     "batch",
@@ -109,6 +110,9 @@ _COMPONENT_SIZES = [
     "output_tokens",
     "words_of_tokens",
     "threads",
+    "rotary_dim",
+    "turn_batch_stride",
+    "turn_token_stride",
 ]
 _DEQUANTIZE_SIZES = [
     "structure_bytes",
@@ -120,6 +124,25 @@ _DEQUANTIZE_SIZES = [
     "rotation_width",
     "threads",
 ]
+_BAND_SIZES = [
+    "structure_bytes",
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "blocks",
+    "queries",
+    "columns",
+    "tokens",
+    "flushed_tokens",
+    "first_with_older",
+    "seen_width",
+    "number",
+    "flushed_number",
+    "older_number",
+    "threads",
+]
+_BAND_HEADS = ["query", "keys", "values", "flushed_keys", "flushed_values", "older", "older_logsumexp", "output"]
 
 
 class DecodeArguments(ctypes.Structure):
@@ -161,8 +184,7 @@ class FrameWriteArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _FRAME_WRITE_SIZES),
         ("coded", CodedPointers),
-        *((name, ctypes.c_void_p) for name in ("heads", "map", "weights", "steps", "mean")),
-        *((name, ctypes.c_void_p) for name in ("origin_cos", "origin_sin", "place_cos", "place_sin")),
+        *((name, ctypes.c_void_p) for name in ("heads", "map", "weights", "steps", "mean", *_TURNS)),
     ]
 
 
@@ -170,5 +192,22 @@ class ComponentArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _COMPONENT_SIZES),
         ("coded", CodedPointers),
-        ("output", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("output", "map", "mean", *_TURNS)),
+    ]
+
+
+class HeadPointers(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "token_stride")),
+    ]
+
+
+class BandArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _BAND_SIZES),
+        *((name, HeadPointers) for name in _BAND_HEADS),
+        ("column_index", ctypes.c_void_p),
+        ("is_seen", ctypes.c_void_p),
+        ("softmax_scale", ctypes.c_float),
     ]

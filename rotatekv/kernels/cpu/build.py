@@ -34,6 +34,7 @@ _EXTRA_FLAGS = {
     "dequantize": [],
     "frames": [],
     "components": [],
+    "bands": [],
     "quantize": ["-ffp-contract=off"],  # bit-equal to torch: no product may merge with a sum
 }
 # Widest first: the flags of the compiler, which are what /proc/cpuinfo must list, see _needed.

@@ -76,6 +76,7 @@ _Kept = WeakKeyDictionary[Transform, Any]
 _frame_tables: _Kept = WeakKeyDictionary()
 _value_tables: _Kept = WeakKeyDictionary()
 _write_tables: _Kept = WeakKeyDictionary()
+_read_tables: _Kept = WeakKeyDictionary()
 _bits: _Kept = WeakKeyDictionary()
 
 
@@ -107,6 +108,14 @@ def write_tables_of(transform: Transform) -> WriteTables:
             (weights * (bits > 0)).contiguous(),
             (steps * (bits > 0)).contiguous(),
         )
+    return found
+
+
+def read_tables_of(transform: Transform) -> tuple[torch.Tensor, torch.Tensor]:
+    """(H_kv, D, D), the transpose of A⁻¹·γ, and (H_kv, D), μ."""
+    found = _read_tables.get(transform)
+    if found is None:
+        found = _read_tables[transform] = transform.inverse.mT.contiguous(), transform.mean.float().contiguous()
     return found
 
 

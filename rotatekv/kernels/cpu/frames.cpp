@@ -8,10 +8,10 @@
 #include "channels.h"
 #include "checks.h"
 #include "coded_layout.h"
+#include "multiply.h"
 
-constexpr int kTokens = 4;         // mapped side by side
-constexpr int kTried[] = {-4, -2, 0, 2, 4, 6, 8, 10, -1, 1};  // stored scales: from the root mean square's; the last
-constexpr int kAboutMiddle = 8;                               // two from the best of these
+constexpr int kTried[] = {-4, -2, 0, 2, 4, 6, 8, 10};  // stored scales, from the root mean square's
+constexpr int kTriedAbout[] = {-1, 1};                 // then from the best of these
 constexpr float kLeastSquare = 9.094947e-13f;  // 2^-40
 
 // How one head's components are rounded; (D,) each.
@@ -34,11 +34,11 @@ struct Rounding {
     }
 };
 
-// The memory of one thread: kTokens tokens of a head, and the codes of a block's.
+// The memory of one thread: a block's tokens of a head, and their codes.
 struct Tokens {
-    Floats heads, components;
+    Floats heads, components;    // (kBlock, D)
     std::vector<uint8_t> codes;  // (kBlock, D)
-    explicit Tokens(int64_t dim) : heads(kTokens * dim), components(kTokens * dim), codes(size_t(kBlock * dim)) {}
+    explicit Tokens(int64_t dim) : heads(kBlock * dim), components(kBlock * dim), codes(size_t(kBlock * dim)) {}
 };
 
 class FrameWriter {
@@ -52,8 +52,7 @@ class FrameWriter {
     // Tokens from … to − 1 of one sequence and head, which lie in one block.
     void write(int64_t row, int64_t head, int64_t from, int64_t to, Tokens* tokens) const {
         const int64_t block = row * a_.coded.blocks + (a_.start + from) / kBlock, first = (a_.start + from) % kBlock;
-        for (int64_t token = from; token < to; token += kTokens)
-            write_codes(row, head, token, std::min(token + kTokens, to), block, tokens);
+        write_codes(row, head, from, to, block, tokens);
         if (a_.words_of_tokens) {
             for (int64_t lane = first; lane < first + to - from; ++lane) pack_token(head, block, lane, *tokens);
         } else {
@@ -62,12 +61,12 @@ class FrameWriter {
     }
 
   private:
-    // Stored scales, and the codes at the tokens' lanes of the block; at most kTokens tokens.
+    // Stored scales, and the codes at the tokens' lanes of the block.
     void write_codes(int64_t row, int64_t head, int64_t from, int64_t to, int64_t block, Tokens* tokens) const {
         for (int64_t token = from; token < to; ++token)
             enter(row, head, token, tokens->heads.data() + (token - from) * dim_);
         const float* map = a_.map + head * dim_ * dim_;
-        for (int64_t at = 0; at < dim_; at += kLanes) map_tokens(map + at, tokens, at);
+        multiply(tokens->heads.data(), to - from, dim_, 1, map, dim_, dim_, tokens->components.data());
         for (int64_t token = from; token < to; ++token) {
             const float* x = tokens->components.data() + (token - from) * dim_;
             const int64_t lane = (a_.start + token) % kBlock;
@@ -84,24 +83,15 @@ class FrameWriter {
         if (!a_.mean) return;
         const int64_t half = a_.rotary_dim / 2, at = row * a_.turn_batch_stride + token * a_.turn_token_stride;
         const float* mean = a_.mean + head * dim_;
+        const float *cos = a_.origin_cos + at, *sin = a_.origin_sin + at;
+        const float *place_cos = a_.place_cos + at, *place_sin = a_.place_sin + at;
+#pragma GCC ivdep
         for (int64_t i = 0; i < half; ++i) {
-            const float cos = a_.origin_cos[at + i], sin = a_.origin_sin[at + i], low = x[i], high = x[i + half];
-            const float place_cos = a_.place_cos[at + i], place_sin = a_.place_sin[at + i];
-            x[i] = low * cos + high * sin - (mean[i] * place_cos - mean[i + half] * place_sin);
-            x[i + half] = high * cos - low * sin - (mean[i + half] * place_cos + mean[i] * place_sin);
+            const float low = x[i], high = x[i + half];
+            x[i] = low * cos[i] + high * sin[i] - (mean[i] * place_cos[i] - mean[i + half] * place_sin[i]);
+            x[i + half] = high * cos[i] - low * sin[i] - (mean[i + half] * place_cos[i] + mean[i] * place_sin[i]);
         }
         for (int64_t i = 2 * half; i < dim_; ++i) x[i] -= mean[i];
-    }
-
-    void map_tokens(const float* map, Tokens* tokens, int64_t at) const {
-        Vec sums[kTokens] = {};
-        const float* heads = tokens->heads.data();
-        for (int64_t i = 0; i < dim_; ++i) {
-            const Vec column = load(map + i * dim_);
-#pragma GCC unroll 4
-            for (int token = 0; token < kTokens; ++token) sums[token] += column * heads[token * dim_ + i];
-        }
-        for (int token = 0; token < kTokens; ++token) store(tokens->components.data() + token * dim_ + at, sums[token]);
     }
 
     // The stored scale of those tried whose weighted error is least; of equal ones the first.
@@ -115,33 +105,47 @@ class FrameWriter {
         }
         const float mean = sum_lanes(squares) / float(std::max<int64_t>(rounding.stored, 1));
         const float steps_of_two = std::log2(std::max(mean, kLeastSquare)) * (kScaleSteps / 2);
-        int middle = int(std::nearbyint(steps_of_two)) + kScaleZero, best = middle;
+        int best = int(std::nearbyint(steps_of_two)) + kScaleZero;
         float least = INFINITY;
-        for (const int& offset : kTried) {
-            if (&offset == kTried + kAboutMiddle) middle = best;
-            const int candidate = std::min(std::max(middle + offset, 0), 255);
-            const float scale = frame_scale(candidate), inverse = frame_scale(2 * kScaleZero - candidate);
-            Vec error = {};
-            for (int64_t i = 0; i < dim_; i += kLanes) {
-                const Vec number = load(x + i), middles = 0.5f - load(rounding.levels.data() + i);
-                const Vec off = (rounding.codes(number * inverse, i) + middles) * scale - number;
-                error += off * off * load(weights + i);
-            }
-            const float sum = sum_lanes(error);
-            if (sum < least) {
-                least = sum;
-                best = candidate;
+        try_scales(head, x, kTried, &best, &least);
+        try_scales(head, x, kTriedAbout, &best, &least);
+        return best;
+    }
+
+    // The best of the stored scale so far and those that differ from it by the offsets; all of them side by side.
+    template <size_t Count>
+    void try_scales(int64_t head, const float* x, const int (&offsets)[Count], int* best, float* least) const {
+        const Rounding& rounding = rounding_[head];
+        int candidates[Count];
+        float scales[Count], inverses[Count];
+        for (size_t i = 0; i < Count; ++i) {
+            candidates[i] = std::min(std::max(*best + offsets[i], 0), 255);
+            scales[i] = frame_scale(candidates[i]);
+            inverses[i] = frame_scale(2 * kScaleZero - candidates[i]);
+        }
+        Vec errors[Count] = {};
+        for (int64_t at = 0; at < dim_; at += kLanes) {
+            const Vec number = load(x + at), middles = 0.5f - load(rounding.levels.data() + at);
+            const Vec weight = load(a_.weights + head * dim_ + at);
+#pragma GCC unroll 8
+            for (size_t i = 0; i < Count; ++i) {
+                const Vec off = (rounding.codes(number * inverses[i], at) + middles) * scales[i] - number;
+                errors[i] += off * off * weight;
             }
         }
-        return best;
+        for (size_t i = 0; i < Count; ++i) {
+            const float sum = sum_lanes(errors[i]);
+            if (sum < *least) {
+                *least = sum;
+                *best = candidates[i];
+            }
+        }
     }
 
     void round(int64_t head, const float* x, int stored, uint8_t* codes) const {
         const float inverse = frame_scale(2 * kScaleZero - stored);
-        for (int64_t i = 0; i < dim_; i += kLanes) {
-            const IntVec code = to_nearest(rounding_[head].codes(load(x + i) * inverse, i));
-            for (int lane = 0; lane < kLanes; ++lane) codes[i + lane] = uint8_t(code[lane]);
-        }
+        for (int64_t i = 0; i < dim_; i += kLanes)
+            store_low_bytes(codes + i, to_nearest(rounding_[head].codes(load(x + i) * inverse, i)));
     }
 
     // A token of keys has words of its own, one a plane.
@@ -151,7 +155,8 @@ class FrameWriter {
             const uint8_t* codes = tokens.codes.data() + lane * dim_ + group.index * kGroup;
             for (int plane = 0; plane < group.bits / 2; ++plane) {
                 uint32_t word = 0;
-                for (int i = 0; i < kGroup; ++i) word |= (codes[i] >> (2 * plane) & 3u) << (2 * i);
+                for (int i = 0; i < kGroup; i += kLanes)
+                    word |= join_lanes((load_byte_words(codes + i) >> (2 * plane) & 3u) << (lane_numbers() * 2)) << (2 * i);
                 const int64_t at = (block * coded.pair_planes + group.pair + plane) * kBlock + lane;
                 const_cast<int32_t*>(coded.pairs)[at] = int32_t(word);
             }
@@ -184,12 +189,14 @@ class FrameWriter {
     template <class Shift, class Word>
     void put(const uint8_t* codes, int64_t from, int64_t to, int low, uint32_t mask, const Shift& shift,
              Word* words) const {
-        uint32_t kept = ~0u, fresh[kGroup] = {};
-        for (int64_t lane = from; lane < to; ++lane) {
-            kept &= ~(mask << shift(lane));
-            for (int i = 0; i < kGroup; ++i) fresh[i] |= (codes[lane * dim_ + i] >> low & mask) << shift(lane);
+        uint32_t kept = ~0u;
+        for (int64_t lane = from; lane < to; ++lane) kept &= ~(mask << shift(lane));
+        for (int first = 0; first < kGroup; first += kLanes) {
+            WordVec fresh = {};
+            for (int64_t lane = from; lane < to; ++lane)
+                fresh |= (load_byte_words(codes + lane * dim_ + first) >> low & mask) << shift(lane);
+            for (int i = 0; i < kLanes; ++i) words[first + i] = Word((uint32_t(words[first + i]) & kept) | fresh[i]);
         }
-        for (int i = 0; i < kGroup; ++i) words[i] = Word((uint32_t(words[i]) & kept) | fresh[i]);
     }
 
     const FrameWriteArguments& a_;

@@ -10,9 +10,11 @@ from rotatekv.kernels.checks import check_maps, shape_of
 from rotatekv.kernels.cpu.arguments import ComponentArguments, FrameWriteArguments
 from rotatekv.kernels.cpu.calls import NUMBERS, call_library
 from rotatekv.kernels.cpu.checks import coded_pointers, pointer, strided_pointer
-from rotatekv.kernels.cpu.coded_tables import write_tables_of
+from rotatekv.kernels.cpu.coded_tables import read_tables_of, write_tables_of
 from rotatekv.kernels.layout import Packed
 from rotatekv.kernels.transform_coding import Transform
+
+Turns = tuple[torch.Tensor, ...]  # cos and sin of a frame's position, and cos and sin of a token's place in it
 
 
 def quantize_into_frames(
@@ -20,7 +22,7 @@ def quantize_into_frames(
     packed: Packed,
     start: int,
     transform: Transform,
-    turns: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    turns: Turns | None = None,
     threads: int | None = None,
     instruction_set: str | None = None,
 ) -> None:
@@ -82,9 +84,41 @@ def read_components(
         ValueError: a shape, dtype, stride or index is wrong.
         RuntimeError: the kernel is not available, see ``available``.
     """
+    arguments = _component_arguments(packed, tokens, transform, out, threads)
+    call_library("components", arguments, instruction_set)
+
+
+def read_heads(
+    packed: Packed,
+    tokens: int,
+    transform: Transform,
+    out: torch.Tensor,
+    turns: Turns | None = None,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+) -> None:
+    """The first ``tokens`` tokens as attention sees them: ``read_components``, the inverse map, the mean and RoPE.
+
+    Args:
+        packed, out: as of ``read_components``. turns: of keys, as of ``quantize_into_frames``.
+
+    Raises:
+        ValueError: a shape, dtype, stride or index is wrong.
+        RuntimeError: the kernel is not available, see ``available``.
+    """
+    arguments = _component_arguments(packed, tokens, transform, out, threads)
+    arguments.map, arguments.mean = (x.data_ptr() for x in read_tables_of(transform))
+    if turns is not None:
+        _set_turns(arguments, turns)
+    call_library("components", arguments, instruction_set)
+
+
+def _component_arguments(
+    packed: Packed, tokens: int, transform: Transform, out: torch.Tensor, threads: int | None
+) -> ComponentArguments:
     batch, kv_heads, room, dim = shape_of(out, 4, "out")
     check_maps(transform, kv_heads, dim, "out")
-    arguments = ComponentArguments(
+    return ComponentArguments(
         structure_bytes=ctypes.sizeof(ComponentArguments),
         batch=batch,
         kv_heads=kv_heads,
@@ -96,10 +130,9 @@ def read_components(
         coded=coded_pointers(packed, transform, batch, "packed"),
         output=pointer(out, torch.float32, tuple(out.shape), "out"),
     )
-    call_library("components", arguments, instruction_set)
 
 
-def _set_turns(arguments: FrameWriteArguments, turns: tuple[torch.Tensor, ...]) -> None:
+def _set_turns(arguments: FrameWriteArguments | ComponentArguments, turns: Turns) -> None:
     shape, strides = shape_of(turns[0], 3, "cos"), turns[0].stride()
     if shape[:2] != (arguments.batch, arguments.tokens):
         raise ValueError("cos and sin: (B, T, rotary_dim / 2) as the heads have it are needed")

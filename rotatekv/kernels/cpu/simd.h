@@ -73,8 +73,27 @@ static ROTATEKV_INLINE Vec hidden_one() {
 
 static ROTATEKV_INLINE Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
 static ROTATEKV_INLINE WordVec to_words(Vec x) { return (WordVec)__builtin_convertvector(x, IntVec); }  // 0 … 2^31 − 1
-static ROTATEKV_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-static ROTATEKV_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// b where one of the two is no number: GCC makes a comparison and a choice of a > b ? a : b.
+static ROTATEKV_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+static ROTATEKV_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 
 // Lane i is lane From[i] of a; kLanes … are b's.
 template <int... From>
@@ -185,6 +204,39 @@ static ROTATEKV_INLINE Vec load_bytes(const int8_t* from) {
     Vec x;
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = from[lane];
     return x;
+#endif
+}
+
+// kLanes consecutive bytes, zero-extended
+static ROTATEKV_INLINE WordVec load_byte_words(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (WordVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    return (WordVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+    WordVec words;
+    for (int lane = 0; lane < kLanes; ++lane) words[lane] = from[lane];
+    return words;
+#endif
+}
+
+// The lowest byte of each lane.
+static ROTATEKV_INLINE void store_low_bytes(uint8_t* to, IntVec x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = uint8_t(x[lane]);
+#endif
+}
+
+// All lanes' bits together.
+static ROTATEKV_INLINE uint32_t join_lanes(WordVec x) {
+#if defined(__AVX512F__)
+    return uint32_t(_mm512_reduce_or_epi32((__m512i)x));
+#else
+    uint32_t all = 0;
+    for (int lane = 0; lane < kLanes; ++lane) all |= x[lane];
+    return all;
 #endif
 }
 

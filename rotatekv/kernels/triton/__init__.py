@@ -45,6 +45,8 @@ from rotatekv.kernels.triton.checks import (
 from rotatekv.kernels.triton.start import Unusable
 
 __all__ = [
+    "ATTENDS_TO_BANDS",
+    "READS_HEADS",
     "READS_TOKEN_GROUPS",
     "available",
     "decode_attention",
@@ -57,7 +59,7 @@ __all__ = [
     "set_dry",
 ]
 
-READS_TOKEN_GROUPS = False
+ATTENDS_TO_BANDS = READS_HEADS = READS_TOKEN_GROUPS = False
 _OLDEST_GPU = 8  # compute capability
 
 
