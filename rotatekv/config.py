@@ -61,7 +61,7 @@ class QuantConfig:
         0, "most recent tokens kept unquantized (KIVI: up to k_groupsize - 1 more; RotateKV+: up to 15 more)"
     )
     residual_bits: int = _flag(
-        16, "bits per number of those tokens: 16, or 8 with a scale for each token and head (RotateKV+)"
+        16, "bits per number of those tokens: 16, or 8 with a scale for 32 channels of a token (RotateKV+)"
     )
     bits: float | None = _flag(
         None,

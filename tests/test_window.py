@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from rotatekv import patch_model
 from rotatekv.cache.cache import RotateKVCache
 from rotatekv.cache.prefill import attend_in_pieces, attend_in_two
-from rotatekv.cache.window import FlushedTokens, FlushPolicy
+from rotatekv.cache.window import FlushedTokens, FlushPolicy, Window, WindowForm
 from rotatekv.config import PRESETS
 from rotatekv.kernels import cpu
 from rotatekv.kernels.attention_parts import attend_to_bands_reference
@@ -185,3 +185,19 @@ def test_tokens_that_left_a_window_are_held_for_their_layers_turn_alone(quantize
         for ids in token_ids(1, 90).split((60, 30), dim=1):
             model(ids, past_key_values=cache)
     assert held == [None, None] and first.packed.length == second.packed.length == 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim, group", [(64, 32), (56, 8), (16, 16)])
+def test_eight_bits_round_to_the_largest_of_a_group(dtype, dim, group):
+    """An outlier costs only those beside it; zeros stay zeros, the largest numbers finite."""
+    x = torch.randn(2, 3, 7, dim)
+    x[0, 0, 0, 3], x[0, 0, 1], x[0, 0, 2] = 1e4, 0.0, 6.5e4
+    got = Window.of(x, x, None, WindowForm(dtype, bits=8)).keys
+    assert got.dtype == dtype and got.isfinite().all()
+    largest = x.unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True).expand(-1, -1, -1, -1, group).flatten(-2)
+    bound = largest * (0.51 / 127 + 2 * torch.finfo(dtype).eps) + 1e-6
+    assert ((got.float() - x).abs() <= bound).all()
+    assert (got.float() - x)[0, 0, 0, group:].abs().max() < 0.05 if dim > group else True
+    held = Window.of(x, x, None, WindowForm(dtype, bits=8)).held
+    assert sum(part.nbytes for part in held.values()) == 2 * x.numel() * (1 + 2 / group)

@@ -7,11 +7,13 @@ both forms until the call's attention is done. So a prefill, a prefill in chunks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+_GROUP = 32  # channels that share a scale, so that an outlier costs no others
 _SCALE, _FLAGS = " scale", "is_massive"  # names of what a window holds
 
 
@@ -20,7 +22,7 @@ class WindowForm:
     """How the tokens of a recent window are kept.
 
     Args:
-        dtype: of 16 bits. bits: 16, or 8: an int8 for each number, and one scale of 16 bits for a token and head.
+        dtype: of 16 bits. bits: 16, or 8: an int8 for each number, and a scale of 16 bits for 32 channels of a token.
     """
 
     dtype: torch.dtype
@@ -30,11 +32,16 @@ class WindowForm:
         """(B, H_kv, T, D), as it is kept under that name."""
         if self.bits == 16:
             return {name: to_storage(heads, self.dtype)}
-        info, heads = torch.finfo(self.dtype), heads.float()
-        scale = heads.abs().amax(-1, keepdim=True) / 127  # (B, H_kv, T, 1)
+        info, groups = torch.finfo(self.dtype), _in_groups(heads.float())  # (B, H_kv, T, D / 32, 32)
+        scale = groups.abs().amax(-1) / 127  # (B, H_kv, T, D / 32)
         scale = scale.clamp(max(info.tiny * info.eps, 1e-30), info.max / 128).to(self.dtype)
-        codes = (heads / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        return {name: codes, name + _SCALE: scale}
+        codes = (groups / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+        return {name: codes.flatten(-2), name + _SCALE: scale}
+
+
+def _in_groups(heads: torch.Tensor) -> torch.Tensor:
+    """(…, D) → (…, D / 32, 32), or with the largest groups of a power of two that D has."""
+    return heads.unflatten(-1, (-1, math.gcd(heads.shape[-1], _GROUP)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ class Window:
 
     def _heads(self, name: str) -> torch.Tensor:
         heads, scale = self.held[name], self.held.get(name + _SCALE)
-        return heads if scale is None else heads.to(scale.dtype) * scale
+        if scale is None:
+            return heads
+        return (_in_groups(heads.to(scale.dtype)) * scale.unsqueeze(-1)).flatten(-2)  # (B, H_kv, T_window, D)
 
     def append(self, new: Window) -> Window:
         return Window({name: torch.cat([x, new.held[name]], dim=2) for name, x in self.held.items()})
