@@ -19,7 +19,7 @@ FEWEST_CASES = {
     "attention": 23,
     "quantize": 15,
     "dequantize": 18,
-    "coded_attention": 26,
+    "coded_attention": 32,
     "coded_write": 13,
     "coded_read": 6,
     "model": 6,

@@ -125,7 +125,8 @@ def decode_attention(
     ceil(packed_tokens / 16)). All tensors are contiguous, on one device; rope tables too.
 
     Args:
-        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i, with
+        queries: (B, H, T_q, D) after RoPE, float32, or float16 or bfloat16 of a model in 16 bits, for which products
+            are about 2^-11 exact. Query i sees the tokens up to total_tokens − T_q + i, with
             ``options.sliding_window`` that many of them. ``options.key_tokens_per_scale`` must be 0.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values'
             quantization groups are consecutive channels. With ``options.key_transform`` and
@@ -140,7 +141,7 @@ def decode_attention(
         splits: programs that share a sequence's blocks; None: two programs per multiprocessor in all.
 
     Returns:
-        (B, H, T_q, D) float32; zeros for a query that sees no token.
+        (B, H, T_q, D) of the queries' dtype; zeros for a query that sees no token.
 
     Raises:
         ValueError: a shape, dtype, stride or device is wrong.
@@ -158,7 +159,7 @@ def decode_attention(
             queries, keys, values, first_seen, origin, packed_tokens, total_tokens, options, exact, dropped, splits
         )
     except Unusable:
-        return decode_attention_reference(*step, dropped)
+        return decode_attention_reference(*step, dropped).to(queries.dtype)
 
 
 def quantize_into_blocks(

@@ -8,7 +8,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.kernels.transform_coding import FRAME, STEPS, Transform
+from rotatekv.kernels.transform_coding import FRAME, GROUP, STEPS, Transform
+from rotatekv.kernels.triton.plan import power_of_two
+
+MEANS = FRAME + 16  # columns of a query table before those of planes
+UNIT_BITS = 24  # see spread.py: a code of 1 is 2^-24 there, at the first four numbers of a word
+NUMBERS = torch.tensor([4.0 ** -(number % 4) for number in range(GROUP)], device="cpu")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,28 @@ class CodedTables:
     singles: int
 
 
+@dataclass(frozen=True)
+class QueryTable:
+    """What a query in a frame is multiplied by, and where the numbers stand that its codes need.
+
+    Attributes:
+        table: (H_kv, D, MEANS + 16·planes) float32, in ``unit``: (R(j)·μ)ᵀ for the mean's score at place j; what the
+            lowest codes score; zeros; then A⁻¹·γ for each number of a head's planes, first of the pairs, then of the
+            singles, with what ``spread.py`` leaves to the other side of the dot, and zeros to whole chunks.
+        unit: (H_kv,) float32, powers of two: no column of a plane is longer than 1.
+        first: (H_kv, 4) int32: a head's first plane of pairs and their number, its first of singles and theirs.
+        planes, single_start: planes of a row, and where the singles begin.
+        chunk: planes of one dot.
+    """
+
+    table: torch.Tensor
+    unit: torch.Tensor
+    first: torch.Tensor
+    planes: int
+    single_start: int
+    chunk: int
+
+
 _MADE: WeakKeyDictionary[Transform, dict[torch.device, CodedTables]] = WeakKeyDictionary()
 _OF_QUERIES: WeakKeyDictionary[Transform, dict[torch.device, tuple]] = WeakKeyDictionary()
 
@@ -47,18 +74,41 @@ def tables_of(transform: Transform, device: torch.device) -> CodedTables:
     return made[device]
 
 
-def query_table(transform: Transform, rope: RopeTables | None, device: torch.device) -> torch.Tensor:
-    """(H_kv, D, D + FRAME) float32, [A⁻¹·γ, (R(j)·μ)ᵀ]: what a query in a frame is multiplied by, for its product with
-    codes and with the mean at place j. Made anew for another ``rope`` than last time."""
+def query_table(transform: Transform, rope: RopeTables | None, device: torch.device) -> QueryTable:
+    """Made anew for another ``rope`` than last time."""
     made = _OF_QUERIES.setdefault(transform, {})
     if device not in made or made[device][0] is not rope:
-        mean = transform.mean.float()[None, :, None].expand(-1, -1, FRAME, -1)  # (1, H_kv, FRAME, D)
-        if rope is not None:
-            place = torch.arange(FRAME, dtype=torch.int64, device=mean.device)[None]
-            mean = replace(rope.to(mean.device), attention_scaling=1.0).turn(mean, place.clamp(max=rope.positions - 1))
-        table = torch.cat([transform.inverse, mean[0].mT], -1)
-        made[device] = rope, table.to(device).contiguous()
+        made[device] = rope, _make_query_table(transform, rope, device)
     return made[device][1]
+
+
+def _make_query_table(transform: Transform, rope: RopeTables | None, device: torch.device) -> QueryTable:
+    heads, dim = transform.mean.shape
+    chunk = max(power_of_two(dim) // 32, 1)
+    mean = transform.mean.float().cpu()[None, :, None].expand(-1, -1, FRAME, -1)  # (1, H_kv, FRAME, D)
+    if rope is not None:
+        place = torch.arange(FRAME, dtype=torch.int64, device="cpu")[None]
+        mean = replace(rope.to(mean.device), attention_scaling=1.0).turn(mean, place.clamp(max=rope.positions - 1))
+    inverse = transform.inverse.cpu().double()
+    lowest = inverse @ (transform.levels.cpu().double() - 0.5).clamp_min(0).unsqueeze(-1)  # what a score of codes has
+    columns = [mean[0].mT.double(), -lowest * 2.0**-UNIT_BITS, inverse.new_zeros(heads, dim, MEANS - FRAME - 1)]
+    starts, first = [0], torch.zeros(heads, 4, dtype=torch.int32, device="cpu")
+    for number, planes in enumerate(transform.planes):
+        of_heads = [[plane[1:] for plane in planes if plane[0] == head] for head in range(heads)]
+        counts = torch.tensor([len(x) for x in of_heads], dtype=torch.int32, device="cpu")
+        first[:, 2 * number], first[:, 2 * number + 1] = counts.cumsum(0) - counts, counts
+        spread = inverse.new_zeros(heads, dim, -(-max(map(len, of_heads)) // chunk) * chunk, GROUP)
+        for head, here in enumerate(of_heads):
+            for place, (group, low) in enumerate(here):
+                spread[head, :, place] = inverse[head, :, group * GROUP : (group + 1) * GROUP] * 2**low
+        columns.append((spread * NUMBERS.double()).flatten(2))
+        starts.append(starts[-1] + spread.shape[2])
+    table = torch.cat(columns, -1)  # (H_kv, D, MEANS + 16·planes)
+    longest = table[:, :, MEANS:].norm(dim=1).amax(1) if starts[-1] else table.new_zeros(heads)
+    unit = torch.exp2(longest.clamp_min(2.0**-40).log2().ceil())
+    table = (table / unit[:, None, None]).float()
+    on = (x.to(device).contiguous() for x in (table, unit.float(), first))
+    return QueryTable(next(on), next(on), next(on), starts[-1], starts[1], chunk)
 
 
 def _make(transform: Transform, device: torch.device) -> CodedTables:

@@ -94,7 +94,7 @@ def launch_decode(
     )
     if exact is not None:
         launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor_on_scores)
-    return _merge(parts, tops, totals, splits, options)
+    return _merge(parts, tops, totals, splits, options, queries.dtype)
 
 
 def launch_exact(
@@ -166,11 +166,16 @@ def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
 
 
 def _merge(
-    parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, splits: int, options: DecodeOptions
+    parts: torch.Tensor,
+    tops: torch.Tensor,
+    totals: torch.Tensor,
+    splits: int,
+    options: DecodeOptions,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Parts (splits, or one more with exact tokens, B, H, T_q, D) → (B, H, T_q, D)."""
     factors = factor(options.head_dim if options.unrotate_values else 0, options.head_dim)
-    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     rows = out[..., 0].numel()
     left, right = matrices(factors, parts.device)
     names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")

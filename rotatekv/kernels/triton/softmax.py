@@ -39,7 +39,7 @@ def load_queries(
     head = (group * G + kv) * REPEAT + repeat[None, None, :]
     start = ((batch * heads + head) * query_tokens + query[None, None, :]) * D
     keep = (kv < G) & here[None, :, None] & real[None, None, :]
-    return tl.load(queries + start + channel[None, :, None], mask=keep, other=0.0)
+    return tl.load(queries + start + channel[None, :, None], mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit

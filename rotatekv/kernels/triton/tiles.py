@@ -17,23 +17,25 @@ RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew wh
     "exact_blocks",
     "frame_start",
     "frames",
-    "frames_per_split",
     "key_blocks",
     "key_pair_planes",
     "key_single_planes",
     "packed_tokens",
     "pair_planes",
     "part",
+    "query_planes",
     "query_tokens",
     "room",
     "rows",
     "rows_of_all",
     "single_planes",
+    "single_start",
     "splits",
     "start",
     "table_b",
     "table_rows",
     "table_t",
+    "tiles_per_split",
     "tokens",
     "total_tokens",
     "value_blocks",
@@ -93,8 +95,14 @@ def head_channels(B: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS
 @triton.jit
 def peak(x):
     """A power of two that a tile is divided by to fill float16: its largest number then lies between 2^14 and 2^15."""
-    largest = tl.maximum(tl.max(tl.abs(x)), 1e-30)
-    return (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-14
+    return power_below(tl.max(tl.abs(x)))
+
+
+@triton.jit
+def power_below(x):
+    """The power of two that leaves a float32 number x > 0 between 2^14 and 2^15."""
+    x = tl.maximum(x, 1e-30)
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-14
 
 
 @triton.jit
