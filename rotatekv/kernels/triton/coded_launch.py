@@ -18,7 +18,8 @@ from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lan
 from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two
 from rotatekv.kernels.triton.start import start
 
-ROWS_TILE, COLUMNS_TILE, INNER = 64, 64, 32  # of the product of queries
+ROWS_TILE, COLUMNS_TILE = 32, 64  # of the product of queries
+_MERGE_COLUMNS = 32
 _NUMBERS = 128 * 128  # of a tile of codes
 _WARPS, _STAGES = 4, 1
 
@@ -125,12 +126,14 @@ def _queries_in_frames(
     codes = torch.empty(batch, kv_heads, frames, rows, terms, columns - MEANS, dtype=torch.float16, device=device)
     means = torch.empty(batch, kv_heads, frames, rows, MEANS, dtype=torch.float32, device=device)
     row_scale = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=device)
-    tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (table.table,) * 4
+    tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (table.unit,) * 4
     start(
         coded_queries_kernel,
-        (batch * kv_heads, -(-frames * rows // ROWS_TILE), -(-columns // COLUMNS_TILE)),
+        (batch * kv_heads, -(-frames * rows // ROWS_TILE)),
         queries,
         table.table,
+        table.table_lower,
+        table.column_scale,
         table.unit,
         origin,
         *tables,
@@ -152,7 +155,6 @@ def _queries_in_frames(
         TERMS=terms,
         ROWS_TILE=ROWS_TILE,
         COLUMNS_TILE=COLUMNS_TILE,
-        INNER=INNER,
         num_warps=_WARPS,
         num_stages=_STAGES,
     )
@@ -189,7 +191,7 @@ def _merge(
         D=dim,
         D_PAD=power_of_two(dim),
         Q_PAD=SMALLEST_DOT,
-        COLUMNS_TILE=min(power_of_two(dim), INNER),
+        COLUMNS_TILE=min(power_of_two(dim), _MERGE_COLUMNS),
         num_warps=_WARPS,
         num_stages=_STAGES,
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotatekv.kernels.triton.coded_tiles import dot_table
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, halves, power_below
 
 
@@ -19,6 +18,8 @@ from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, halves, power_below
 def coded_queries_kernel(
     queries,
     table,
+    table_lower,
+    column_scale,
     unit,
     origin,
     coarse_cos,
@@ -43,60 +44,52 @@ def coded_queries_kernel(
     TERMS: tl.constexpr,
     ROWS_TILE: tl.constexpr,
     COLUMNS_TILE: tl.constexpr,
-    INNER: tl.constexpr,
 ):
-    """Program (batch × KV head, tile of frames × query rows, tile of columns).
+    """Program (batch × KV head, tile of frames × query rows).
 
     Args:
-        queries: (B, H_kv, rows, D). table, unit: of ``coded_tables.QueryTable``.
+        queries: (B, H_kv, rows, D). table … unit: of ``coded_tables.QueryTable``.
         codes: out, (B, H_kv, frames, rows, TERMS, 16·query_planes) float16, the upper and the lower halves.
         means: out, (B, H_kv, frames, rows, MEANS) float32. row_scale: out, (B, H_kv, rows) float32, what scores lack.
         frame_start: the first frame's first token, ≤ 0.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // HEADS, pair % HEADS
-    number = tl.program_id(1) * ROWS_TILE + tl.arange(0, ROWS_TILE)
-    column = tl.program_id(2) * COLUMNS_TILE + tl.arange(0, COLUMNS_TILE)
-    columns = MEANS + query_planes * LANES
+    number, d = tl.program_id(1) * ROWS_TILE + tl.arange(0, ROWS_TILE), tl.arange(0, D_PAD)
     frame, row, real = number // rows, number % rows, number < frames * rows
     position = tl.load(origin + batch) + frame_start + frame * FRAME
     far = tl.abs(position)  # a frame of padding may begin before position 0
     coarse = tl.minimum(far // LANES, table_rows - 1)
     fine = tl.minimum(far - LANES * coarse, 2 * LANES - 1)[:, None]
     side = tl.where(position < 0, -1.0, 1.0)[:, None]
-    at = queries + ((pair * rows + row) * D)[:, None]
-    all_d = tl.arange(0, D_PAD)
-    whole = tl.load(at + all_d[None, :], mask=real[:, None] & (all_d < D)[None, :], other=0.0).to(tl.float32)
-    length = power_below(tl.sqrt(tl.sum(whole * whole, 1)))
-    by = (1 / length)[:, None]
-    acc = tl.zeros((ROWS_TILE, COLUMNS_TILE), tl.float32)
-    for start in range(0, D, INNER):
-        d = start + tl.arange(0, INNER)
-        keep = real[:, None] & (d < D)[None, :]
-        q = tl.load(at + d[None, :], mask=keep, other=0.0).to(tl.float32)
-        if HALF:
-            turns = keep & (d < 2 * HALF)[None, :]
-            partner = tl.load(at + tl.where(d < HALF, d + HALF, d - HALF)[None, :], mask=turns, other=0.0)
-            partner = partner.to(tl.float32)
-            a, b = (coarse * HALF)[:, None] + (d % HALF)[None, :], (d % HALF * (2 * LANES))[None, :] + fine
-            cos_a, sin_a = (
-                tl.load(coarse_cos + a, mask=turns, other=1.0),
-                tl.load(coarse_sin + a, mask=turns, other=0.0),
-            )
-            cos_b, sin_b = tl.load(fine_cos + b, mask=turns, other=1.0), tl.load(fine_sin + b, mask=turns, other=0.0)
-            sin = (sin_a * cos_b + cos_a * sin_b) * side
-            q = q * (cos_a * cos_b - sin_a * sin_b) + tl.where((d < HALF)[None, :], partner, -partner) * sin
-        of_table = table + (head * D + d)[:, None] * columns + column[None, :]
-        numbers = tl.load(of_table, mask=(d < D)[:, None] & (column < columns)[None, :], other=0.0)
-        acc = dot_table(q * by, numbers, acc)
-    if tl.program_id(2) == 0:
-        scale = length * tl.load(unit + head) * factor
-        tl.store(row_scale + pair * rows + row, scale, mask=real & (frame == 0))
-    at = (pair * frames * rows + number)[:, None]
-    tl.store(means + at * MEANS + column[None, :], acc, mask=real[:, None] & (column < MEANS)[None, :])
-    upper, lower = halves(acc)
-    at = codes + at * (TERMS * query_planes * LANES) + (column - MEANS)[None, :]
-    keep = real[:, None] & ((column >= MEANS) & (column < columns))[None, :]
-    tl.store(at, upper, mask=keep)
-    if TERMS == 2:
-        tl.store(at + query_planes * LANES, lower, mask=keep)
+    keep = real[:, None] & (d < D)[None, :]
+    at = queries + pair * rows * D + (row * D)[:, None]
+    q = tl.load(at + d[None, :], mask=keep, other=0.0).to(tl.float32)
+    length = power_below(tl.sqrt(tl.sum(q * q, 1)))
+    if HALF:
+        turns = keep & (d < 2 * HALF)[None, :]
+        partner = tl.load(at + tl.where(d < HALF, d + HALF, d - HALF)[None, :], mask=turns, other=0.0).to(tl.float32)
+        a, b = (coarse * HALF)[:, None] + (d % HALF)[None, :], (d % HALF * (2 * LANES))[None, :] + fine
+        cos_a, sin_a = tl.load(coarse_cos + a, mask=turns, other=1.0), tl.load(coarse_sin + a, mask=turns, other=0.0)
+        cos_b, sin_b = tl.load(fine_cos + b, mask=turns, other=1.0), tl.load(fine_sin + b, mask=turns, other=0.0)
+        sin = (sin_a * cos_b + cos_a * sin_b) * side
+        q = q * (cos_a * cos_b - sin_a * sin_b) + tl.where((d < HALF)[None, :], partner, -partner) * sin
+    tl.store(row_scale + pair * rows + row, length * tl.load(unit + head) * factor, mask=real & (frame == 0))
+    upper, lower = halves(q * (1 / length)[:, None])
+    columns = MEANS + query_planes * LANES
+    of_table = head * D * columns + d[:, None] * columns
+    means += pair * frames * rows * MEANS + number[:, None].to(tl.int64) * MEANS
+    codes += (pair * frames * rows + number[:, None]) * (TERMS * query_planes * LANES)
+    for first in range(0, columns, COLUMNS_TILE):
+        column = first + tl.arange(0, COLUMNS_TILE)
+        inside = (d < D)[:, None] & (column < columns)[None, :]
+        by = tl.load(table + of_table + column[None, :], mask=inside, other=0.0)
+        acc = tl.dot(lower, by, tl.dot(upper, by))
+        acc = tl.dot(upper, tl.load(table_lower + of_table + column[None, :], mask=inside, other=0.0), acc)
+        acc *= tl.load(column_scale + head * columns + column, mask=column < columns, other=0.0)[None, :]
+        tl.store(means + column[None, :], acc, mask=real[:, None] & (column < MEANS)[None, :])
+        of_codes = real[:, None] & ((column >= MEANS) & (column < columns))[None, :]
+        high, low = halves(acc)
+        tl.store(codes + (column - MEANS)[None, :], high, mask=of_codes)
+        if TERMS == 2:
+            tl.store(codes + (column - MEANS + query_planes * LANES)[None, :], low, mask=of_codes)

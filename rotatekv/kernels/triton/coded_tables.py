@@ -13,6 +13,7 @@ from rotatekv.kernels.triton.plan import power_of_two
 
 MEANS = FRAME + 16  # columns of a query table before those of planes
 UNIT_BITS = 24  # see spread.py: a code of 1 is 2^-24 there, at the first four numbers of a word
+_PEAK = 14  # log2 of a column's largest number, as float16 has it
 NUMBERS = torch.tensor([4.0 ** -(number % 4) for number in range(GROUP)], device="cpu")
 
 
@@ -45,16 +46,19 @@ class QueryTable:
     """What a query in a frame is multiplied by, and where the numbers stand that its codes need.
 
     Attributes:
-        table: (H_kv, D, MEANS + 16·planes) float32, in ``unit``: (R(j)·μ)ᵀ for the mean's score at place j; what the
-            lowest codes score; zeros; then A⁻¹·γ for each number of a head's planes, first of the pairs, then of the
-            singles, with what ``spread.py`` leaves to the other side of the dot, and zeros to whole chunks.
-        unit: (H_kv,) float32, powers of two: no column of a plane is longer than 1.
+        table, table_lower: (H_kv, D, MEANS + 16·planes) float16, two halves: (R(j)·μ)ᵀ for the mean's score at place j;
+            what the lowest codes score; zeros; then A⁻¹·γ for each number of a head's planes, first of the pairs, then
+            of the singles, with what ``spread.py`` leaves to the other side of the dot, and zeros to whole chunks.
+        column_scale: (H_kv, MEANS + 16·planes) float32, powers of two that a product's columns lack, in ``unit``.
+        unit: (H_kv,) float32, powers of two: no column of a plane is longer than 1 in it.
         first: (H_kv, 4) int32: a head's first plane of pairs and their number, its first of singles and theirs.
         planes, single_start: planes of a row, and where the singles begin.
         chunk: planes of one dot.
     """
 
     table: torch.Tensor
+    table_lower: torch.Tensor
+    column_scale: torch.Tensor
     unit: torch.Tensor
     first: torch.Tensor
     planes: int
@@ -105,10 +109,17 @@ def _make_query_table(transform: Transform, rope: RopeTables | None, device: tor
         starts.append(starts[-1] + spread.shape[2])
     table = torch.cat(columns, -1)  # (H_kv, D, MEANS + 16·planes)
     longest = table[:, :, MEANS:].norm(dim=1).amax(1) if starts[-1] else table.new_zeros(heads)
-    unit = torch.exp2(longest.clamp_min(2.0**-40).log2().ceil())
-    table = (table / unit[:, None, None]).float()
-    on = (x.to(device).contiguous() for x in (table, unit.float(), first))
-    return QueryTable(next(on), next(on), next(on), starts[-1], starts[1], chunk)
+    unit, peak = _power_above(longest), _power_above(table.abs().amax(1))
+    table = table / (peak * 2.0**-_PEAK).unsqueeze(1)
+    upper = table.half()
+    lower = (table - upper.double()).half()
+    scale = (peak * 2.0**-_PEAK / unit.unsqueeze(1)).float()
+    moved = [x.to(device).contiguous() for x in (upper, lower, scale, unit.float(), first)]
+    return QueryTable(moved[0], moved[1], moved[2], moved[3], moved[4], starts[-1], starts[1], chunk)
+
+
+def _power_above(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(x.clamp_min(2.0**-60).log2().ceil())
 
 
 def _make(transform: Transform, device: torch.device) -> CodedTables:
