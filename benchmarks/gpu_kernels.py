@@ -25,9 +25,9 @@ from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, allocate_blocks
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.transform_coding import FRAME, Transform, allocate_planes
-from rotatekv.kernels.triton.coded_launch import COLUMNS_TILE, ROWS_TILE
-from rotatekv.kernels.triton.coded_tables import MEANS
+from rotatekv.kernels.triton.coded_queries import COLUMNS_TILE, ROWS_TILE
 from rotatekv.kernels.triton.dry_run import Compiled, DryRun
+from rotatekv.kernels.triton.query_tables import MEANS
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 32, 8, 128, 300
 KEY_BITS, VALUE_BITS = (4, 4, 2, 2, 1, 1, 1, 1), (2,) * 8  # of a head's groups, RotateKV2+

@@ -150,11 +150,16 @@ def decode_attention(
     step = (queries, keys, values, group_of_channel, first_seen, origin, packed_tokens, total_tokens, options, exact)
     check_decode(*step, dropped)
     from rotatekv.kernels.triton.coded_launch import launch_coded_decode
+    from rotatekv.kernels.triton.grouped_launch import launch_grouped_decode, meets_codes
     from rotatekv.kernels.triton.launch import launch_decode
 
     try:
-        if options.key_transform is None:
-            return launch_decode(*step, splits)
+        if group_of_channel is not None and options.key_transform is None:
+            if not meets_codes(keys, values, group_of_channel, options):
+                return launch_decode(*step, splits)
+            return launch_grouped_decode(
+                queries, keys, values, first_seen, packed_tokens, total_tokens, options, exact, splits
+            )
         return launch_coded_decode(
             queries, keys, values, first_seen, origin, packed_tokens, total_tokens, options, exact, dropped, splits
         )

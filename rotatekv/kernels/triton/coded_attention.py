@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotatekv.kernels.triton.coded_tables import UNIT_BITS
+from rotatekv.kernels.triton.query_tables import UNIT_BITS
 from rotatekv.kernels.triton.spread import PAIRS, SINGLES, spread, token_bits
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, halves
 from rotatekv.kernels.triton.weights import add_plane, store_rows, weigh
@@ -130,7 +130,7 @@ def coded_split_kernel(
 
     Args:
         queries, means, row_scale: of ``coded_queries_kernel``.
-        key_planes: ``CodedTables.planes``. value_form: ``CodedTables.form``.
+        key_planes: ``FrameTable.first``. value_form: ``CodedTables.form``.
         query_planes, single_start: the planes that a row of ``queries`` has, and the first one of singles.
         frame_start: the first frame's first token, ≤ 0.
         EXACT: see ``attention.split_kernel``. SEVERAL: query_tokens > 1.

@@ -8,20 +8,19 @@ import torch
 
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, Packed
-from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.transform_coding import FRAME
 from rotatekv.kernels.triton.coded_attention import coded_split_kernel
 from rotatekv.kernels.triton.coded_merge import coded_merge_kernel
-from rotatekv.kernels.triton.coded_queries import coded_queries_kernel
-from rotatekv.kernels.triton.coded_tables import MEANS, CodedTables, QueryTable, query_table, tables_of
+from rotatekv.kernels.triton.coded_queries import launch_queries, terms_of
+from rotatekv.kernels.triton.coded_tables import CodedTables, tables_of
 from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lanes, launch_exact
 from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two
+from rotatekv.kernels.triton.query_tables import MEANS, frame_table
 from rotatekv.kernels.triton.start import start
 
-ROWS_TILE, COLUMNS_TILE = 32, 64  # of the product of queries
-_MERGE_COLUMNS = 32
+WARPS, STAGES = 4, 1
+_MERGE_COLUMNS = 32  # of a tile
 _NUMBERS = 128 * 128  # of a tile of codes
-_WARPS, _STAGES = 4, 1
 
 
 def launch_coded_decode(
@@ -45,7 +44,7 @@ def launch_coded_decode(
     tiles = -(-rows // SMALLEST_DOT)
     frame_start = -(dropped % FRAME)
     frames = -(-(packed_tokens - frame_start) // FRAME) if packed_tokens else 0
-    tokens = min(FRAME, max(_NUMBERS // power_of_two(dim), BLOCK))  # of a tile
+    tokens = tile_tokens(dim)
     wanted = splits or choose_splits(frames * FRAME // BLOCK, batch * kv_heads * tiles, device)
     splits = min(wanted, max(frames, 1), MOST_SPLITS)
     if exact is not None and not len(exact.batch_index):
@@ -55,13 +54,12 @@ def launch_coded_decode(
     tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
     window = options.sliding_window or total_tokens
     factor = options.softmax_scale * math.log2(math.e)
-    terms = 2 if queries.dtype == torch.float32 else 1
-    table = query_table(options.key_transform, options.rope, device)
+    table = frame_table(options.key_transform, options.rope, device)
     of_values = tables_of(options.value_transform, device)
     start(
         coded_split_kernel,
         (batch * kv_heads, splits, tiles),
-        *_queries_in_frames(queries, origin, frames, frame_start, factor, terms, table, options.rope),
+        *launch_queries(queries, origin, frames, frame_start, factor, table.columns, options.rope),
         *_planes(keys),
         table.first,
         *_planes(values),
@@ -84,7 +82,7 @@ def launch_coded_decode(
         keys["singles"].shape[2],
         values["pairs"].shape[2],
         values["singles"].shape[2],
-        table.planes,
+        table.columns.planes,
         table.single_start,
         frames,
         -(-frames // splits) * (FRAME // tokens),
@@ -97,68 +95,19 @@ def launch_coded_decode(
         TOKENS=tokens,
         Q_PAD=SMALLEST_DOT,
         CHUNK=table.chunk,
-        TERMS=terms,
+        TERMS=terms_of(queries),
         SEVERAL=query_tokens > 1,
         EXACT=has_exact,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     if exact is not None:
         launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor)
     return _merge(parts, tops, totals, splits, rows, kv_heads, of_values, queries.dtype)
 
 
-def _queries_in_frames(
-    queries: torch.Tensor,
-    origin: torch.Tensor,
-    frames: int,
-    frame_start: int,
-    factor: float,
-    terms: int,
-    table: QueryTable,
-    rope: RopeTables | None,
-) -> tuple[torch.Tensor, ...]:
-    """What ``coded_queries_kernel`` writes: numbers for codes, the mean's scores, and the factor on a row's scores,
-    which makes them log2 units."""
-    batch, heads, query_tokens, dim = queries.shape
-    kv_heads, device = len(table.unit), queries.device
-    rows, columns = heads // kv_heads * query_tokens, table.table.shape[2]
-    codes = torch.empty(batch, kv_heads, frames, rows, terms, columns - MEANS, dtype=torch.float16, device=device)
-    means = torch.empty(batch, kv_heads, frames, rows, MEANS, dtype=torch.float32, device=device)
-    row_scale = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=device)
-    tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (table.unit,) * 4
-    start(
-        coded_queries_kernel,
-        (batch * kv_heads, -(-frames * rows // ROWS_TILE)),
-        queries,
-        table.table,
-        table.table_lower,
-        table.column_scale,
-        table.unit,
-        origin,
-        *tables,
-        tables[0].shape[0],
-        codes,
-        means,
-        row_scale,
-        rows,
-        frames,
-        frame_start,
-        table.planes,
-        factor,
-        HEADS=kv_heads,
-        D=dim,
-        D_PAD=power_of_two(dim),
-        MEANS=MEANS,
-        FRAME=FRAME,
-        HALF=rope.rotary_dim // 2 if rope else 0,
-        TERMS=terms,
-        ROWS_TILE=ROWS_TILE,
-        COLUMNS_TILE=COLUMNS_TILE,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
-    return codes, means, row_scale
+def tile_tokens(head_dim: int) -> int:
+    return min(FRAME, max(_NUMBERS // power_of_two(head_dim), BLOCK))
 
 
 def _merge(
@@ -192,8 +141,8 @@ def _merge(
         D_PAD=power_of_two(dim),
         Q_PAD=SMALLEST_DOT,
         COLUMNS_TILE=min(power_of_two(dim), _MERGE_COLUMNS),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     return out
 

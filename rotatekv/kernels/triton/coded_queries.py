@@ -1,17 +1,27 @@
 """Queries in the frames of transform-coded keys: turned back by the frame's position, and mapped.
 
-Equals ``q_f = R(−o)·q``, then ``q_f`` times the columns of ``coded_tables.QueryTable``: the score of the mean at each
-place of a frame, and what a frame's codes are multiplied by. One product for all frames and query rows of a KV head.
+Equals ``q_f = R(−o)·q``, then ``q_f`` times the columns of a ``QueryTable``: of a frame, the score of the mean at each
+place, and what its codes are multiplied by. One product for all frames and query rows of a KV head. Keys that are in no
+frame have one of all tokens.
 
 A query is divided by a power of two near its length, so that the codes' numbers fit float16 as they are.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from rotatekv.kernels.rope_tables import RopeTables
+from rotatekv.kernels.transform_coding import FRAME, GROUP
+from rotatekv.kernels.triton.plan import power_of_two
+from rotatekv.kernels.triton.query_tables import QueryTable
+from rotatekv.kernels.triton.start import start
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, halves, power_below
+
+ROWS_TILE, COLUMNS_TILE = 32, 64
+_WARPS, _STAGES = 4, 1
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -28,7 +38,7 @@ def coded_queries_kernel(
     fine_sin,
     table_rows,
     codes,
-    means,
+    floats,
     row_scale,
     rows,
     frames,
@@ -38,7 +48,7 @@ def coded_queries_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    MEANS: tl.constexpr,
+    FLOATS: tl.constexpr,
     FRAME: tl.constexpr,
     HALF: tl.constexpr,
     TERMS: tl.constexpr,
@@ -48,9 +58,9 @@ def coded_queries_kernel(
     """Program (batch × KV head, tile of frames × query rows).
 
     Args:
-        queries: (B, H_kv, rows, D). table … unit: of ``coded_tables.QueryTable``.
+        queries: (B, H_kv, rows, D). table … unit: of ``QueryTable``.
         codes: out, (B, H_kv, frames, rows, TERMS, 16·query_planes) float16, the upper and the lower halves.
-        means: out, (B, H_kv, frames, rows, MEANS) float32. row_scale: out, (B, H_kv, rows) float32, what scores lack.
+        floats: out, (B, H_kv, frames, rows, FLOATS) float32. row_scale: out, (B, H_kv, rows) float32, what scores lack.
         frame_start: the first frame's first token, ≤ 0.
     """
     pair = tl.program_id(0).to(tl.int64)
@@ -76,9 +86,9 @@ def coded_queries_kernel(
         q = q * (cos_a * cos_b - sin_a * sin_b) + tl.where((d < HALF)[None, :], partner, -partner) * sin
     tl.store(row_scale + pair * rows + row, length * tl.load(unit + head) * factor, mask=real & (frame == 0))
     upper, lower = halves(q * (1 / length)[:, None])
-    columns = MEANS + query_planes * LANES
+    columns = FLOATS + query_planes * LANES
     of_table = head * D * columns + d[:, None] * columns
-    means += pair * frames * rows * MEANS + number[:, None].to(tl.int64) * MEANS
+    floats += pair * frames * rows * FLOATS + number[:, None].to(tl.int64) * FLOATS
     codes += (pair * frames * rows + number[:, None]) * (TERMS * query_planes * LANES)
     for first in range(0, columns, COLUMNS_TILE):
         column = first + tl.arange(0, COLUMNS_TILE)
@@ -87,9 +97,71 @@ def coded_queries_kernel(
         acc = tl.dot(lower, by, tl.dot(upper, by))
         acc = tl.dot(upper, tl.load(table_lower + of_table + column[None, :], mask=inside, other=0.0), acc)
         acc *= tl.load(column_scale + head * columns + column, mask=column < columns, other=0.0)[None, :]
-        tl.store(means + column[None, :], acc, mask=real[:, None] & (column < MEANS)[None, :])
-        of_codes = real[:, None] & ((column >= MEANS) & (column < columns))[None, :]
+        tl.store(floats + column[None, :], acc, mask=real[:, None] & (column < FLOATS)[None, :])
+        of_codes = real[:, None] & ((column >= FLOATS) & (column < columns))[None, :]
         high, low = halves(acc)
-        tl.store(codes + (column - MEANS)[None, :], high, mask=of_codes)
+        tl.store(codes + (column - FLOATS)[None, :], high, mask=of_codes)
         if TERMS == 2:
-            tl.store(codes + (column - MEANS + query_planes * LANES)[None, :], low, mask=of_codes)
+            tl.store(codes + (column - FLOATS + query_planes * LANES)[None, :], low, mask=of_codes)
+
+
+def terms_of(queries: torch.Tensor) -> int:
+    """Halves of float16 that a number is cut into: one is as good as a model in 16 bits."""
+    return 2 if queries.dtype == torch.float32 else 1
+
+
+def launch_queries(
+    queries: torch.Tensor,
+    origin: torch.Tensor,
+    frames: int,
+    frame_start: int,
+    factor: float,
+    table: QueryTable,
+    rope: RopeTables | None,
+) -> tuple[torch.Tensor, ...]:
+    """What ``coded_queries_kernel`` writes: numbers for codes, those in float32, and the factor on a row's scores.
+
+    Args:
+        frames, frame_start: of keys in frames; 1 and 0 of others, without ``rope``.
+        factor: makes scores of them, in log2 units.
+    """
+    batch, heads, query_tokens, dim = queries.shape
+    kv_heads, device = len(table.unit), queries.device
+    rows, columns = heads // kv_heads * query_tokens, table.table.shape[2]
+    terms, floats = terms_of(queries), columns - table.planes * GROUP
+    codes = torch.empty(batch, kv_heads, frames, rows, terms, table.planes * GROUP, dtype=torch.float16, device=device)
+    means = torch.empty(batch, kv_heads, frames, rows, floats, dtype=torch.float32, device=device)
+    row_scale = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=device)
+    tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (table.unit,) * 4
+    start(
+        coded_queries_kernel,
+        (batch * kv_heads, -(-frames * rows // ROWS_TILE)),
+        queries,
+        table.table,
+        table.table_lower,
+        table.column_scale,
+        table.unit,
+        origin,
+        *tables,
+        tables[0].shape[0],
+        codes,
+        means,
+        row_scale,
+        rows,
+        frames,
+        frame_start,
+        table.planes,
+        factor,
+        HEADS=kv_heads,
+        D=dim,
+        D_PAD=power_of_two(dim),
+        FLOATS=floats,
+        FRAME=FRAME,
+        HALF=rope.rotary_dim // 2 if rope else 0,
+        TERMS=terms,
+        ROWS_TILE=ROWS_TILE,
+        COLUMNS_TILE=COLUMNS_TILE,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
+    return codes, means, row_scale

@@ -94,7 +94,7 @@ def launch_decode(
     )
     if exact is not None:
         launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor_on_scores)
-    return _merge(parts, tops, totals, splits, options, queries.dtype)
+    return merge_parts(parts, tops, totals, splits, options, queries.dtype)
 
 
 def launch_exact(
@@ -165,7 +165,7 @@ def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
     return lanes[:, :blocks].contiguous()
 
 
-def _merge(
+def merge_parts(
     parts: torch.Tensor,
     tops: torch.Tensor,
     totals: torch.Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotatekv.kernels.triton.coded_tables import UNIT_BITS
+from rotatekv.kernels.triton.query_tables import UNIT_BITS
 from rotatekv.kernels.triton.spread import spread
 
 PEAK = tl.constexpr(15)  # log2 of the largest weight
