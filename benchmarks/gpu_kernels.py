@@ -31,7 +31,8 @@ from rotatekv.kernels.triton.query_tables import MEANS
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 32, 8, 128, 300
 KEY_BITS, VALUE_BITS = (4, 4, 2, 2, 1, 1, 1, 1), (2,) * 8  # of a head's groups, RotateKV2+
-METHODS = ("RotateKV2+", "RotateKV2", "QuaRot2", "RTN2")
+CHUNK = 4  # planes of a dot, for heads of 128
+METHODS = ("RotateKV2+", "QuaRot2", "RTN2", "RotateKV2")
 CONTEXTS, BATCHES = (8192, 32768, 131072), (1, 8, 32)
 
 
@@ -83,7 +84,7 @@ def decode(method: str) -> None:
     seen = torch.zeros(1, dtype=torch.int32)
     rope = RopeTables.build(10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM), TOKENS)
     options, blocks = DecodeOptions(HEAD_DIM, 2, 2, HEAD_DIM**-0.5), -(-TOKENS // BLOCK)
-    one = torch.zeros(1, dtype=torch.int32)
+    zero = torch.zeros(1, dtype=torch.int32)
     of_token = torch.zeros(1, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     if method == "RotateKV2+":
         transforms = (_transform(KEY_BITS, True), _transform(VALUE_BITS, False))
@@ -97,7 +98,7 @@ def decode(method: str) -> None:
         options = replace(options, rope=rope, rotation_width=4 * HEAD_DIM)
     if method == "QuaRot2":
         options = replace(options, rotation_width=HEAD_DIM, unrotate_values=True)
-    exact = ExactTokens(one, one, of_token, of_token) if method.startswith("Rotate") else None
+    exact = ExactTokens(zero, zero, of_token, of_token) if method.startswith("Rotate") else None
     kernels.decode_attention(queries, keys, values, groups, seen, seen, TOKENS - 1, TOKENS, options, exact)
 
 
@@ -120,18 +121,19 @@ def _row(method: str, compiled: Compiled) -> Row | None:
     constants, name = dict(compiled.shape), compiled.kernel
     scales = 2 * 1 if method.endswith("+") else 2 * 3
     of_cache = BLOCK * (HEAD_DIM * 4 / 8 + scales)
+    pairs, singles = (-(-sum(x) // CHUNK) for x in ([b // 2 for b in KEY_BITS], [b % 2 for b in KEY_BITS]))
     if name == "coded_split_kernel":
-        pairs, singles = (
-            -(-sum(x) // constants["CHUNK"]) for x in ([b // 2 for b in KEY_BITS], [b % 2 for b in KEY_BITS])
-        )
         low, middle, single = (any(x) for x in zip(*((b > 1, b > 3, b % 2) for b in VALUE_BITS), strict=True))
         turn = count_loop(compiled.instructions(), (pairs, singles), (low, middle, single))
         return Row(method, compiled, _for_block(turn, compiled, constants["TOKENS"]), of_cache)
-    if name == "coded_queries_kernel":
-        columns = MEANS + BLOCK * (sum(b // 2 for b in KEY_BITS) + 2 + sum(b % 2 for b in KEY_BITS))
+    if name == "coded_queries_kernel" and method.endswith("+"):  # of others one frame serves all tokens
+        columns = MEANS + BLOCK * (pairs + singles) * CHUNK
         program = count_all(compiled.instructions(), math.ceil(columns / COLUMNS_TILE))
         written = 2 * (4 * MEANS + 2 * (columns - MEANS)) * HEADS / KV_HEADS * BLOCK / FRAME  # and read again
         return Row(method, compiled, _for_block(program, compiled, ROWS_TILE * KV_HEADS / HEADS * FRAME), written)
+    if name == "grouped_split_kernel":
+        turn = count_loop(compiled.instructions())
+        return Row(method, compiled, _for_block(turn, compiled, constants["TOKENS"]), of_cache)
     if name == "split_kernel":
         turn = count_loop(compiled.instructions())
         return Row(method, compiled, _for_block(turn, compiled, BLOCK * constants["G"]), of_cache)

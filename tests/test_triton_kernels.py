@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
 
 TESTS = Path(__file__).parent
 FEWEST_CASES = {
-    "attention": 23,
+    "attention": 27,
     "quantize": 15,
     "dequantize": 18,
     "coded_attention": 32,

@@ -94,6 +94,7 @@ def split_kernel(
     TILE: tl.constexpr,
     Q_PAD: tl.constexpr,
     DV_PAD: tl.constexpr,
+    TERMS: tl.constexpr,
     EXACT: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -159,7 +160,7 @@ def split_kernel(
             KEY_GROUPS,
             KEY_BITS,
         )
-        keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
+        keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, TERMS)
         token = block * LANES + tl.arange(0, LANES)
         kept = (token >= start) & (token < packed_tokens)
         if EXACT:
@@ -182,6 +183,7 @@ def split_kernel(
             turn_sin,
             visible(token, kept, own, window),
             HALF,
+            TERMS,
         )
         values = read_packed(
             value_low,
@@ -196,7 +198,7 @@ def split_kernel(
             VALUE_GROUPS,
             VALUE_BITS,
         )
-        top, total, acc = accumulate(scores, values, top, total, acc)
+        top, total, acc = accumulate(scores, values, top, total, acc, TERMS)
     store_part(
         parts,
         tops,
@@ -244,6 +246,7 @@ def exact_kernel(
     TILE: tl.constexpr,
     Q_PAD: tl.constexpr,
     DV_PAD: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
     batch, kv = (tl.program_id(0) // (C // D)).to(tl.int64), tl.program_id(0) % (C // D)
@@ -268,8 +271,8 @@ def exact_kernel(
         keys = tl.load(exact_keys + at, mask=keep, other=0.0).to(tl.float32)  # (1, DV_PAD, 16)
         values = tl.load(exact_values + at, mask=keep, other=0.0).to(tl.float32)
         seen = visible(token, here & (token >= start), own, window)
-        scores = score(high, low, high, low, scale, keys, 0.0, 0.0, seen, 0)
-        top, total, acc = accumulate(scores, values, top, total, acc)
+        scores = score(high, low, high, low, scale, keys, 0.0, 0.0, seen, 0, TERMS)
+        top, total, acc = accumulate(scores, values, top, total, acc, TERMS)
     store_part(
         parts,
         tops,

@@ -11,10 +11,10 @@ from rotatekv.kernels.layout import BLOCK, Packed
 from rotatekv.kernels.transform_coding import FRAME
 from rotatekv.kernels.triton.coded_attention import coded_split_kernel
 from rotatekv.kernels.triton.coded_merge import coded_merge_kernel
-from rotatekv.kernels.triton.coded_queries import launch_queries, terms_of
+from rotatekv.kernels.triton.coded_queries import launch_queries
 from rotatekv.kernels.triton.coded_tables import CodedTables, tables_of
 from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lanes, launch_exact
-from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two, terms_of
 from rotatekv.kernels.triton.query_tables import MEANS, frame_table
 from rotatekv.kernels.triton.start import start
 

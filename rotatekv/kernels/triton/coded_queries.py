@@ -15,7 +15,7 @@ import triton.language as tl
 
 from rotatekv.kernels.rope_tables import RopeTables
 from rotatekv.kernels.transform_coding import FRAME, GROUP
-from rotatekv.kernels.triton.plan import power_of_two
+from rotatekv.kernels.triton.plan import power_of_two, terms_of
 from rotatekv.kernels.triton.query_tables import QueryTable
 from rotatekv.kernels.triton.start import start
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, halves, power_below
@@ -103,11 +103,6 @@ def coded_queries_kernel(
         tl.store(codes + (column - FLOATS)[None, :], high, mask=of_codes)
         if TERMS == 2:
             tl.store(codes + (column - FLOATS + query_planes * LANES)[None, :], low, mask=of_codes)
-
-
-def terms_of(queries: torch.Tensor) -> int:
-    """Halves of float16 that a number is cut into: one is as good as a model in 16 bits."""
-    return 2 if queries.dtype == torch.float32 else 1
 
 
 def launch_queries(

@@ -11,10 +11,10 @@ from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.transform_coding import GROUP
 from rotatekv.kernels.triton.coded_launch import STAGES, WARPS, tile_tokens
-from rotatekv.kernels.triton.coded_queries import launch_queries, terms_of
+from rotatekv.kernels.triton.coded_queries import launch_queries
 from rotatekv.kernels.triton.grouped_attention import grouped_split_kernel
 from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lanes, launch_exact, merge_parts
-from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two, terms_of
 from rotatekv.kernels.triton.query_tables import SUMS, rotated_table
 from rotatekv.kernels.triton.start import start
 

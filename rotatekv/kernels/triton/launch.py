@@ -10,7 +10,7 @@ from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.triton.attention import exact_kernel, split_kernel
 from rotatekv.kernels.triton.merge import merge_kernel
-from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_of_two, terms_of
 from rotatekv.kernels.triton.start import start
 
 STAGES = 1  # two would hold a second tile in shared memory
@@ -86,10 +86,11 @@ def launch_decode(
         KEY_BITS=options.key_bits,
         VALUE_BITS=options.value_bits,
         HALF=rope.rotary_dim // 2 if rope else 0,
+        TERMS=terms_of(queries),
         EXACT=has_exact,
         **constants,
         **factors.constants(),
-        num_warps=factors.warps,
+        num_warps=max(factors.warps * terms_of(queries) // 2, 4),
         num_stages=STAGES,
     )
     if exact is not None:
@@ -130,6 +131,7 @@ def launch_exact(
         factor,
         C=kv_heads * dim,
         D=dim,
+        TERMS=terms_of(queries),
         **constants,
         num_warps=_EXACT_WARPS,
         num_stages=STAGES,
