@@ -1,17 +1,18 @@
 """Triton kernels for CUDA: the packed cache written, dequantized for prefill, and attended over in decoding.
 
 The layouts are those of ``rotatekv.kernels.layout`` and ``rotatekv.kernels.transform_coding``, as on the CPU, so a
-cache can move between devices; ``coded_*.py`` are the kernels of transform-coded tokens. Importing this package needs
+cache can move between devices; ``coded_*.py`` are the kernels of transform-coded tokens, ``grouped_*.py`` those of keys
+that meet the query as codes. Importing this package needs
 no triton; calling it does. Run on CPU tensors with ``TRITON_INTERPRET=1`` set before triton is imported.
 
 Status: correct under the interpreter; compiled without a GPU (``dry_run.py``) for sm_80, sm_86 and sm_90; not run on
-one. Up to W = 512 kernels keep within the 99 KB of shared memory that sm_86 has; on sm_90 the decode kernel of W = 512
-spills 16 to 48 bytes a thread with Triton 3.9, and 168 to 288 with 3.7. That of W = 1024, four heads of 256, takes
-173 KB of shared memory, which sm_90 has. A kernel that does not compile for a shape, or does not fit, is replaced by
-torch with one warning (``start.py``).
-The kernels of transform-coded tokens take up to 77 KB, and spill 32 bytes a thread at most with Triton 3.9.
+one. docs/gpu.md says what the decode kernels take. Those that read codes spill nothing; the one of the paper's keys
+spills up to 56 bytes a thread at W = 512 with Triton 3.9, and for W = 1024, four heads of 256, takes more shared memory
+than sm_86 has. A kernel that does not compile for a shape, or does not fit, is replaced by torch with one warning
+(``start.py``).
 What index tensors hold (``group_of_channel``, ``order``, ``first_seen``, ``origin``, the exact tokens') is not
-checked: reading it would make the host wait for the GPU. A position past the RoPE tables reads their last row.
+checked: reading it would make the host wait for the GPU, which it does once for each ``group_of_channel``. A position
+past the RoPE tables reads their last row.
 """
 
 from __future__ import annotations

@@ -150,11 +150,12 @@ def query_constants(head_dim: int, repeat: int) -> dict[str, int]:
 
 
 def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
-    """Enough programs for two per multiprocessor, but no split of fewer than 8 blocks (128 tokens)."""
+    """Two programs per multiprocessor, not more: a few in a second wave cost as much as a full one. No split has fewer
+    than 8 blocks (128 tokens)."""
     wanted = _PROGRAMS_WITHOUT_GPU
     if device.type == "cuda":
         wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-wanted // programs), blocks // _FEWEST_BLOCKS))
+    return max(1, min(wanted // programs, blocks // _FEWEST_BLOCKS))
 
 
 def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
