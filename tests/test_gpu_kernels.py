@@ -45,12 +45,14 @@ def of_page(card: str) -> str:
     return PAGE.read_text().split(f"| {card} | registers")[1].split("\n\n")[0]
 
 
+FAST = ("RotateKV2+", 90)
+SAID = sorted(
+    {(name.split()[0], capability) for capability, card in CARDS.items() for name in table(of_page(card.name))}
+)
+
+
 @pytest.mark.parametrize(
-    ("method", "capability"),
-    [
-        ("RotateKV2+", 90),
-        *(pytest.param(m, c, marks=pytest.mark.slow) for m in ("QuaRot2", "RotateKV2") for c in CARDS),
-    ],
+    ("method", "capability"), [pytest.param(*case, marks=[pytest.mark.slow] * (case != FAST)) for case in SAID]
 )
 def test_kernels_take_no_more_than_the_page_says(method, capability, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
