@@ -205,6 +205,13 @@ BREAKS = (
         ("interpreted_coded.py::test_coded_attention[padding]",),
     ),
     Break(
+        "a code's place in its word, on the GPU",
+        "rotatekv/kernels/triton/spread.py",
+        "(mask << (2 * b))",
+        "(mask << b)",
+        ("interpreted_grouped.py::test_grouped_attention[seventeen]",),
+    ),
+    Break(
         "the mean of values, on the GPU",
         "rotatekv/kernels/triton/coded_merge.py",
         "(packed * decay * share)[:, None]",

@@ -25,7 +25,8 @@ from rotatekv.kernels.transform_coding import dequantize_components, unpack_comp
 from rotatekv.kernels.triton.start import unusable
 
 MIXED = (4, 2, 1, 1)  # bits of a head's groups
-HALVES = 2.0**-20  # what products of two halves lose, see kernels/triton/attention.py
+HALVES = 2.0**-18  # what products of two halves lose of scores of some log2 units, see coded_attention.py
+ONE_HALF = 2.0**-11  # what they lose with one, for a model in 16 bits
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +41,12 @@ def coded(
     return FrameShape(bits, Shape(rotary_dim=rotary_dim, **shape), value_bits, dropped)
 
 
-def check(step: dict, **launch) -> None:
+def check(step: dict, lost: float = HALVES, **launch) -> None:
     truth = decode_attention_reference(**step, dtype=torch.float64)
-    eager = decode_attention_reference(**step)
+    eager = decode_attention_reference(**step).to(step["queries"].dtype)
     out = kernels.decode_attention(**step, **launch)
-    assert truth.norm() > 0
-    assert error(out, truth) <= 2 * error(eager, truth) + HALVES
+    assert truth.norm() > 0 and out.dtype == step["queries"].dtype
+    assert error(out, truth) <= 2 * error(eager, truth) + lost
 
 
 ATTENTION = {
@@ -80,6 +81,17 @@ ATTENTION = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_coded_attention(name):
     check(random_frames_step(ATTENTION[name]))
+
+
+@pytest.mark.parametrize("name", ["a_block", "a_frame", "heads_of_256", "padding", "sixteen_queries"])
+def test_coded_attention_of_a_model_in_16_bits(name):
+    step = random_frames_step(ATTENTION[name])
+    check({**step, "queries": step["queries"].half()}, lost=ONE_HALF)
+
+
+def test_coded_attention_of_a_model_in_bfloat16():
+    step = random_frames_step(ATTENTION["sinks_window"])
+    check({**step, "queries": step["queries"].bfloat16()}, lost=ONE_HALF)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 9])

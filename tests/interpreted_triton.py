@@ -24,6 +24,7 @@ from rotatekv.kernels.decode_attention import decode_attention_reference
 from rotatekv.kernels.layout import allocate_blocks
 from rotatekv.kernels.triton.start import unusable
 
+ONE_HALF = 2.0**-10  # what products of one half lose, of a model in 16 bits
 HALVES = 2.0**-21  # what dots of two halves lose, see attention.py
 ATTENTION = {
     "one_token": Shape(tokens=1),
@@ -105,6 +106,17 @@ def test_attention(name):
     eager = decode_attention_reference(**step)
     out = kernels.decode_attention(**step)
     assert error(out, truth) <= 2 * error(eager, truth) + HALVES
+
+
+@pytest.mark.parametrize(
+    "name", ["four_heads_of_128", "head_dim_96_paley_12", "sinks_beside_rotated_values", "sliding"]
+)
+def test_attention_of_a_model_in_16_bits(name):
+    step = random_step(ATTENTION[name])
+    step["queries"] = step["queries"].half()
+    truth = decode_attention_reference(**step, dtype=torch.float64)
+    out = kernels.decode_attention(**step)
+    assert out.dtype == torch.float16 and error(out, truth) <= 2 * error(truth.half(), truth) + ONE_HALF
 
 
 @pytest.mark.parametrize("splits", [1, 5])

@@ -36,6 +36,7 @@ class Shape:
     sinks: int = 0
     key_bits: int = 2
     value_bits: int = 2
+    key_group: int = 0  # channels in a row; 0: three groups of any channels
     value_group: int = 0  # channels; 0: head_dim
     tokens_per_scale: int = 0  # of keys, per channel; 0: per token and group of channels
     rotary_dim: int = 0  # 0: keys are stored after RoPE
@@ -76,8 +77,11 @@ def random_step(shape: Shape) -> dict:
         keys = random_planes(shape.batch, packed_tokens, channels, shape.key_bits, shape.tokens_per_scale, generator)
         group_of_channel = None
     else:
-        keys = _random_blocks(shape.batch, packed_tokens, channels, 3, shape.key_bits, generator)
+        key_groups = channels // shape.key_group if shape.key_group else 3
+        keys = _random_blocks(shape.batch, packed_tokens, channels, key_groups, shape.key_bits, generator)
         group_of_channel = torch.randint(0, 3, (channels,), generator=generator, dtype=torch.int32)
+        if shape.key_group:
+            group_of_channel = torch.arange(channels, dtype=torch.int32) // shape.key_group
     values = _random_blocks(shape.batch, packed_tokens, channels, value_groups, shape.value_bits, generator)
     return {
         "queries": torch.randn(shape.batch, heads, shape.query_tokens, shape.head_dim, generator=generator),

@@ -26,16 +26,17 @@ from rotatekv.kernels.triton.start import Unusable, start, unusable
 
 # capability, heads, preset: kernels compiled. transform (with a rotation), quantize and dequantize, for keys and
 # for values where these differ, split, merge, and exact where there are sinks or a window: once each. RotateKV+: map,
-# quantize and read for keys and for values, queries, split, merge and exact. The first capability is the least one's.
+# quantize and read for keys and for values, queries, split (for one new token, and for several), merge and exact.
+# QuaRot and RTN: queries, and split likewise. The first capability is the least one's.
 MODELS = {
-    (86, "14/2x64", "RotateKV3+"): 10,
-    (90, "32/8x128", "RotateKV2+"): 10,
-    (80, "8/1x256", "RotateKV4+"): 10,
+    (86, "14/2x64", "RotateKV3+"): 11,
+    (90, "32/8x128", "RotateKV2+"): 11,
+    (80, "8/1x256", "RotateKV4+"): 11,
     (90, "32/8x128", "RotateKV2"): 9,
     (86, "9/3x64", "RotateKV2"): 9,
-    (86, "32/8x128", "QuaRot4"): 5,
+    (86, "32/8x128", "QuaRot4"): 7,
     (86, "8/1x256", "RotateKV4"): 7,  # all channels in one group: one kernel quantizes keys and values
-    (80, "32/32x128", "RTN2"): 4,
+    (80, "32/32x128", "RTN2"): 6,
 }
 FEW = 1  # of them shows every kernel; the others are slow
 

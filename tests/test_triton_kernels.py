@@ -16,12 +16,13 @@ if importlib.util.find_spec("triton") is None:
 
 TESTS = Path(__file__).parent
 FEWEST_CASES = {
-    "attention": 23,
+    "attention": 27,
     "quantize": 15,
     "dequantize": 18,
-    "coded_attention": 26,
+    "coded_attention": 32,
     "coded_write": 13,
     "coded_read": 6,
+    "grouped_attention": 18,
     "model": 6,
 }
 
@@ -34,7 +35,7 @@ def _environment(**changes: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[str, str]:
-    """Every case of both files, run in a process where triton interprets: name → what failed, or ""."""
+    """Every case of the files, run in a process where triton interprets: name → what failed, or ""."""
     report = tmp_path_factory.mktemp("triton") / "report.xml"
     command = [
         sys.executable,
@@ -47,7 +48,7 @@ def interpreted(tmp_path_factory) -> dict[str, str]:
         f"--junitxml={report}",
         "--rootdir",
         str(TESTS.parent),
-        *(str(TESTS / f"interpreted_{name}.py") for name in ("triton", "coded")),
+        *(str(TESTS / f"interpreted_{name}.py") for name in ("triton", "coded", "grouped")),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, env=_environment(TRITON_INTERPRET="1"), timeout=900, cwd=report.parent

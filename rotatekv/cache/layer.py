@@ -13,7 +13,7 @@ from rotatekv.cache.record import MOST_CROPPED, Record, SinkCandidates
 from rotatekv.cache.sinks import ChosenSinks, FirstCallSinks, MassiveTokens, Sinks, choose_sinks, with_massive
 from rotatekv.cache.tokens import Before, StoredTokens
 from rotatekv.cache.window import FlushedTokens, Window
-from rotatekv.kernels.backend import kernels_on
+from rotatekv.kernels.backend import kernels_on, queries_for
 
 
 class RotateKVLayer(StoredTokens, CacheLayerMixin):
@@ -95,7 +95,7 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
         if self.rope is not None:
             rope = self.rope.model.kernel_tables(self.rope.kind, call.length, device)
         output = kernels.decode_attention(
-            query.float().contiguous(),
+            queries_for(kernels, query),
             self.packed.keys.tensors,
             self.packed.values.tensors,
             fused.group_of_channel(device),

@@ -54,3 +54,8 @@ def kernels_on(device: torch.device) -> ModuleType | None:
     if asked and not runs:
         raise UserError(f"ROTATEKV_BACKEND={asked} needs {needs} (these are on {device}): fix that, or leave it out")
     return package if runs else None
+
+
+def queries_for(package: ModuleType, queries: torch.Tensor) -> torch.Tensor:
+    """Queries as ``package.decode_attention`` takes them: the CPU's in float32, a GPU's in 16 bits too."""
+    return (queries if package is triton and queries.dtype.itemsize == 2 else queries.float()).contiguous()

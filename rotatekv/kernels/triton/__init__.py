@@ -1,17 +1,18 @@
 """Triton kernels for CUDA: the packed cache written, dequantized for prefill, and attended over in decoding.
 
 The layouts are those of ``rotatekv.kernels.layout`` and ``rotatekv.kernels.transform_coding``, as on the CPU, so a
-cache can move between devices; ``coded_*.py`` are the kernels of transform-coded tokens. Importing this package needs
+cache can move between devices; ``coded_*.py`` are the kernels of transform-coded tokens, ``grouped_*.py`` those of keys
+that meet the query as codes. Importing this package needs
 no triton; calling it does. Run on CPU tensors with ``TRITON_INTERPRET=1`` set before triton is imported.
 
 Status: correct under the interpreter; compiled without a GPU (``dry_run.py``) for sm_80, sm_86 and sm_90; not run on
-one. Up to W = 512 kernels keep within the 99 KB of shared memory that sm_86 has; on sm_90 the decode kernel of W = 512
-spills 16 to 48 bytes a thread with Triton 3.9, and 168 to 288 with 3.7. That of W = 1024, four heads of 256, takes
-173 KB of shared memory, which sm_90 has. A kernel that does not compile for a shape, or does not fit, is replaced by
-torch with one warning (``start.py``).
-The kernels of transform-coded tokens take up to 77 KB, and spill 32 bytes a thread at most with Triton 3.9.
+one. docs/gpu.md says what the decode kernels take. Those that read codes spill nothing; the one of the paper's keys
+spills up to 56 bytes a thread at W = 512 with Triton 3.9, and for W = 1024, four heads of 256, takes more shared memory
+than sm_86 has. A kernel that does not compile for a shape, or does not fit, is replaced by torch with one warning
+(``start.py``).
 What index tensors hold (``group_of_channel``, ``order``, ``first_seen``, ``origin``, the exact tokens') is not
-checked: reading it would make the host wait for the GPU. A position past the RoPE tables reads their last row.
+checked: reading it would make the host wait for the GPU, which it does once for each ``group_of_channel``. A position
+past the RoPE tables reads their last row.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def decode_attention(
     ceil(packed_tokens / 16)). All tensors are contiguous, on one device; rope tables too.
 
     Args:
-        queries: (B, H, T_q, D) float32, after RoPE. Query i sees the tokens up to total_tokens − T_q + i, with
+        queries: (B, H, T_q, D) after RoPE, float32, or float16 or bfloat16 of a model in 16 bits, for which products
+            are about 2^-11 exact. Query i sees the tokens up to total_tokens − T_q + i, with
             ``options.sliding_window`` that many of them. ``options.key_tokens_per_scale`` must be 0.
         keys, values: blocks (B, N, C) in the layout of ``rotatekv.kernels.layout``. Keys in Hadamard order; values'
             quantization groups are consecutive channels. With ``options.key_transform`` and
@@ -142,7 +144,7 @@ def decode_attention(
         splits: programs that share a sequence's blocks; None: two programs per multiprocessor in all.
 
     Returns:
-        (B, H, T_q, D) float32; zeros for a query that sees no token.
+        (B, H, T_q, D) of the queries' dtype; zeros for a query that sees no token.
 
     Raises:
         ValueError: a shape, dtype, stride or device is wrong.
@@ -151,16 +153,21 @@ def decode_attention(
     step = (queries, keys, values, group_of_channel, first_seen, origin, packed_tokens, total_tokens, options, exact)
     check_decode(*step, dropped)
     from rotatekv.kernels.triton.coded_launch import launch_coded_decode
+    from rotatekv.kernels.triton.grouped_launch import launch_grouped_decode, meets_codes
     from rotatekv.kernels.triton.launch import launch_decode
 
     try:
-        if options.key_transform is None:
-            return launch_decode(*step, splits)
+        if group_of_channel is not None and options.key_transform is None:
+            if not meets_codes(keys, values, group_of_channel, options):
+                return launch_decode(*step, splits)
+            return launch_grouped_decode(
+                queries, keys, values, first_seen, packed_tokens, total_tokens, options, exact, splits
+            )
         return launch_coded_decode(
             queries, keys, values, first_seen, origin, packed_tokens, total_tokens, options, exact, dropped, splits
         )
     except Unusable:
-        return decode_attention_reference(*step, dropped)
+        return decode_attention_reference(*step, dropped).to(queries.dtype)
 
 
 def quantize_into_blocks(

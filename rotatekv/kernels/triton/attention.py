@@ -11,21 +11,12 @@ q·rope(k) = (k∘cos)·q + (k∘sin)·q⊥ channel by channel, in whatever orde
 softmax_scale·log2(e), and W^-0.5 where packed keys lack it.
 
 Precision: every dot takes float16 numbers and adds in float32. What is no ±1 is brought into float16's range by a power
-of two and cut into two halves, so the Hadamard dots, scores and values are good to about 2^-21, and a model in float32
-loses nothing. The interpreter multiplies the same halves, so its tests show the same rounding.
+of two. For a model in float32 it is cut into two halves (TERMS 2), so the Hadamard dots, scores and values are good to
+about 2^-21; for one in 16 bits the upper half is enough. The interpreter multiplies the same halves, so its tests show
+the same rounding.
 
-Shared memory holds the halves of q and q⊥ (64 KB at W = 512) beside one half of a tile: 45 / 87 KB at W = 192 / 512.
-
-Roofline, from public specifications (not run on a GPU). Per token of a rotation group of W = 192 / 512 (3 heads × 64,
-padded to 4; 4 × 128), 2 bits, one scale a head, up to 16 query rows a KV head:
-    bytes read     2·(W/4 + 3·G) = 114 / 280
-    tensor cores   Hadamard 2·2·W'·(a + b), scores 2·3·2·16·W', values 3·2·16·W' = 106k / 246k operations (W' padded)
-    other units    about 14·W' to unpack, 30·W' to scale and halve, 6·D for RoPE = 12k / 23k instructions
-An A100 (2.04 TB/s, 312 TFLOP/s float16, 9.7·10¹² float32 instructions/s) needs at least 0.06 / 0.14 ns for the bytes,
-0.34 / 0.79 for the dots and 1.2 / 2.4 for the rest; an H100 SXM (3.35, 989, 33·10¹²) 0.03 / 0.08, 0.11 / 0.25 and
-0.35 / 0.71. So both are bound by instructions, some twenty (A100) and ten (H100) times above the bytes. Reading float16
-K and V instead (768 / 2048 bytes) takes 0.38 / 1.0 and 0.23 / 0.61 ns: by these numbers the kernel saves memory, and
-costs time at one query. One or two programs of 8 warps fit a multiprocessor, so latency may well cost more than this.
+Keys that come after RoPE with one scale a head do without this kernel: ``grouped_attention.py``. What both take, and
+what bounds them, is in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -94,6 +85,7 @@ def split_kernel(
     TILE: tl.constexpr,
     Q_PAD: tl.constexpr,
     DV_PAD: tl.constexpr,
+    TERMS: tl.constexpr,
     EXACT: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -159,7 +151,7 @@ def split_kernel(
             KEY_GROUPS,
             KEY_BITS,
         )
-        keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED)
+        keys = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, TERMS)
         token = block * LANES + tl.arange(0, LANES)
         kept = (token >= start) & (token < packed_tokens)
         if EXACT:
@@ -182,6 +174,7 @@ def split_kernel(
             turn_sin,
             visible(token, kept, own, window),
             HALF,
+            TERMS,
         )
         values = read_packed(
             value_low,
@@ -196,7 +189,7 @@ def split_kernel(
             VALUE_GROUPS,
             VALUE_BITS,
         )
-        top, total, acc = accumulate(scores, values, top, total, acc)
+        top, total, acc = accumulate(scores, values, top, total, acc, TERMS)
     store_part(
         parts,
         tops,
@@ -244,6 +237,7 @@ def exact_kernel(
     TILE: tl.constexpr,
     Q_PAD: tl.constexpr,
     DV_PAD: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """Tokens kept in 16 bits: of sequence b those from offsets[b] to offsets[b + 1] − 1, all in one part."""
     batch, kv = (tl.program_id(0) // (C // D)).to(tl.int64), tl.program_id(0) % (C // D)
@@ -268,8 +262,8 @@ def exact_kernel(
         keys = tl.load(exact_keys + at, mask=keep, other=0.0).to(tl.float32)  # (1, DV_PAD, 16)
         values = tl.load(exact_values + at, mask=keep, other=0.0).to(tl.float32)
         seen = visible(token, here & (token >= start), own, window)
-        scores = score(high, low, high, low, scale, keys, 0.0, 0.0, seen, 0)
-        top, total, acc = accumulate(scores, values, top, total, acc)
+        scores = score(high, low, high, low, scale, keys, 0.0, 0.0, seen, 0, TERMS)
+        top, total, acc = accumulate(scores, values, top, total, acc, TERMS)
     store_part(
         parts,
         tops,

@@ -158,7 +158,7 @@ def check_decode(
     refuse_token_groups(options.key_tokens_per_scale)
     batch, heads, query_tokens, dim = shape_of(queries, 4, "queries")
     device = queries.device
-    check(queries, torch.float32, (batch, heads, query_tokens, dim), device, "queries")
+    check(queries, FLOATS, (batch, heads, query_tokens, dim), device, "queries")
     if dim != options.head_dim or not dim:
         raise ValueError(f"queries of {dim} channels do not fit head_dim {options.head_dim}")
     if not 0 <= packed_tokens <= total_tokens < 2**31 or not 1 <= query_tokens <= min(16, total_tokens):

@@ -11,15 +11,16 @@ from rotatekv.kernels.layout import BLOCK, Packed
 from rotatekv.kernels.transform_coding import FRAME
 from rotatekv.kernels.triton.coded_attention import coded_split_kernel
 from rotatekv.kernels.triton.coded_merge import coded_merge_kernel
-from rotatekv.kernels.triton.coded_queries import coded_queries_kernel
-from rotatekv.kernels.triton.coded_tables import CodedTables, query_table, tables_of
+from rotatekv.kernels.triton.coded_queries import launch_queries
+from rotatekv.kernels.triton.coded_tables import CodedTables, tables_of
 from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lanes, launch_exact
-from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two, terms_of
+from rotatekv.kernels.triton.query_tables import MEANS, frame_table
 from rotatekv.kernels.triton.start import start
 
-ROWS_TILE, COLUMNS_TILE, INNER = 64, 64, 32  # of the product of queries
-_NUMBERS = 8192  # of a tile of codes
-_WARPS, _STAGES = 4, 1
+WARPS, STAGES = 4, 1
+_MERGE_COLUMNS = 32  # of a tile
+_NUMBERS = 128 * 128  # of a tile of codes
 
 
 def launch_coded_decode(
@@ -43,6 +44,7 @@ def launch_coded_decode(
     tiles = -(-rows // SMALLEST_DOT)
     frame_start = -(dropped % FRAME)
     frames = -(-(packed_tokens - frame_start) // FRAME) if packed_tokens else 0
+    tokens = tile_tokens(dim)
     wanted = splits or choose_splits(frames * FRAME // BLOCK, batch * kv_heads * tiles, device)
     splits = min(wanted, max(frames, 1), MOST_SPLITS)
     if exact is not None and not len(exact.batch_index):
@@ -52,14 +54,16 @@ def launch_coded_decode(
     tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
     window = options.sliding_window or total_tokens
     factor = options.softmax_scale * math.log2(math.e)
-    coded = _queries_in_frames(queries, origin, frames, frame_start, factor, options)
-    of_keys, of_values = (tables_of(x, device) for x in (options.key_transform, options.value_transform))
+    table = frame_table(options.key_transform, options.rope, device)
+    of_values = tables_of(options.value_transform, device)
     start(
         coded_split_kernel,
         (batch * kv_heads, splits, tiles),
-        coded,
-        *_planes(keys, of_keys),
-        *_planes(values, of_values),
+        *launch_queries(queries, origin, frames, frame_start, factor, table.columns, options.rope),
+        *_planes(keys),
+        table.first,
+        *_planes(values),
+        of_values.form,
         first_seen if exact is None else exact_lanes(exact, batch, -(-packed_tokens // BLOCK)),
         first_seen,
         parts,
@@ -74,63 +78,36 @@ def launch_coded_decode(
         keys["scale"].shape[1],
         values["scale"].shape[1],
         -(-packed_tokens // BLOCK),
-        of_keys.pairs,
-        of_keys.singles,
-        of_values.pairs,
-        of_values.singles,
+        keys["pairs"].shape[2],
+        keys["singles"].shape[2],
+        values["pairs"].shape[2],
+        values["singles"].shape[2],
+        table.columns.planes,
+        table.single_start,
         frames,
-        -(-frames // splits),
+        -(-frames // splits) * (FRAME // tokens),
         frame_start,
         HEADS=kv_heads,
         D=dim,
         D_PAD=power_of_two(dim),
         FRAME=FRAME,
-        TOKENS=min(FRAME, max(_NUMBERS // power_of_two(dim), BLOCK)),
+        MEANS=MEANS,
+        TOKENS=tokens,
         Q_PAD=SMALLEST_DOT,
+        CHUNK=table.chunk,
+        TERMS=terms_of(queries),
+        SEVERAL=query_tokens > 1,
         EXACT=has_exact,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     if exact is not None:
         launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor)
-    return _merge(parts, tops, totals, splits, rows, kv_heads, of_values)
+    return _merge(parts, tops, totals, splits, rows, kv_heads, of_values, queries.dtype)
 
 
-def _queries_in_frames(
-    queries: torch.Tensor, origin: torch.Tensor, frames: int, frame_start: int, factor: float, options: DecodeOptions
-) -> torch.Tensor:
-    """(B, H_kv, frames, rows, D + FRAME) float32, in log2 units; see ``coded_queries.py``."""
-    transform, rope, device = options.key_transform, options.rope, queries.device
-    assert transform is not None
-    batch, heads, query_tokens, dim = queries.shape
-    kv_heads, table = len(transform.bits), query_table(transform, rope, device)
-    rows = heads // kv_heads * query_tokens
-    out = torch.empty(batch, kv_heads, frames, rows, dim + FRAME, dtype=torch.float32, device=device)
-    tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (table,) * 4
-    start(
-        coded_queries_kernel,
-        (batch * kv_heads, -(-frames * rows // ROWS_TILE), -(-(dim + FRAME) // COLUMNS_TILE)),
-        queries,
-        table,
-        origin,
-        *tables,
-        tables[0].shape[0],
-        out,
-        rows,
-        frames,
-        frame_start,
-        factor,
-        HEADS=kv_heads,
-        D=dim,
-        FRAME=FRAME,
-        HALF=rope.rotary_dim // 2 if rope else 0,
-        ROWS_TILE=ROWS_TILE,
-        COLUMNS_TILE=COLUMNS_TILE,
-        INNER=INNER,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
-    return out
+def tile_tokens(head_dim: int) -> int:
+    return min(FRAME, max(_NUMBERS // power_of_two(head_dim), BLOCK))
 
 
 def _merge(
@@ -141,9 +118,10 @@ def _merge(
     rows: int,
     kv_heads: int,
     of_values: CodedTables,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Parts (splits, or one more with exact tokens, B, H, T_q, D) → (B, H, T_q, D)."""
-    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     batch, dim = out.shape[0], out.shape[3]
     start(
         coded_merge_kernel,
@@ -162,12 +140,13 @@ def _merge(
         D=dim,
         D_PAD=power_of_two(dim),
         Q_PAD=SMALLEST_DOT,
-        COLUMNS_TILE=min(power_of_two(dim), INNER),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        COLUMNS_TILE=min(power_of_two(dim), _MERGE_COLUMNS),
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     return out
 
 
-def _planes(packed: Packed, tables: CodedTables) -> tuple[torch.Tensor, ...]:
-    return packed["pairs"], packed["singles"], packed["scale"], tables.form
+def _planes(packed: Packed) -> tuple[torch.Tensor, ...]:
+    """Pairs, singles, and scales, four in a word: narrower loads would make the dots' tiles ones of bytes."""
+    return packed["pairs"], packed["singles"], packed["scale"].view(torch.int32)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
-from rotatekv.kernels.rope_tables import RopeTables
-from rotatekv.kernels.transform_coding import FRAME, STEPS, Transform
+from rotatekv.kernels.transform_coding import STEPS, Transform
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class CodedTables:
 
 
 _MADE: WeakKeyDictionary[Transform, dict[torch.device, CodedTables]] = WeakKeyDictionary()
-_OF_QUERIES: WeakKeyDictionary[Transform, dict[torch.device, tuple]] = WeakKeyDictionary()
 
 
 def tables_of(transform: Transform, device: torch.device) -> CodedTables:
@@ -45,20 +43,6 @@ def tables_of(transform: Transform, device: torch.device) -> CodedTables:
     if device not in made:
         made[device] = _make(transform, device)
     return made[device]
-
-
-def query_table(transform: Transform, rope: RopeTables | None, device: torch.device) -> torch.Tensor:
-    """(H_kv, D, D + FRAME) float32, [A⁻¹·γ, (R(j)·μ)ᵀ]: what a query in a frame is multiplied by, for its product with
-    codes and with the mean at place j. Made anew for another ``rope`` than last time."""
-    made = _OF_QUERIES.setdefault(transform, {})
-    if device not in made or made[device][0] is not rope:
-        mean = transform.mean.float()[None, :, None].expand(-1, -1, FRAME, -1)  # (1, H_kv, FRAME, D)
-        if rope is not None:
-            place = torch.arange(FRAME, dtype=torch.int64, device=mean.device)[None]
-            mean = replace(rope.to(mean.device), attention_scaling=1.0).turn(mean, place.clamp(max=rope.positions - 1))
-        table = torch.cat([transform.inverse, mean[0].mT], -1)
-        made[device] = rope, table.to(device).contiguous()
-    return made[device][1]
 
 
 def _make(transform: Transform, device: torch.device) -> CodedTables:

@@ -101,5 +101,5 @@ def dot_table(x, table, y):
     """y + x @ table, both of any float32 numbers, good to about 2^-21."""
     of_x, of_table = peak(x), peak(table)
     high, low = halves(table * (1 / of_table))
-    product = dot_halves(x * (1 / of_x), high, low, tl.zeros_like(y))
+    product = dot_halves(x * (1 / of_x), high, low, tl.zeros_like(y), 2)
     return y + product * (of_x * of_table)

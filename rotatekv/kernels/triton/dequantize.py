@@ -64,7 +64,7 @@ def dequantize_kernel(
     side = tl.load(group_of_channel + channel, mask=keep, other=0)
     x = read_packed(low, high, scale, zero, batch * blocks + block, channel, side, keep, C, GROUPS, BITS)
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
-    y = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED) * norm  # (G_PAD, D', 16)
+    y = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, 2) * norm  # (G_PAD, D', 16)
     place, here = head_channels(B, B_PAD, ROWS, ROWS_PAD)  # (D',)
     head = tl.arange(0, G_PAD)[:, None, None]
     token = block * LANES + tl.arange(0, LANES)[None, None, :]

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -39,6 +39,7 @@ class Compiled:
         kernel: its name.
         shape: what it was written for, its constexpr arguments and its tensors' dtypes.
         registers: per thread. spills: bytes of stack and local memory per thread. shared: bytes per program.
+        binary: the cubin.
     """
 
     kernel: str
@@ -47,6 +48,11 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+    binary: bytes = field(repr=False)
+
+    def instructions(self) -> str:
+        """Its machine code, as ``cuobjdump -sass`` writes it."""
+        return _cuobjdump("-sass", self.binary)
 
 
 class DryRun(AbstractContextManager):
@@ -123,7 +129,7 @@ class DryRun(AbstractContextManager):
                 shape.append((parameter.name, kind))
         registers, spills = _resources(binary) if self.resources else (0, 0)
         self._variants[metadata.hash] = Compiled(
-            source.name, tuple(shape), metadata.num_warps, registers, spills, metadata.shared
+            source.name, tuple(shape), metadata.num_warps, registers, spills, metadata.shared, binary
         )
 
 
@@ -163,11 +169,14 @@ class _Driver:
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
-    """``cuobjdump -res-usage``: registers per thread, and bytes of stack and local memory, where spills go."""
+    """Registers per thread, and bytes of stack and local memory, where spills go."""
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", binary))}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _cuobjdump(flag: str, binary: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.cubin").write_bytes(binary)
-        command = [str(tool), "-res-usage", str(Path(folder) / "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        command = [str(tool), flag, str(Path(folder) / "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,7 @@ from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
 from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
 from rotatekv.kernels.triton.attention import exact_kernel, split_kernel
 from rotatekv.kernels.triton.merge import merge_kernel
-from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_of_two
+from rotatekv.kernels.triton.plan import SMALLEST_DOT, factor, matrices, power_of_two, terms_of
 from rotatekv.kernels.triton.start import start
 
 STAGES = 1  # two would hold a second tile in shared memory
@@ -86,15 +86,16 @@ def launch_decode(
         KEY_BITS=options.key_bits,
         VALUE_BITS=options.value_bits,
         HALF=rope.rotary_dim // 2 if rope else 0,
+        TERMS=terms_of(queries),
         EXACT=has_exact,
         **constants,
         **factors.constants(),
-        num_warps=factors.warps,
+        num_warps=max(factors.warps * terms_of(queries) // 2, 4),
         num_stages=STAGES,
     )
     if exact is not None:
         launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor_on_scores)
-    return _merge(parts, tops, totals, splits, options)
+    return merge_parts(parts, tops, totals, splits, options, queries.dtype)
 
 
 def launch_exact(
@@ -130,6 +131,7 @@ def launch_exact(
         factor,
         C=kv_heads * dim,
         D=dim,
+        TERMS=terms_of(queries),
         **constants,
         num_warps=_EXACT_WARPS,
         num_stages=STAGES,
@@ -148,11 +150,12 @@ def query_constants(head_dim: int, repeat: int) -> dict[str, int]:
 
 
 def choose_splits(blocks: int, programs: int, device: torch.device) -> int:
-    """Enough programs for two per multiprocessor, but no split of fewer than 8 blocks (128 tokens)."""
+    """Two programs per multiprocessor, not more: a few in a second wave cost as much as a full one. No split has fewer
+    than 8 blocks (128 tokens)."""
     wanted = _PROGRAMS_WITHOUT_GPU
     if device.type == "cuda":
         wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-wanted // programs), blocks // _FEWEST_BLOCKS))
+    return max(1, min(wanted // programs, blocks // _FEWEST_BLOCKS))
 
 
 def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
@@ -165,12 +168,17 @@ def exact_lanes(exact: ExactTokens, batch: int, blocks: int) -> torch.Tensor:
     return lanes[:, :blocks].contiguous()
 
 
-def _merge(
-    parts: torch.Tensor, tops: torch.Tensor, totals: torch.Tensor, splits: int, options: DecodeOptions
+def merge_parts(
+    parts: torch.Tensor,
+    tops: torch.Tensor,
+    totals: torch.Tensor,
+    splits: int,
+    options: DecodeOptions,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Parts (splits, or one more with exact tokens, B, H, T_q, D) → (B, H, T_q, D)."""
     factors = factor(options.head_dim if options.unrotate_values else 0, options.head_dim)
-    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     rows = out[..., 0].numel()
     left, right = matrices(factors, parts.device)
     names = ("D", "A", "B", "A_PAD", "B_PAD", "ROWS", "ROWS_PAD", "ROTATED")

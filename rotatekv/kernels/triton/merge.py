@@ -62,7 +62,7 @@ def merge_kernel(
     )
     share = tl.where(total > 0, 1 / total, 0.0)
     a, b = load_matrices(left, right, A_PAD, B_PAD, ROWS_PAD)
-    result = rotate(acc * (decay * share * norm)[None, None, :], a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED)
+    result = rotate(acc * (decay * share * norm)[None, None, :], a, b, A_PAD, B_PAD, 1, ROWS_PAD, ROTATED, 2)
     channel, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     channel, real = channel[None, :, None], real[None, :, None]
     exact = tl.load(parts + at[None, None, :] * D + channel, mask=kept[None, None, :] & real, other=0.0)  # (1, D', 16)

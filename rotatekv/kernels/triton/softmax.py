@@ -39,7 +39,7 @@ def load_queries(
     head = (group * G + kv) * REPEAT + repeat[None, None, :]
     start = ((batch * heads + head) * query_tokens + query[None, None, :]) * D
     keep = (kv < G) & here[None, :, None] & real[None, None, :]
-    return tl.load(queries + start + channel[None, :, None], mask=keep, other=0.0)
+    return tl.load(queries + start + channel[None, :, None], mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def visible(token, kept, own, window):
 
 
 @triton.jit
-def score(q_high, q_low, turned_high, turned_low, scale, keys, cos, sin, seen, HALF: tl.constexpr):
+def score(q_high, q_low, turned_high, turned_low, scale, keys, cos, sin, seen, HALF: tl.constexpr, TERMS: tl.constexpr):
     """Scores of 16 tokens in log2 units, (G_PAD, 16, Q_PAD); −inf where not seen.
 
     Args:
@@ -61,15 +61,15 @@ def score(q_high, q_low, turned_high, turned_low, scale, keys, cos, sin, seen, H
     keys = tl.permute(keys * (1 / of_keys), (0, 2, 1))  # (G_PAD, 16, D')
     scores = tl.zeros((q_high.shape[0], 16, q_high.shape[2]), tl.float32)
     if HALF:
-        scores = dot_halves(keys * tl.permute(cos, (1, 0))[None, :, :], q_high, q_low, scores)
-        scores = dot_halves(keys * tl.permute(sin, (1, 0))[None, :, :], turned_high, turned_low, scores)
+        scores = dot_halves(keys * tl.permute(cos, (1, 0))[None, :, :], q_high, q_low, scores, TERMS)
+        scores = dot_halves(keys * tl.permute(sin, (1, 0))[None, :, :], turned_high, turned_low, scores, TERMS)
     else:
-        scores = dot_halves(keys, q_high, q_low, scores)
+        scores = dot_halves(keys, q_high, q_low, scores, TERMS)
     return tl.where(seen[None, :, :], scores * (of_keys * scale), float("-inf"))
 
 
 @triton.jit
-def accumulate(scores, values, top, total, acc):
+def accumulate(scores, values, top, total, acc, TERMS: tl.constexpr):
     """Online softmax: scores (G_PAD, 16, Q_PAD), values (G_PAD, DV', 16), top and total (G_PAD, Q_PAD),
     acc (G_PAD, DV', Q_PAD)."""
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -79,7 +79,7 @@ def accumulate(scores, values, top, total, acc):
     total = total * decay + tl.sum(weights, 1)
     of_values = peak(values)
     high, low = halves(weights * 2.0**14)
-    new = dot_halves(values * (1 / of_values), high, low, tl.zeros_like(acc))
+    new = dot_halves(values * (1 / of_values), high, low, tl.zeros_like(acc), TERMS)
     acc = acc * decay[:, None, :] + new * (of_values * 2.0**-14)
     return new_top, total, acc
 

@@ -17,23 +17,25 @@ RUN_TIME = [  # the kernels' numbers that are no constants: not compiled anew wh
     "exact_blocks",
     "frame_start",
     "frames",
-    "frames_per_split",
     "key_blocks",
     "key_pair_planes",
     "key_single_planes",
     "packed_tokens",
     "pair_planes",
     "part",
+    "query_planes",
     "query_tokens",
     "room",
     "rows",
     "rows_of_all",
     "single_planes",
+    "single_start",
     "splits",
     "start",
     "table_b",
     "table_rows",
     "table_t",
+    "tiles_per_split",
     "tokens",
     "total_tokens",
     "value_blocks",
@@ -93,8 +95,14 @@ def head_channels(B: tl.constexpr, B_PAD: tl.constexpr, ROWS: tl.constexpr, ROWS
 @triton.jit
 def peak(x):
     """A power of two that a tile is divided by to fill float16: its largest number then lies between 2^14 and 2^15."""
-    largest = tl.maximum(tl.max(tl.abs(x)), 1e-30)
-    return (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-14
+    return power_below(tl.max(tl.abs(x)))
+
+
+@triton.jit
+def power_below(x):
+    """The power of two that leaves a float32 number x > 0 between 2^14 and 2^15."""
+    x = tl.maximum(x, 1e-30)
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-14
 
 
 @triton.jit
@@ -105,20 +113,24 @@ def halves(x):
 
 
 @triton.jit
-def dot_halves(x, high, low, y):
-    """y + x @ (high + low) for x of ``peak`` 1, but for the product of two low halves."""
+def dot_halves(x, high, low, y, TERMS: tl.constexpr):
+    """y + x @ (high + low) for x of ``peak`` 1, but for the product of two low halves; one TERMS: high ones alone."""
     x_high = x.to(tl.float16)
     y = tl.dot(x_high, high, y)
-    y = tl.dot(x_high, low, y)
-    return tl.dot((x - x_high.to(tl.float32)).to(tl.float16), high, y)  # made last: one half at a time takes memory
+    if TERMS == 2:
+        y = tl.dot(x_high, low, y)
+        y = tl.dot((x - x_high.to(tl.float32)).to(tl.float16), high, y)  # made last: one half at a time takes memory
+    return y
 
 
 @triton.jit
-def dot_signs(signs, x):
-    """signs (±1 or 0, float16) @ x for x of ``peak`` 1."""
+def dot_signs(signs, x, TERMS: tl.constexpr):
+    """signs (±1 or 0, float16) @ x for x of ``peak`` 1, or its high half alone of one TERMS."""
     high = x.to(tl.float16)
     y = tl.dot(signs, high)
-    return tl.dot(signs, (x - high.to(tl.float32)).to(tl.float16), y)
+    if TERMS == 2:
+        y = tl.dot(signs, (x - high.to(tl.float32)).to(tl.float16), y)
+    return y
 
 
 @triton.jit
@@ -131,6 +143,7 @@ def rotate(
     G_PAD: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     ROTATED: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """Aᵀ·X·B or A·X·Bᵀ as two dots; x (A_PAD, B_PAD, 16) → (G_PAD, ROWS_PAD·B_PAD, 16), not yet times W^-0.5."""
     OUT: tl.constexpr = G_PAD * ROWS_PAD
@@ -138,9 +151,9 @@ def rotate(
         scale = peak(x)
         y = x * (1 / scale)
         if A_PAD > 1:
-            y = dot_signs(left, tl.reshape(y, (A_PAD, B_PAD * LANES))) * (1 / A_PAD)  # (OUT, B_PAD·16)
+            y = dot_signs(left, tl.reshape(y, (A_PAD, B_PAD * LANES)), TERMS) * (1 / A_PAD)  # (OUT, B_PAD·16)
         y = tl.permute(tl.reshape(y, (OUT, B_PAD, LANES)), (1, 0, 2))  # (B_PAD, OUT, 16)
-        z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)))  # (B_PAD, OUT·16)
+        z = dot_signs(right, tl.reshape(y, (B_PAD, OUT * LANES)), TERMS)  # (B_PAD, OUT·16)
         x = tl.permute(tl.reshape(z * (scale * A_PAD), (B_PAD, OUT, LANES)), (1, 0, 2))  # (OUT, B_PAD, 16)
     return tl.reshape(x, (G_PAD, ROWS_PAD * B_PAD, LANES))
 

@@ -64,7 +64,7 @@ def transform_kernel(
             tl.where(d < HALF, partner, -partner) * tl.load(sin + angle, mask=turns, other=0.0)
         )
     a, b = load_matrices(left, right, A_PAD, B_PAD, G_PAD * ROWS_PAD)
-    y = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED) * norm  # (G_PAD, D', 16)
+    y = rotate(x, a, b, A_PAD, B_PAD, G_PAD, ROWS_PAD, ROTATED, 2) * norm  # (G_PAD, D', 16)
     place, real = head_channels(B, B_PAD, ROWS, ROWS_PAD)
     head = tl.arange(0, G_PAD)[:, None, None]
     channel = (group * G + head) * D + place[None, :, None]
