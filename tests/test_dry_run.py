@@ -160,12 +160,12 @@ def test_torch_does_what_a_gpu_too_small_cannot(preset, refused, monkeypatch):
     """Every kernel refused for its shared memory, in the middle of a forward: the numbers of the reference path."""
     monkeypatch.setitem(dry_run.SHARED_MEMORY, 86, -1)
     model, results = tiny_model(), {}
-    ids = torch.randint(8, 128, (2, 60), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(8, 128, (2, 120), generator=torch.Generator().manual_seed(1))
 
     def logits() -> torch.Tensor:
         with patch_random(model, preset), torch.no_grad():
             cache = RotateKVCache.for_model(model)
-            calls = (ids[:, :56], ids[:, 56:57], ids[:, 57:58], ids[:, 58:])
+            calls = (ids[:, :116], ids[:, 116:117], ids[:, 117:118], ids[:, 118:])
             return torch.cat([model(call, past_key_values=cache).logits for call in calls], dim=1)
 
     with DryRun(86) as dry, pytest.warns(RuntimeWarning, match="OutOfResources") as said:

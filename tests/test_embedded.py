@@ -20,7 +20,7 @@ from rotatekv.families import find_text_model
 from rotatekv.kernels import cpu
 from rotatekv.models.weights import calibration_digests
 
-PROMPT, STEPS = 64, 16
+PROMPT, STEPS = 160, 16  # tokens; RotateKV+ keeps the last 64 as they are
 
 
 def round_to_bfloat16(module: torch.nn.Module, args: tuple) -> tuple:

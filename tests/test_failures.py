@@ -115,7 +115,7 @@ def test_a_padded_batchs_call_broken_off_is_as_if_it_had_not_been(patched):
 def test_a_store_broken_off_between_keys_and_values_is_taken_back(patched, monkeypatch):
     cache, other = RotateKVCache.for_model(patched), RotateKVCache.for_model(patched)
     for taken in (cache, other):
-        patched(token_ids(1, 37), past_key_values=taken)
+        patched(token_ids(1, 97), past_key_values=taken)
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -27,7 +27,7 @@ CONFIGS = {
     "TurboQuant2": PRESETS["TurboQuant2"],
     "KVQuant2": PRESETS["KVQuant2"],
     "KIVI2": replace(PRESETS["KIVI2"], **KIVI),
-    "RotateKV2+": replace(PRESETS["RotateKV2+"], residual_length=16),
+    "RotateKV2+": replace(PRESETS["RotateKV2+"], residual_length=16, residual_bits=16),
 }
 NAMES = ("llama, yarn", "mistral, sliding", "gemma3, one head of 256", "smollm3", "glm", "gpt_neox")
 TOKENS = 56
@@ -42,11 +42,13 @@ class CodecCache(OracleCache):
     def __init__(self, model: nn.Module, name: str, methods):
         super().__init__(model, FAMILIES[name])
         self.methods, self.history = methods, {}
+        layers = DynamicCache(config=model.config).layers
+        self.sliding_windows = [getattr(layer, "sliding_window", None) for layer in layers]
         self.keeps = methods[0].config.residual_length > 0 or methods[0].tokens_per_flush > 1
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         method = self.methods[layer_idx]
-        config, group = method.config, method.tokens_per_flush
+        recent, group = method.residual_length(self.sliding_windows[layer_idx]), method.tokens_per_flush
         positions = self.position_ids.expand(len(key_states), -1)
         new = [key_states, value_states, positions, self.exact_of(method, layer_idx)]
         if self.keeps:
@@ -56,7 +58,7 @@ class CodecCache(OracleCache):
         held = [torch.cat(pair, axis) for pair, axis in zip(zip(old, new, strict=True), axes, strict=True)]
         self.history[layer_idx] = held
         keys, values, positions, exact = held
-        packed = max(keys.shape[2] - config.residual_length, 0) // group * group
+        packed = max(keys.shape[2] - recent, 0) // group * group
         fake = self.decoded(method, layer_idx, keys[:, :, :packed], values[:, :, :packed], positions[:, :packed])
         kept = exact[:, None, :packed, None]
         whole = []

@@ -21,7 +21,7 @@ from rotatekv.kernels.triton.start import start
 from rotatekv.kernels.triton.tiles import LANES, RUN_TIME, halves, power_below
 
 ROWS_TILE, COLUMNS_TILE = 32, 64
-_WARPS, _STAGES = 4, 1
+_STAGES = 1
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -156,7 +156,7 @@ def launch_queries(
         TERMS=terms,
         ROWS_TILE=ROWS_TILE,
         COLUMNS_TILE=COLUMNS_TILE,
-        num_warps=_WARPS,
+        num_warps=8 if dim > 128 else 4,  # 4 spill 440 bytes at 256
         num_stages=_STAGES,
     )
     return codes, means, row_scale
