@@ -209,7 +209,7 @@ def test_what_no_prediction_hears_costs_nothing(tiny):
         assert found[name].isfinite().all() and (found[name] >= 0).all()
         assert found[name][0].max() < 1e-4 * found[name][1].min()
     geometries = [layer_geometry(layer.self_attn) for layer in tiny.model.layers]
-    planned = RotateKVPlus.plan(replace(PRESETS["RotateKV2+"], bits=1.75), found, geometries)
+    planned = RotateKVPlus.plan(replace(PRESETS["RotateKV2+"], bits=2.25), found, geometries)
     assert (planned["key_bits"][0] == 1).all() and (planned["value_bits"][0] == 1).all()
     assert planned["key_bits"][1].min() > 1 and planned["value_bits"][1].max() > 1
 

@@ -81,7 +81,7 @@ def test_speculative_decoding_is_greedy(preset, way, tmp_path, crops):
         quick = generate(model, prompt(), max_new_tokens=NEW, min_new_tokens=NEW, **options)
     assert min(crops) < 0 or (preset == "FP16" and way == "assistant model")
     assert torch.equal(quick.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(quick.logits), torch.stack(plain.logits), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.stack(quick.logits), torch.stack(plain.logits), rtol=1e-6, atol=5e-6)
     for ours, theirs in zip(quick.past_key_values.tensors(), plain.past_key_values.tensors(), strict=True):
         assert ours.shape == theirs.shape
 

@@ -101,12 +101,12 @@ def test_watching_is_undone_after_an_error():
 
 def calibrated(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     """All kinds of statistics of a short text."""
-    decoder, windows = find_decoder(model), [token_ids(1, 60, seed) for seed in (1, 2)]
+    decoder, windows = find_decoder(model), [token_ids(1, 120, seed) for seed in (1, 2)]
     sums = collect_key_sums(model, decoder, windows)
     width = sums.shape[1]
     threshold = collect_sink_thresholds(model, decoder, windows)
     plus = collect_transforms(model, windows, threshold) | {"sink_threshold": threshold}
-    offset, half = collect_key_ranges(model, decoder, windows, 2 * 59)
+    offset, half = collect_key_ranges(model, decoder, windows, 2 * 119)
     levels = collect_levels(model, decoder, windows, offset, half)
     return {
         "reorder": {"indices": indices_from_key_sums(sums, width)},
@@ -118,7 +118,7 @@ def calibrated(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", HYBRID)
 def test_a_layer_without_attention_has_a_row_that_says_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ROTATEKV_BACKEND", "reference")
-    model, ids = built(name), token_ids(1, 60)
+    model, ids = built(name), token_ids(1, 120)
     model.name_or_path = name
     found, channels = calibrated(model), torch.arange(32)
     plus, kvquant = found["plus"], found["kvquant"]

@@ -193,11 +193,11 @@ def test_eight_bits_round_to_the_largest_of_a_group(dtype, dim, group):
     """An outlier costs only those beside it; zeros stay zeros, the largest numbers finite."""
     x = torch.randn(2, 3, 7, dim)
     x[0, 0, 0, 3], x[0, 0, 1], x[0, 0, 2] = 1e4, 0.0, 6.5e4
-    got = Window.of(x, x, None, WindowForm(dtype, bits=8)).keys
+    got = Window.of(x, x, None, WindowForm(dtype, 8, 8)).keys
     assert got.dtype == dtype and got.isfinite().all()
     largest = x.unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True).expand(-1, -1, -1, -1, group).flatten(-2)
     bound = largest * (0.51 / 127 + 2 * torch.finfo(dtype).eps) + 1e-6
     assert ((got.float() - x).abs() <= bound).all()
     assert (got.float() - x)[0, 0, 0, group:].abs().max() < 0.05 if dim > group else True
-    held = Window.of(x, x, None, WindowForm(dtype, bits=8)).held
+    held = Window.of(x, x, None, WindowForm(dtype, 8, 8)).held
     assert sum(part.nbytes for part in held.values()) == 2 * x.numel() * (1 + 2 / group)

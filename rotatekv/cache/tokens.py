@@ -94,7 +94,7 @@ class StoredTokens:
 
     @property
     def _window_form(self) -> WindowForm:
-        return WindowForm(self.storage_dtype, self.method.config.residual_bits)
+        return WindowForm(self.storage_dtype, *self.method.window_bits)
 
     def _flush_policy(self, packed: int) -> FlushPolicy:
         residual_length = self.method.residual_length(self.sliding_window)

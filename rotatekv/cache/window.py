@@ -22,15 +22,17 @@ class WindowForm:
     """How the tokens of a recent window are kept.
 
     Args:
-        dtype: of 16 bits. bits: 16, or 8: an int8 for each number, and a scale of 16 bits for 32 channels of a token.
+        dtype: of 16 bits.
+        key_bits, value_bits: 16, or 8: an int8 for each number, and a scale of 16 bits for 32 channels of a token.
     """
 
     dtype: torch.dtype
-    bits: int = 16
+    key_bits: int = 16
+    value_bits: int = 16
 
-    def hold(self, name: str, heads: torch.Tensor) -> dict[str, torch.Tensor]:
+    def hold(self, name: str, heads: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
         """(B, H_kv, T, D), as it is kept under that name."""
-        if self.bits == 16:
+        if bits == 16:
             return {name: to_storage(heads, self.dtype)}
         info, groups = torch.finfo(self.dtype), _in_groups(heads.float())  # (B, H_kv, T, D / 32, 32)
         scale = groups.abs().amax(-1) / 127  # (B, H_kv, T, D / 32)
@@ -62,7 +64,7 @@ class Window:
         """(B, H_kv, T, D) each and (B, T) bool; without a form keys and values stay what they are."""
         parts = {"keys": keys, "values": values}
         if form is not None:
-            parts = form.hold("keys", keys) | form.hold("values", values)
+            parts = form.hold("keys", keys, form.key_bits) | form.hold("values", values, form.value_bits)
         return cls(parts if is_massive is None else parts | {_FLAGS: is_massive.unsqueeze(1)})
 
     @property

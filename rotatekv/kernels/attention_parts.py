@@ -103,7 +103,7 @@ def attend_to_bands_reference(
     for row in range(len(query)):
         per_block = query[row].unflatten(1, (blocks, queries)).transpose(0, 1)  # (N, H, Q, D)
         keys, values = (
-            torch.cat([x[row], old[row]], dim=1)
+            torch.cat([x[row], old[row].to(x.dtype)], dim=1)
             .index_select(1, bands.columns.flatten())
             .unflatten(1, (blocks, columns))
             .transpose(0, 1)  # (N, H_kv, W, D)

@@ -121,6 +121,11 @@ class KVMethod(ABC):
         """Tokens that a layer keeps in its recent window, at least; ``sliding_window``: None, or all that it keeps."""
         return self.config.residual_length
 
+    @cached_property
+    def window_bits(self) -> tuple[int, int]:
+        """Of a key and a value number in the recent window: 8 or 16."""
+        return self.config.residual_bits, self.config.residual_bits
+
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return heads_to_channels(keys)  # (B, T, H_kv·D)
 

@@ -39,6 +39,7 @@ from rotatekv.rope import KeyFrames
 KEYS_GIVEN_BACK, VALUES_GIVEN_BACK = 0.375, 1.0
 LEAST_KEY_BITS = 1  # of a head's strongest group: without any, a query tells no old token from another
 LEAST_VALUE_BITS = 1  # a value that reads as the mean is an error that no average takes away
+FAR_MEAN = 64  # deviations, in a mean's largest channel; there a step of 8 bits is half a deviation
 SLIDING_SHARE = 32  # a recent window is at most one part in so many of a sliding window
 _NO_LIMIT = 2**62  # tokens
 VALUE_NOISE = tuple(noise / (1 - noise) for noise in NOISE[LEAST_VALUE_BITS:])  # with all of it given back
@@ -136,6 +137,14 @@ class RotateKVPlus(KVMethod):
 
     def residual_length(self, sliding_window: int | None) -> int:
         return min(self.config.residual_length, (sliding_window or _NO_LIMIT) // SLIDING_SHARE)
+
+    @cached_property
+    def window_bits(self) -> tuple[int, int]:
+        """Keys with a mean far above what differs between them, as of models with large key biases, take 16 bits."""
+        inverse = self.statistics["key_map"].double().cpu().inverse()  # (H_kv, D, D), of components of variance 1
+        deviation = inverse.square().sum(-1).mean(-1).sqrt()  # (H_kv,)
+        is_far = (self.statistics["key_mean"].double().cpu().abs().amax(-1) > FAR_MEAN * deviation).any()
+        return 16 if is_far else self.config.residual_bits, self.config.residual_bits
 
     def keys_in(self, keys: torch.Tensor) -> torch.Tensor:
         return self._components(keys, self.key_transform)  # centred already, in their frames
