@@ -27,7 +27,7 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # Sinks and windows take 16 bits whatever the model's dtype.
+        # Sinks, and windows not in 8 bits, take 16 whatever the model's dtype.
         self.storage_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
         self.is_initialized = True
 
@@ -124,14 +124,15 @@ class RotateKVLayer(StoredTokens, CacheLayerMixin):
         is_massive = chosen.is_massive.to(keys.device) if isinstance(chosen, MassiveTokens) else None
         new = Window.of(keys, values, is_massive, self._window_form if policy.keeps_tokens else None)
         flushed, self.window = policy.flush(self.window, new)
-        old_keys, old_values = flushed.keys, flushed.values
         if flushed.is_massive is not None and flushed.tokens:
             self.sinks = with_massive(self.sinks, flushed, flushed.is_massive, policy.packed, self.storage_dtype)
         if self.record_past:
             self._record = Record.of(policy, flushed, self.window, candidates)
+        self.flushed = None
         if flushed.tokens:
+            old_keys, old_values = flushed.keys, flushed.values
             self._pack(old_keys, old_values, kernels)
-        self.flushed = FlushedTokens(policy, old_keys, old_values) if differ else None
+            self.flushed = FlushedTokens(policy, old_keys, old_values) if differ else None
 
     def _store_sinks(self, chosen: FirstCallSinks, keys: torch.Tensor, values: torch.Tensor) -> SinkCandidates | None:
         """Keep the first call's sinks; the candidates for a shorter call's where they are known."""

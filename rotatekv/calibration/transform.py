@@ -24,7 +24,7 @@ from rotatekv.patching.watching import Attended, stream_attention
 from rotatekv.rope import KeyFrames, LayerRope, Positions
 
 FIRST_TOKENS = 16  # of a window, that do not count: the sinks among them are kept in 16 bits and are unlike the rest
-RECENT_TOKENS = 32  # before a query, which are in its recent window
+RECENT_TOKENS = 32  # before a query, taken as its recent window: 64 by RotateKV+'s presets, fewer in sliding layers
 QUERY_STEP = 4  # every fourth query is asked
 RIDGE = 0.1  # of a second moment's mean eigenvalue, added to all of them
 LEAST_VARIANCE = 1e-8  # of what is coded: a map has 16 bits, in which a factor of 1e5 is infinite

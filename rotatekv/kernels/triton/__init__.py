@@ -150,8 +150,10 @@ def decode_attention(
         ValueError: a shape, dtype, stride or device is wrong.
         ImportError: triton is not installed.
     """
-    step = (queries, keys, values, group_of_channel, first_seen, origin, packed_tokens, total_tokens, options, exact)
-    check_decode(*step, dropped)
+    step = (queries, keys, values, group_of_channel, first_seen, origin, packed_tokens, total_tokens, options)
+    check_decode(*step, exact, dropped)
+    if exact is not None and not len(exact.batch_index):
+        exact = None
     from rotatekv.kernels.triton.coded_launch import launch_coded_decode
     from rotatekv.kernels.triton.grouped_launch import launch_grouped_decode, meets_codes
     from rotatekv.kernels.triton.launch import launch_decode
@@ -159,7 +161,7 @@ def decode_attention(
     try:
         if group_of_channel is not None and options.key_transform is None:
             if not meets_codes(keys, values, group_of_channel, options):
-                return launch_decode(*step, splits)
+                return launch_decode(*step, exact, splits)
             return launch_grouped_decode(
                 queries, keys, values, first_seen, packed_tokens, total_tokens, options, exact, splits
             )
@@ -167,7 +169,7 @@ def decode_attention(
             queries, keys, values, first_seen, origin, packed_tokens, total_tokens, options, exact, dropped, splits
         )
     except Unusable:
-        return decode_attention_reference(*step, dropped).to(queries.dtype)
+        return decode_attention_reference(*step, exact, dropped).to(queries.dtype)
 
 
 def quantize_into_blocks(

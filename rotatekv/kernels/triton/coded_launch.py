@@ -13,7 +13,7 @@ from rotatekv.kernels.triton.coded_attention import coded_split_kernel
 from rotatekv.kernels.triton.coded_merge import coded_merge_kernel
 from rotatekv.kernels.triton.coded_queries import launch_queries
 from rotatekv.kernels.triton.coded_tables import CodedTables, tables_of
-from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lanes, launch_exact
+from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, empty_parts, exact_lanes, launch_exact
 from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two, terms_of
 from rotatekv.kernels.triton.query_tables import MEANS, frame_table
 from rotatekv.kernels.triton.start import start
@@ -47,11 +47,8 @@ def launch_coded_decode(
     tokens = tile_tokens(dim)
     wanted = splits or choose_splits(frames * FRAME // BLOCK, batch * kv_heads * tiles, device)
     splits = min(wanted, max(frames, 1), MOST_SPLITS)
-    if exact is not None and not len(exact.batch_index):
-        exact = None
     has_exact = exact is not None
-    parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
-    tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+    parts, tops, totals = empty_parts(queries, splits + has_exact)
     window = options.sliding_window or total_tokens
     factor = options.softmax_scale * math.log2(math.e)
     table = frame_table(options.key_transform, options.rope, device)

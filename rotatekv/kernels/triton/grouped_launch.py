@@ -8,12 +8,20 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rotatekv.kernels.decode_attention import DecodeOptions, ExactTokens
-from rotatekv.kernels.layout import BLOCK, HIGH_PLANE, Packed
+from rotatekv.kernels.layout import BLOCK, Packed
 from rotatekv.kernels.transform_coding import GROUP
 from rotatekv.kernels.triton.coded_launch import STAGES, WARPS, tile_tokens
 from rotatekv.kernels.triton.coded_queries import launch_queries
 from rotatekv.kernels.triton.grouped_attention import grouped_split_kernel
-from rotatekv.kernels.triton.launch import MOST_SPLITS, choose_splits, exact_lanes, launch_exact, merge_parts
+from rotatekv.kernels.triton.launch import (
+    MOST_SPLITS,
+    block_planes,
+    choose_splits,
+    empty_parts,
+    exact_lanes,
+    launch_exact,
+    merge_parts,
+)
 from rotatekv.kernels.triton.plan import SMALLEST_DOT, power_of_two, terms_of
 from rotatekv.kernels.triton.query_tables import SUMS, rotated_table
 from rotatekv.kernels.triton.start import start
@@ -54,11 +62,8 @@ def launch_grouped_decode(
     tiles = -(-packed_tokens // tokens)
     wanted = splits or choose_splits(blocks, batch * kv_heads * row_tiles, device)
     splits = min(wanted, max(tiles, 1), MOST_SPLITS)
-    if exact is not None and not len(exact.batch_index):
-        exact = None
     has_exact = exact is not None
-    parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
-    tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+    parts, tops, totals = empty_parts(queries, splits + has_exact)
     window, factor = options.sliding_window or total_tokens, options.softmax_scale * math.log2(math.e)
     table = rotated_table(options.rotation_width, dim, kv_heads, device)
     start(
@@ -104,6 +109,6 @@ def launch_grouped_decode(
 
 
 def _planes(packed: Packed, bits: int) -> tuple[torch.Tensor, ...]:
-    """low, high (low where there is none), scale, and zeros, four in a word (``coded_launch.py`` says why)."""
-    high = packed["high"] if bits in HIGH_PLANE else packed["low"]
-    return packed["low"], high, packed["scale"], packed["zero"].view(torch.int32)
+    """As ``block_planes``, but zeros four in a word (``coded_launch.py`` says why)."""
+    *planes, zero = block_planes(packed, bits)
+    return *planes, zero.view(torch.int32)

@@ -42,11 +42,8 @@ def launch_decode(
     groups, tiles = channels // factors.width, -(-query_tokens // constants["TILE"])
     blocks = -(-packed_tokens // BLOCK)
     splits = min(splits or choose_splits(blocks, batch * groups * tiles, device), max(blocks, 1), MOST_SPLITS)
-    if exact is not None and not len(exact.batch_index):
-        exact = None
     has_exact = exact is not None
-    parts = torch.empty(splits + has_exact, batch, heads, query_tokens, dim, dtype=torch.float32, device=device)
-    tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+    parts, tops, totals = empty_parts(queries, splits + has_exact)
     left, right = matrices(factors, device)
     tables = (rope.coarse_cos, rope.coarse_sin, rope.fine_cos, rope.fine_sin) if rope else (left,) * 4
     factor_on_scores = options.softmax_scale * math.log2(math.e)
@@ -56,8 +53,8 @@ def launch_decode(
         split_kernel,
         (batch * groups, splits, tiles),
         queries,
-        *_planes(keys, options.key_bits),
-        *_planes(values, options.value_bits),
+        *block_planes(keys, options.key_bits),
+        *block_planes(values, options.value_bits),
         group_of_channel,
         lanes,
         first_seen,
@@ -96,6 +93,13 @@ def launch_decode(
     if exact is not None:
         launch_exact(queries, exact, first_seen, (parts, tops, totals), splits, total_tokens, window, factor_on_scores)
     return merge_parts(parts, tops, totals, splits, options, queries.dtype)
+
+
+def empty_parts(queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for so many parts: outputs (count, B, H, T_q, D), tops and totals (count, B, H, T_q), float32."""
+    parts = torch.empty(count, *queries.shape, dtype=torch.float32, device=queries.device)
+    tops, totals = (torch.empty(parts.shape[:-1], dtype=torch.float32, device=queries.device) for _ in range(2))
+    return parts, tops, totals
 
 
 def launch_exact(
@@ -201,6 +205,6 @@ def merge_parts(
     return out
 
 
-def _planes(packed: Packed, bits: int) -> tuple[torch.Tensor, ...]:
+def block_planes(packed: Packed, bits: int) -> tuple[torch.Tensor, ...]:
     """low, high (low where there is none), scale, zero."""
     return packed["low"], packed["high"] if bits in HIGH_PLANE else packed["low"], packed["scale"], packed["zero"]
